@@ -1,0 +1,1 @@
+"""namr: neighbourhood-adaptive image embeddings, and the search index made of them."""
