@@ -1,0 +1,557 @@
+"""Objects behind URIs: `s3://bucket/key` and local paths, with the two conditional writes that namr needs.
+
+Everything stored is either immutable under a name that nobody else uses (`write`, `upload`,
+`write_if_absent`), or one of the few pointers, which are swapped by `replace_if_match`. On S3 both are
+conditional puts. In a local folder write-if-absent is a temporary file, fsync and `os.link`, and
+replace-if-match is `flock` on a permanent file, a comparison and `os.replace`.
+
+Credentials and endpoint of S3 come from the environment alone (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_ENDPOINT_URL, AWS_REGION or whatever else botocore knows), so they are never in a config or a log.
+Not covered: other object stores (their conditional writes differ), deleting whole trees.
+"""
+
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+
+import fsspec
+import fsspec.asyn
+import s3fs
+
+from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
+
+_S3_PREFIX = "s3://"
+_PART_BYTES = 64 << 20
+
+
+class Range(NamedTuple):
+    """Bytes start (included) to stop (excluded) of one object."""
+
+    uri: str
+    start: int
+    stop: int
+
+
+class _Backend(Protocol):
+    """What the two kinds of store can do; every method takes a URI of its own kind."""
+
+    def read(self, uri: str) -> bytes: ...
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]: ...
+    def open_stream(self, uri: str) -> BinaryIO: ...
+    def write(self, uri: str, data: bytes) -> None: ...
+    def write_if_absent(self, uri: str, data: bytes) -> bool: ...
+    def upload(self, path: Path, uri: str) -> None: ...
+    def upload_if_absent(self, path: Path, uri: str) -> bool: ...
+    def download(self, uri: str, path: Path) -> None: ...
+    def read_with_etag(self, uri: str) -> tuple[bytes, str]: ...
+    def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool: ...
+    def size(self, uri: str) -> int: ...
+    def list_names(self, uri: str) -> list[str]: ...
+    def delete(self, uri: str) -> None: ...
+
+
+def join(base: str, *names: str) -> str:
+    """`base/name/name`, for both kinds of URI."""
+    return "/".join([base.rstrip("/") if len(base) > 1 else base, *(name.strip("/") for name in names)])
+
+
+def is_local(uri: str) -> bool:
+    """True for a path of this machine; ConfigError for a scheme that namr doesn't know."""
+    if "://" not in uri:
+        return True
+    if uri.startswith(_S3_PREFIX):
+        return False
+    raise ConfigError(f"{uri!r}: unknown kind of URI; expected s3://bucket/key or a local path")
+
+
+def local_path(uri: str) -> Path:
+    """The path of a local URI; ConfigError for a remote one."""
+    if not is_local(uri):
+        raise ConfigError(f"{uri} is not on this machine; expected a local path here")
+    return Path(uri)
+
+
+def absolute(uri: str) -> str:
+    """The URI in a form that means the same in every process: local paths made absolute."""
+    return str(Path(uri).expanduser().resolve()) if is_local(uri) else uri.rstrip("/")
+
+
+def read(uri: str) -> bytes:
+    """A whole object."""
+    with _explained("read", uri):
+        return _backend(uri).read(uri)
+
+
+def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
+    """Many byte ranges, concurrently on S3; a range past the end of its object is a StorageError."""
+    if not ranges:
+        return []
+    with _explained("read ranges of", ranges[0].uri):
+        found = _backend(ranges[0].uri).read_ranges(ranges)
+    for wanted, data in zip(ranges, found, strict=True):
+        if len(data) != wanted.stop - wanted.start:
+            raise StorageError(
+                f"{wanted.uri}: wanted bytes {wanted.start} to {wanted.stop}, got {len(data)} of "
+                f"{wanted.stop - wanted.start}; the object is shorter than its index says"
+            )
+    return found
+
+
+def open_stream(uri: str) -> BinaryIO:
+    """A seekable file object for reading from front to back."""
+    with _explained("open", uri):
+        return _backend(uri).open_stream(uri)
+
+
+def write(uri: str, data: bytes) -> None:
+    """Write a whole object; readers see all of it or nothing."""
+    with _explained("write", uri):
+        _backend(uri).write(uri, data)
+
+
+def write_if_absent(uri: str, data: bytes) -> bool:
+    """Write a whole object unless one is there; False = one was there, and nothing changed."""
+    with _explained("write", uri):
+        return _backend(uri).write_if_absent(uri, data)
+
+
+def upload(path: Path, uri: str) -> None:
+    """`write` of a file, in parts where it is large."""
+    with _explained("write", uri):
+        _backend(uri).upload(path, uri)
+
+
+def upload_if_absent(path: Path, uri: str) -> bool:
+    """`write_if_absent` of a file."""
+    with _explained("write", uri):
+        return _backend(uri).upload_if_absent(path, uri)
+
+
+def download(uri: str, path: Path) -> None:
+    """Copy an object to a local file, which appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained("read", uri), _temporary_beside(path) as temporary:
+        _backend(uri).download(uri, temporary)
+        temporary.replace(path)
+
+
+def read_with_etag(uri: str) -> tuple[bytes, str]:
+    """A whole object and the tag that `replace_if_match` compares."""
+    with _explained("read", uri):
+        return _backend(uri).read_with_etag(uri)
+
+
+def replace_if_match(uri: str, data: bytes, *, etag: str | None) -> None:
+    """Replace the object whose tag is `etag` (None: there must be none yet), else raise Conflict.
+
+    A put whose answer was lost may be repeated underneath and then report a Conflict of the writer with
+    itself: callers that must know put a token of their own into `data` and read it back.
+    """
+    with _explained("replace", uri):
+        swapped = _backend(uri).replace_if_match(uri, data, etag)
+    if not swapped:
+        raise Conflict(f"{uri} was changed by somebody else since it was read; read it and decide again")
+
+
+def exists(uri: str) -> bool:
+    """Whether an object (not a folder) lies there."""
+    try:
+        size(uri)
+    except ObjectMissing:
+        return False
+    return True
+
+
+def size(uri: str) -> int:
+    """Bytes of an object."""
+    with _explained("look at", uri):
+        return _backend(uri).size(uri)
+
+
+def list_names(uri: str) -> list[str]:
+    """Names of all objects below `uri`, relative to it, sorted; empty if there are none."""
+    with _explained("list", uri):
+        return sorted(_backend(uri).list_names(uri))
+
+
+def delete(uri: str) -> None:
+    """Delete one object; nothing happens if it is not there."""
+    with _explained("delete", uri):
+        _backend(uri).delete(uri)
+
+
+def check_writable(uri: str) -> None:
+    """Raise StorageError, saying what to do, unless objects can be written below `uri`."""
+    probe = join(uri, f".namr-probe-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        write(probe, b"")
+    except StorageError as error:
+        remedy = (
+            "check that you may write to this folder"
+            if is_local(uri)
+            else "create the bucket, and check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+        )
+        raise StorageError(f"{uri} is not writable: {error}; {remedy}") from error
+    delete(probe)
+
+
+def sha256(data: bytes) -> str:
+    """Digest, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Digest of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def arrow_filesystem(uri: str) -> tuple[Any, str]:
+    """A file system object and the path in it, for libraries that write for themselves (Ray Train)."""
+    if is_local(uri):
+        return fsspec.filesystem("file"), absolute(uri)
+    return _s3.filesystem(), uri.removeprefix(_S3_PREFIX)
+
+
+class Cache:
+    """A folder of whole objects, named by digest, shared by the processes of a machine and bounded in bytes.
+
+    An object is downloaded once (`flock`), verified, and evicted when it is the one used least recently.
+    An evicted file that some process still has open or mapped stays readable to it.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        if max_bytes <= 0:
+            raise ConfigError(f"max_bytes of a cache is {max_bytes}; expected more than 0")
+        self.folder, self.max_bytes = folder, max_bytes
+
+    def get(self, sha256: str) -> Path | None:
+        """The local copy, if there is one."""
+        path = self.folder / sha256
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return path
+
+    def path(self, uri: str, *, sha256: str) -> Path:
+        """The local copy, made now if there is none; StorageError if the object's digest is another."""
+        found = self.get(sha256)
+        if found:
+            return found
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / f".{sha256}.lock"):
+            found = self.get(sha256)
+            if found:
+                return found
+            self._make_room(size(uri))
+            with _temporary_beside(self.folder / sha256) as temporary:
+                download(uri, temporary)
+                actual = sha256_of_file(temporary)
+                if actual != sha256:
+                    raise StorageError(
+                        f"{uri} is damaged: its SHA-256 is {actual}, expected {sha256}; write it anew"
+                    )
+                temporary.replace(self.folder / sha256)
+        (self.folder / f".{sha256}.lock").unlink(missing_ok=True)
+        return self.folder / sha256
+
+    def _make_room(self, num_bytes: int) -> None:
+        files: list[tuple[float, int, Path]] = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                if not path.name.startswith("."):
+                    files.append((status.st_mtime, status.st_size, path))
+        excess = sum(length for _, length, _ in files) + num_bytes - self.max_bytes
+        for _, length, path in sorted(files):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= length
+
+
+class _Local:
+    """Files; a URI is a path."""
+
+    def read(self, uri: str) -> bytes:
+        return Path(uri).read_bytes()
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+        found = []
+        for wanted in ranges:
+            with Path(wanted.uri).open("rb", buffering=0) as file:
+                found.append(os.pread(file.fileno(), wanted.stop - wanted.start, wanted.start))
+        return found
+
+    def open_stream(self, uri: str) -> BinaryIO:
+        return Path(uri).open("rb")
+
+    def write(self, uri: str, data: bytes) -> None:
+        with self._new_file(uri) as (temporary, target):
+            _write_through(temporary, data)
+            temporary.replace(target)
+            _sync_folder(target.parent)
+
+    def write_if_absent(self, uri: str, data: bytes) -> bool:
+        with self._new_file(uri) as (temporary, target):
+            _write_through(temporary, data)
+            return self._link(temporary, target)
+
+    def upload(self, path: Path, uri: str) -> None:
+        with self._new_file(uri) as (temporary, target):
+            _copy_through(path, temporary)
+            temporary.replace(target)
+            _sync_folder(target.parent)
+
+    def upload_if_absent(self, path: Path, uri: str) -> bool:
+        with self._new_file(uri) as (temporary, target):
+            _copy_through(path, temporary)
+            return self._link(temporary, target)
+
+    def download(self, uri: str, path: Path) -> None:
+        shutil.copyfile(uri, path)
+
+    def read_with_etag(self, uri: str) -> tuple[bytes, str]:
+        data = self.read(uri)
+        return data, sha256(data)
+
+    def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool:
+        path = Path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent / f".{path.name}.lock"):
+            current = sha256(path.read_bytes()) if path.exists() else None
+            if current != etag:
+                return False
+            self.write(uri, data)
+        return True
+
+    def size(self, uri: str) -> int:
+        path = Path(uri)
+        if path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "is a folder, not a file", uri)
+        return path.stat().st_size
+
+    def list_names(self, uri: str) -> list[str]:
+        root = Path(uri)
+        found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+        return [str(path.relative_to(root)) for path in found if not path.name.startswith(".")]
+
+    def delete(self, uri: str) -> None:
+        Path(uri).unlink(missing_ok=True)
+
+    @contextmanager
+    def _new_file(self, uri: str) -> Iterator[tuple[Path, Path]]:
+        target = Path(uri)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_beside(target) as temporary:
+            yield temporary, target
+
+    def _link(self, temporary: Path, target: Path) -> bool:
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        _sync_folder(target.parent)
+        return True
+
+
+class _S3:
+    """Objects of an S3 server; a URI is s3://bucket/key."""
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one instance of this class lives as long as the process
+    def _filesystem_of(self, pid: int) -> s3fs.S3FileSystem:  # noqa: ARG002  a fork must not share connections
+        return s3fs.S3FileSystem(
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            default_block_size=8 << 20,
+            config_kwargs={
+                "retries": {"mode": "standard", "max_attempts": 5},
+                "connect_timeout": 10,
+                "read_timeout": 60,
+                "max_pool_connections": 64,
+            },
+        )
+
+    def filesystem(self) -> s3fs.S3FileSystem:
+        return self._filesystem_of(os.getpid())
+
+    def read(self, uri: str) -> bytes:
+        return cast(bytes, self.filesystem().cat_file(uri))
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+        uris, starts, stops = zip(*ranges, strict=True)
+        filesystem = self.filesystem()
+        found = filesystem.cat_ranges(list(uris), list(starts), list(stops), on_error="raise", batch_size=64)
+        return cast(list[bytes], found)
+
+    def open_stream(self, uri: str) -> BinaryIO:
+        return cast(BinaryIO, self.filesystem().open(uri, "rb", cache_type="readahead"))
+
+    def write(self, uri: str, data: bytes) -> None:
+        self._put(uri, data)
+
+    def write_if_absent(self, uri: str, data: bytes) -> bool:
+        return self._put_if(uri, data, IfNoneMatch="*")
+
+    def upload(self, path: Path, uri: str) -> None:
+        self.filesystem().put_file(str(path), uri, chunksize=_PART_BYTES)
+
+    def upload_if_absent(self, path: Path, uri: str) -> bool:
+        try:
+            self.filesystem().put_file(str(path), uri, chunksize=_PART_BYTES, mode="create")
+        except OSError as error:
+            if _precondition_failed(error) or self._exists(uri):
+                return False
+            raise
+        return True
+
+    def download(self, uri: str, path: Path) -> None:
+        self.filesystem().get_file(uri, str(path))
+
+    def read_with_etag(self, uri: str) -> tuple[bytes, str]:
+        bucket, key = _split(uri)
+        loop = self.filesystem().loop
+        return cast(tuple[bytes, str], fsspec.asyn.sync(loop, self._get_with_etag, bucket, key))
+
+    async def _get_with_etag(self, bucket: str, key: str) -> tuple[bytes, str]:
+        answer = await self.filesystem()._call_s3("get_object", Bucket=bucket, Key=key)
+        async with answer["Body"] as body:
+            return await body.read(), answer["ETag"]
+
+    def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool:
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        return self._put_if(uri, data, **condition)
+
+    def size(self, uri: str) -> int:
+        found = self.filesystem().info(uri)
+        if found["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, "is a folder, not an object", uri)
+        return int(found["size"])
+
+    def list_names(self, uri: str) -> list[str]:
+        root = uri.removeprefix(_S3_PREFIX).rstrip("/") + "/"
+        return [name.removeprefix(root) for name in self.filesystem().find(root, refresh=True)]
+
+    def delete(self, uri: str) -> None:
+        bucket, key = _split(uri)
+        self.filesystem().call_s3("delete_object", Bucket=bucket, Key=key)
+
+    def _exists(self, uri: str) -> bool:
+        return bool(self.filesystem().exists(uri))
+
+    def _put(self, uri: str, data: bytes, **condition: str) -> None:
+        bucket, key = _split(uri)
+        self.filesystem().call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+
+    def _put_if(self, uri: str, data: bytes, **condition: str) -> bool:
+        try:
+            self._put(uri, data, **condition)
+        except OSError as error:
+            if _precondition_failed(error):
+                return False
+            raise
+        return True
+
+
+_local, _s3 = _Local(), _S3()
+
+
+def _backend(uri: str) -> _Backend:
+    return _local if is_local(uri) else _s3
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix(_S3_PREFIX).partition("/")
+    if not bucket or not key:
+        raise ConfigError(f"{uri!r} names no object; expected s3://bucket/key")
+    return bucket, key
+
+
+def _s3_code(error: OSError) -> str:
+    """The S3 error code under an OSError of s3fs, or ""."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _precondition_failed(error: OSError) -> bool:
+    """What servers answer to a conditional put that lost: 412, 409 (two at once), 404 (If-Match of nothing)."""
+    codes = ("PreconditionFailed", "412", "ConditionalRequestConflict", "NoSuchKey")
+    return isinstance(error, FileExistsError) or _s3_code(error) in codes
+
+
+@contextmanager
+def _explained(verb: str, uri: str) -> Iterator[None]:
+    """Failures of the libraries become ObjectMissing or StorageError that name the URI."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if _s3_code(error) == "NoSuchBucket":
+            raise StorageError(f"cannot {verb} {uri}: there is no such bucket; create it first") from error
+        raise ObjectMissing(f"cannot {verb} {_without_secrets(uri)}: nothing is there") from error
+    except OSError as error:
+        raise StorageError(f"cannot {verb} {_without_secrets(uri)}: {_reason(error)}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+            raise StorageError(f"cannot {verb} {_without_secrets(uri)}: {error}") from error
+        raise
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _without_secrets(uri: str) -> str:
+    parts = urllib.parse.urlsplit(uri)
+    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "") if "@" in parts.netloc else uri
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A new name in the folder of `path`, gone afterwards; hidden, so that listings leave it out."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(0o644)
+
+
+def _copy_through(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    target.chmod(0o644)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
