@@ -1,0 +1,255 @@
+"""The object store, the MLflow server and the Ray that namr runs beside, as context managers.
+
+All of them are processes on free ports of `host` (127.0.0.1 unless said otherwise), with what they store
+under a folder of the caller's, ended when the context ends. None of this is meant for production: there the
+object store is a cloud's, and Ray runs on Kubernetes (cluster/).
+"""
+
+import http.client
+import json
+import secrets
+import shutil
+import sysconfig
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+
+from infra.processes import Program, free_ports
+
+REGION = "us-east-1"
+SCRIPTS_PATH = Path(sysconfig.get_path("scripts"))
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",  # said on purpose: ray.init would otherwise write a token and ask for it
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectStore:
+    """A running S3 server and the credentials that it was started with."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to reach it, for namr.storage, boto3 and pyarrow alike."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
+        }
+
+    def create_bucket(self, name: str) -> str:
+        """Make the bucket if it isn't there; its URI."""
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name=REGION,
+            config=Config(s3={"addressing_style": "path"}),
+        )
+        try:
+            client.create_bucket(Bucket=name)
+        except (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+            pass  # a store that is started again on its folder
+        finally:
+            client.close()
+        return f"s3://{name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlflowServer:
+    tracking_uri: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCluster:
+    """A running Ray: `address` for ray.init and RAY_ADDRESS, `dashboard_url` for `ray job submit`."""
+
+    address: str
+    dashboard_url: str
+    nodes: tuple[Program, ...]
+    """The head first. Stopping one of the others is how a test takes a node away."""
+
+
+def http_status(url: str) -> int | None:
+    """The status that `url` answers with, None when nothing answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+@contextmanager
+def object_store(
+    folder: Path, *, host: str = "127.0.0.1", access_key: str | None = None, secret_key: str | None = None
+) -> Iterator[ObjectStore]:
+    """SeaweedFS with its data under `folder`; keys are made up unless given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store_ports = free_ports(9, host=host)
+    s3_port = store_ports[0]
+    store = ObjectStore(
+        endpoint=f"http://{host}:{s3_port}",
+        access_key=access_key or secrets.token_hex(10),
+        secret_key=secret_key or secrets.token_hex(20),
+    )
+    names = ("s3", "master", "volume", "filer", "admin")
+    command = [
+        str(SCRIPTS_PATH / "weed"),
+        "mini",
+        f"-dir={folder}",
+        f"-ip={host}",
+        f"-ip.bind={host}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-admin.ui=false",
+        "-webdav=false",
+        "-master.telemetry=false",
+        *(f"-{name}.port={port}" for name, port in zip(names, store_ports, strict=False)),
+        *(f"-{name}.port.grpc={port}" for name, port in zip(names[:4], store_ports[5:], strict=True)),
+    ]
+    with Program(
+        "the object store (weed mini)",
+        command,
+        log_path=folder / "weed.log",
+        environment={"AWS_ACCESS_KEY_ID": store.access_key, "AWS_SECRET_ACCESS_KEY": store.secret_key},
+        folder=folder,
+    ) as program:
+        # Without a signature a ready server says 403; before that it refuses the connection or says 503.
+        program.wait_until(lambda: http_status(store.endpoint) in (200, 403), timeout_s=60)
+        yield store
+
+
+@contextmanager
+def mlflow_server(
+    folder: Path, store: ObjectStore | None = None, *, bucket: str = "mlflow", host: str = "127.0.0.1"
+) -> Iterator[MlflowServer]:
+    """MLflow on SQLite under `folder`; artifacts in `store`'s bucket (made here), or in `folder` without one.
+
+    Clients need no S3 credentials: the server passes artifacts through.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (port,) = free_ports(1, host=host)
+    artifacts = f"{store.create_bucket(bucket)}/artifacts" if store else str(folder / "artifacts")
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    if store:
+        environment |= {**store.environment, "MLFLOW_S3_ENDPOINT_URL": store.endpoint}
+    command = [
+        *(str(SCRIPTS_PATH / "mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", artifacts),
+    ]
+    with Program(
+        "the MLflow server", command, log_path=folder / "mlflow.log", environment=environment, folder=folder
+    ) as program:
+        tracking_uri = f"http://{host}:{port}"
+        program.wait_until(lambda: http_status(f"{tracking_uri}/health") == 200, timeout_s=120)
+        yield MlflowServer(tracking_uri=tracking_uri)
+
+
+def ray_node_command(
+    *,
+    head_address: str | None,
+    gcs_port: int,
+    dashboard_port: int,
+    host: str,
+    num_cpus: float,
+    num_gpus: int,
+    object_store_bytes: int,
+    temporary_path: Path,
+) -> list[str]:
+    """`ray start --block` on free ports of `host`: the head (`head_address` None) or one more node."""
+    ports = free_ports(6, host=host)
+    options = (
+        *("node-manager-port", "object-manager-port", "metrics-export-port"),
+        *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
+    )
+    command = [
+        *(str(SCRIPTS_PATH / "ray"), "start", "--block", "--disable-usage-stats"),
+        f"--node-ip-address={host}",
+        f"--num-cpus={num_cpus:g}",
+        f"--num-gpus={num_gpus}",
+        f"--object-store-memory={object_store_bytes}",
+        *(f"--{option}={port}" for option, port in zip(options, ports, strict=True)),
+    ]
+    if head_address is not None:
+        return [*command, f"--address={head_address}", "--include-log-monitor=false"]
+    return [
+        *(*command, "--head", f"--port={gcs_port}", f"--temp-dir={temporary_path}"),
+        *("--include-dashboard=true", f"--dashboard-host={host}", f"--dashboard-port={dashboard_port}"),
+        f"--ray-client-server-port={free_ports(1, host=host)[0]}",
+    ]
+
+
+def num_ray_nodes(dashboard_url: str) -> int:
+    """How many nodes the dashboard counts as alive; 0 while it does not answer."""
+    try:
+        with urllib.request.urlopen(f"{dashboard_url}/nodes?view=summary", timeout=5) as answer:
+            nodes = json.load(answer)["data"]["summary"]
+    except (OSError, http.client.HTTPException, ValueError):
+        return 0
+    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+
+
+@contextmanager
+def ray_cluster(
+    folder: Path,
+    *,
+    num_cpus: Sequence[float] = (1, 1),
+    num_gpus: int = 0,
+    environment: Mapping[str, str] | None = None,
+    object_store_bytes: int = 200_000_000,
+    host: str = "127.0.0.1",
+) -> Iterator[RayCluster]:
+    """A Ray with one node per entry of `num_cpus`, the first its head with dashboard and job API.
+
+    `environment` reaches every job and worker (say AWS_* and MLFLOW_TRACKING_URI). GPUs belong to the head.
+    Logs of `ray start` go to `folder`; Ray's session lies in a short-named temporary folder, since its unix
+    sockets may not have more than 107 characters, and is removed at the end.
+    """
+    gcs_port, dashboard_port = free_ports(2, host=host)
+    address, dashboard_url = f"{host}:{gcs_port}", f"http://{host}:{dashboard_port}"
+    path = f"{SCRIPTS_PATH}:/usr/local/bin:/usr/bin:/bin"  # `python` of a submitted job is this environment's
+    temporary_path = Path(tempfile.mkdtemp(prefix="namr-ray-", dir="/tmp"))
+    with ExitStack() as exits:
+        exits.callback(shutil.rmtree, temporary_path, ignore_errors=True)
+        nodes: list[Program] = []
+        for number, cpus in enumerate(num_cpus):
+            command = ray_node_command(
+                head_address=address if number else None,
+                gcs_port=gcs_port,
+                dashboard_port=dashboard_port,
+                host=host,
+                num_cpus=cpus,
+                num_gpus=0 if number else num_gpus,
+                object_store_bytes=object_store_bytes,
+                temporary_path=temporary_path,
+            )
+            node = exits.enter_context(
+                Program(
+                    f"node {number} of Ray",
+                    command,
+                    log_path=folder / f"ray-{number}.log",
+                    environment={"PATH": path, **RAY_ENVIRONMENT, **(environment or {})},
+                )
+            )
+            nodes.append(node)
+            node.wait_until(lambda: num_ray_nodes(dashboard_url) == len(nodes), timeout_s=120)
+        yield RayCluster(address=address, dashboard_url=dashboard_url, nodes=tuple(nodes))
