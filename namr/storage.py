@@ -484,7 +484,7 @@ def _s3_code(error: OSError) -> str:
 
 
 def _precondition_failed(error: OSError) -> bool:
-    """What servers answer to a conditional put that lost: 412, 409 (two at once), 404 (If-Match of nothing)."""
+    """A conditional put that lost is answered 412, 409 (two at once) or 404 (If-Match of nothing)."""
     codes = ("PreconditionFailed", "412", "ConditionalRequestConflict", "NoSuchKey")
     return isinstance(error, FileExistsError) or _s3_code(error) in codes
 

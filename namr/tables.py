@@ -1,0 +1,248 @@
+"""Tables on disk: Parquet files with fixed schemas, memory-mapped columns, and the tables that users bring.
+
+Three schemas exist: the samples of a shard, the embeddings of a shard, the items of a release. User fields
+travel as JSON text, one object a row, so that shards of different years need no common schema.
+"""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from namr.errors import ManifestError, ShapeError, StorageError
+
+Ids = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
+
+_SAMPLES = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("fields", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleTable:
+    """The samples of one shard, in row order; also, sorted by id, the items of a release.
+
+    `offsets` and `sizes` are those of the image's bytes in the tar; size 0 marks an erased row.
+    """
+
+    ids: Ids
+    """(n,)"""
+    keys: list[str]
+    labels: list[str | None]
+    fields: list[str]
+    """JSON objects as text, "{}" where the user gave none"""
+    offsets: Ids
+    """(n,)"""
+    sizes: Ids
+    """(n,)"""
+
+    def __post_init__(self) -> None:
+        lengths = {len(column) for column in vars(self).values()}
+        if len(lengths) > 1:
+            raise ShapeError(f"columns of a sample table have {sorted(lengths)} rows; expected one length")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingTable:
+    """What a model made of one shard: the vectors of n images, and m images refused with a reason."""
+
+    ids: Ids
+    """(n,)"""
+    keys: list[str]
+    labels: list[str | None]
+    embeddings: Vectors
+    """(n, D), as the model returns x"""
+    structures: Vectors
+    """(n, D)"""
+    refused_ids: Ids
+    """(m,)"""
+    refused_keys: list[str]
+    refused_reasons: list[str]
+
+    def __post_init__(self) -> None:
+        num = len(self.ids)
+        if self.embeddings.ndim != 2 or self.embeddings.shape != self.structures.shape:
+            raise ShapeError(
+                f"embeddings are {self.embeddings.shape} and structures {self.structures.shape}; "
+                "expected (n, D) both"
+            )
+        if not num == len(self.keys) == len(self.labels) == len(self.embeddings):
+            raise ShapeError(
+                f"{num} ids, {len(self.keys)} keys, {len(self.embeddings)} embeddings; expected as many"
+            )
+        if not len(self.refused_ids) == len(self.refused_keys) == len(self.refused_reasons):
+            raise ShapeError(f"{len(self.refused_ids)} refused ids, {len(self.refused_reasons)} reasons")
+        if self.embeddings.dtype != self.structures.dtype or self.embeddings.dtype not in (
+            np.float16,
+            np.float32,
+        ):
+            raise ShapeError(
+                f"embeddings are {self.embeddings.dtype}; expected float16 or float32, both alike"
+            )
+
+
+def encode_samples(table: SampleTable) -> bytes:
+    """The Parquet file of a sample table."""
+    columns = [table.ids, table.keys, table.labels, table.fields, table.offsets, table.sizes]
+    return _encode(
+        pa.table([pa.array(c, f.type) for c, f in zip(columns, _SAMPLES, strict=True)], schema=_SAMPLES)
+    )
+
+
+def decode_samples(data: bytes) -> SampleTable:
+    """The sample table in a Parquet file; ManifestError if it is none."""
+    table = _decode(data, _SAMPLES.names)
+    return SampleTable(
+        ids=_numbers(table, "id"),
+        keys=table["key"].to_pylist(),
+        labels=table["label"].to_pylist(),
+        fields=table["fields"].to_pylist(),
+        offsets=_numbers(table, "offset"),
+        sizes=_numbers(table, "size"),
+    )
+
+
+def encode_embeddings(table: EmbeddingTable) -> bytes:
+    """The Parquet file of an embedding table; refused images are rows of NaN, with a reason."""
+    num, num_refused = len(table.ids), len(table.refused_ids)
+    reasons = pa.array([None] * num + table.refused_reasons, pa.string())
+    return _encode(
+        pa.table(
+            {
+                "id": pa.array(np.concatenate([table.ids, table.refused_ids]), pa.int64()),
+                "key": pa.array(table.keys + table.refused_keys, pa.string()),
+                "label": pa.array(table.labels + [None] * num_refused, pa.string()),
+                "embedding": _vectors_column(table.embeddings, num_refused),
+                "structure": _vectors_column(table.structures, num_refused),
+                "refused": reasons,
+            }
+        )
+    )
+
+
+def decode_embeddings(data: bytes) -> EmbeddingTable:
+    """The embedding table in a Parquet file; ManifestError if it is none."""
+    table = _decode(data, ["id", "key", "label", "embedding", "structure", "refused"])
+    is_refused = pc.is_valid(table["refused"])
+    kept, refused = table.filter(pc.invert(is_refused)), table.filter(is_refused)
+    return EmbeddingTable(
+        ids=_numbers(kept, "id"),
+        keys=kept["key"].to_pylist(),
+        labels=kept["label"].to_pylist(),
+        embeddings=_vectors(kept["embedding"]),
+        structures=_vectors(kept["structure"]),
+        refused_ids=_numbers(refused, "id"),
+        refused_keys=refused["key"].to_pylist(),
+        refused_reasons=refused["refused"].to_pylist(),
+    )
+
+
+def write_columns(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write columns that `open_columns` maps; the folder appears whole or not at all, and stays if there."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}"
+    temporary.mkdir()
+    for name, column in columns.items():
+        np.save(temporary / f"{name}.npy", column)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        for path in temporary.iterdir():
+            path.unlink()
+        temporary.rmdir()
+        if not folder.exists():
+            raise
+
+
+def open_columns(folder: Path) -> dict[str, npt.NDArray[Any]]:
+    """Columns written by `write_columns`, memory-mapped for reading."""
+    paths = sorted(folder.glob("*.npy"))
+    if not paths:
+        raise StorageError(f"{folder} holds no columns; write them first")
+    return {path.stem: np.load(path, mmap_mode="r") for path in paths}
+
+
+def read_rows(path: Path) -> dict[str, list[Any]]:
+    """The columns of a user's CSV (with a header) or Parquet file; every value of a CSV is text.
+
+    An empty field of a CSV is None. ManifestError if the file can't be read as what its suffix says.
+    """
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = pq.read_table(path)
+        else:
+            names = pyarrow.csv.open_csv(path).schema.names
+            options = pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
+            )
+            table = pyarrow.csv.read_csv(path, convert_options=options)
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"{path} can't be read as a table: {error}") from error
+    return cast(dict[str, list[Any]], table.to_pydict())
+
+
+def write_rows(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write columns as a Parquet file, for people and programs outside namr."""
+    pq.write_table(pa.table(dict(columns)), path)
+
+
+def fields_text(fields: Mapping[str, Any]) -> str:
+    """User fields as the JSON text that sample tables keep."""
+    return json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _encode(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _decode(data: bytes, names: Sequence[str]) -> pa.Table:
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"not a Parquet file that can be read ({len(data)} bytes): {error}") from error
+    missing = set(names) - set(table.column_names)
+    if missing:
+        raise ManifestError(f"a table lacks the columns {sorted(missing)}; it has {table.column_names}")
+    return table
+
+
+def _numbers(table: pa.Table, name: str) -> Ids:
+    return np.ascontiguousarray(table[name].to_numpy(), dtype=np.int64)
+
+
+def _vectors_column(vectors: Vectors, num_refused: int) -> pa.FixedSizeListArray:
+    """Refused rows are NaN, not null: Parquet readers stumble over null lists of a fixed size."""
+    nothing = np.full((num_refused, vectors.shape[1]), np.nan, vectors.dtype)
+    flat = pa.array(np.concatenate([vectors, nothing]).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+
+
+def _vectors(column: pa.ChunkedArray) -> Vectors:
+    dim = column.type.list_size
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return cast(Vectors, np.ascontiguousarray(flat).reshape(-1, dim))
