@@ -215,6 +215,15 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of(uri: str) -> str:
+    """Digest of an object, in hexadecimal, read as a stream."""
+    digest = hashlib.sha256()
+    with open_stream(uri) as stream:
+        while block := stream.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def arrow_filesystem(uri: str) -> tuple[Any, str]:
     """A file system object and the path in it, for libraries that write for themselves (Ray Train)."""
     if is_local(uri):
