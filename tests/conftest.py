@@ -55,9 +55,11 @@ def mlflow_server(
 def ray_local(object_store: services.ObjectStore) -> Iterator[None]:
     """This process connected to a Ray of its own, through namr's one way to reach Ray.
 
-    The object store comes first so that Ray's workers, which inherit this environment, can reach it.
+    The object store comes first: Ray's workers inherit this environment, and with it the way to the store.
     """
     import ray
+
+    assert os.environ["AWS_ENDPOINT_URL"] == object_store.endpoint
 
     from namr import engine
 
@@ -72,7 +74,7 @@ def ray_stack(
     mlflow_server: services.MlflowServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[services.RayCluster]:
-    """A two-node Ray as `make stack` starts it, for `ray job submit`; its jobs reach the S3 server and MLflow.
+    """A two-node Ray as `make stack` starts it, for `ray job submit`; its jobs reach store and MLflow.
 
     The test process stays outside of it, so that it can live beside ray_local.
     """

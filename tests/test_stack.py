@@ -60,7 +60,10 @@ def test_a_program_that_ends_while_starting_is_reported_with_its_log(tmp_path: P
 
 
 def test_a_program_that_never_answers_is_reported(tmp_path: Path) -> None:
-    with sleeper(tmp_path, "sleep 60") as program, pytest.raises(StartFailed, match="did not answer within 0 s"):
+    with (
+        sleeper(tmp_path, "sleep 60") as program,
+        pytest.raises(StartFailed, match="did not answer within 0 s"),
+    ):
         program.wait_until(lambda: False, timeout_s=0.2)
     assert not program.is_running()
 
