@@ -1,0 +1,103 @@
+"""What ranks tell each other: gather with gradient, sums, a broadcast object. Identity when not distributed.
+
+The law (DESIGN 2.5): every rank gathers the features of all ranks and computes the same, global loss. The
+backward pass of `gather` sums the gradients of all ranks, so that a rank's own parameters get world_size
+times their share and the average that DistributedDataParallel takes is the exact gradient of the global
+loss. Nothing is multiplied by the world size anywhere.
+
+Every function here is collective: all ranks call it, in the same order. Starting and ending process
+groups is not covered (Ray Train or torchrun does it).
+"""
+
+import math
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from namr.errors import ShapeError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a process group is up (of one process, too)."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 when not distributed."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many processes there are, 1 when not distributed."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order, on every rank. (n, ...) -> (sum of n, ...).
+
+    n may differ from rank to rank and be 0; the other dimensions may not (ShapeError, on every rank).
+    With gradient for floating point: the backward pass sums over ranks and is collective too, so every
+    rank's loss must depend on the result.
+    """
+    if not is_distributed():
+        return x
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
+
+
+def gather_sizes(x: Tensor) -> list[int]:
+    """Number of rows of each rank's tensor, in rank order."""
+    if not is_distributed():
+        return [len(x)]
+    mine = torch.tensor([len(x), math.prod(x.shape[1:])], device=x.device)
+    everybodys = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everybodys, mine)
+    sizes, widths = zip(*(each.tolist() for each in everybodys), strict=True)
+    if len(set(widths)) > 1:
+        raise ShapeError(f"ranks gather rows of {list(widths)} elements: all ranks need the same")
+    return list(sizes)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        sizes = gather_sizes(x)
+        start = sum(sizes[: rank()])
+        ctx.mine = slice(start, start + len(x))
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        everybodys = [torch.empty_like(padded) for _ in sizes]
+        if max(sizes) > 0:
+            dist.all_gather(everybodys, padded)
+        return torch.cat([rows[:size] for rows, size in zip(everybodys, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return sum_over_ranks(grads[0])[ctx.mine]
+
+
+def sum_over_ranks(t: Tensor) -> Tensor:
+    """A new tensor: the elementwise sum of all ranks' tensors, which have one shape. No gradient."""
+    total = t.detach().clone(memory_format=torch.contiguous_format)
+    if is_distributed():
+        dist.all_reduce(total)
+    return total
+
+
+def broadcast_object(o: T) -> T:
+    """Rank 0's object, on every rank (pickled; the other ranks' argument is not looked at)."""
+    if not is_distributed():
+        return o
+    box = [o]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits until every rank has come here."""
+    if is_distributed():
+        dist.barrier()
