@@ -1,0 +1,137 @@
+"""From a TOML file and flags to one typed, frozen job.
+
+A job is a frozen dataclass made of the stages' config dataclasses. TOML tables and flags name the same
+fields (`[training] learning_rate = 1e-4`, `--training.learning-rate 1e-4`); flags win. Nothing here knows
+any stage.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from namr.errors import ConfigError, NamrError
+
+T = TypeVar("T")
+Scalar = str | int | float | bool
+
+
+def load(job: type[T], argv: Sequence[str] | None = None, *, description: str = "") -> T:
+    """The job that `--config file.toml` and the flags describe; else ConfigError, with what is near.
+
+    argv: the arguments without the program's name; None takes those of this process. `--help` prints and
+    exits.
+    """
+    path, flags = _split_config(list(sys.argv[1:] if argv is None else argv))
+    from_file = list(_flags_of(_read_toml(path), "")) if path else []
+    help_text = f"{description}\n\nFlags win over the TOML file that --config names.".strip()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(job, args=[*from_file, *flags], description=help_text)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        where = f" (with {path})" if path else ""
+        raise ConfigError(f"wrong configuration{where}: {_plain(said.getvalue())}") from None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a job's main: a NamrError becomes one line on standard error and exit code 2."""
+    try:
+        main()
+    except NamrError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def to_flat(job: Any) -> dict[str, Scalar]:
+    """Every field by its dotted name; what is no scalar as text. None is left out."""
+    return dict(_flat(job, ""))
+
+
+def to_toml(job: Any) -> str:
+    """The resolved job as TOML that `--config` reads back."""
+    lines: list[str] = []
+    _toml_table(job, "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
+    for at, word in enumerate(argv):
+        if word == "--config":
+            if at + 1 == len(argv):
+                raise ConfigError("--config lacks its file; expected --config FILE.toml")
+            return Path(argv[at + 1]), argv[:at] + argv[at + 2 :]
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2]), argv[:at] + argv[at + 1 :]
+    return None, argv
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path} can't be read as TOML: {error}") from error
+
+
+def _flags_of(table: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in table.items():
+        flag = f"{prefix}{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            yield from _flags_of(value, f"{flag}.")
+        elif isinstance(value, bool):
+            parts = flag.rpartition(".")
+            yield f"--{flag}" if value else f"--{parts[0]}{parts[1]}no-{parts[2]}"
+        elif isinstance(value, list):
+            yield from (f"--{flag}", *(str(item) for item in value))
+        else:
+            yield f"--{flag}={value}"
+
+
+def _plain(boxed: str) -> str:
+    """tyro's framed message as running text."""
+    inside = re.sub(r"[╭╮╰╯│─]+|\x1b\[[0-9;]*m", " ", boxed)
+    return re.sub(r"\s+", " ", inside).strip()
+
+
+def _flat(job: Any, prefix: str) -> Iterator[tuple[str, Scalar]]:
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value, f"{prefix}{field.name}.")
+        elif value is not None:
+            yield f"{prefix}{field.name}", value if isinstance(value, Scalar) else str(value)
+
+
+def _toml_table(job: Any, prefix: str, lines: list[str]) -> None:
+    tables = []
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        if dataclasses.is_dataclass(value):
+            tables.append((f"{prefix}{field.name}", value))
+        elif value is not None:
+            lines.append(f"{field.name} = {_toml_value(value)}")
+    for name, value in tables:
+        lines += ["", f"[{name}]"]
+        _toml_table(value, f"{name}.", lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

@@ -1,0 +1,92 @@
+"""The one way to reach Ray: a cluster at an address, or a local one of this process.
+
+Token authentication is set on purpose and not by what an earlier `ray.init` left behind: it is off unless
+RAY_AUTH_MODE says otherwise. The address is always passed, so that no forgotten cluster is joined by chance.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import ray
+
+from namr.errors import ConfigError
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
+    """Connect to the Ray at `address`; None is RAY_ADDRESS where a submitted job has it, else a local Ray.
+
+    num_cpus: of a local Ray; None takes the cores of this machine. Connecting again does nothing.
+    ConfigError if nothing answers at the address.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    chosen = address or os.environ.get("RAY_ADDRESS") or "local"
+    local: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False} if chosen == "local" else {}
+    try:
+        ray.init(address=chosen, log_to_driver=True, logging_level=logging.WARNING, **local)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(
+            f"no Ray answers at {chosen!r}: {error}; start one, or leave the address out"
+        ) from error
+
+
+def disconnect() -> None:
+    """Leave Ray, and end it if it was a local one."""
+    ray.shutdown()
+
+
+def total_cpus() -> int:
+    """Cores of the whole Ray that is connected."""
+    return int(_resources().get("CPU", 1))
+
+
+def total_gpus() -> int:
+    """GPUs of the whole Ray that is connected."""
+    return int(_resources().get("GPU", 0))
+
+
+def map_tasks(
+    function: Callable[[A], R],
+    arguments: Iterable[A],
+    *,
+    num_cpus: float = 1.0,
+    max_in_flight: int | None = None,
+) -> Iterator[tuple[int, R]]:
+    """Run `function` on each argument as Ray tasks; yields (position, result) as they end.
+
+    At most `max_in_flight` (default: twice the cores) are under way, so a million arguments need no million
+    futures. A task that raises ends the rest and raises its own exception here.
+    """
+    remote: Any = ray.remote(function)
+    limit = max_in_flight or 2 * max(1, total_cpus())
+    under_way: dict[Any, int] = {}
+    waiting = enumerate(arguments)
+    try:
+        while True:
+            for position, argument in waiting:
+                under_way[remote.options(num_cpus=num_cpus).remote(argument)] = position
+                if len(under_way) >= limit:
+                    break
+            if not under_way:
+                return
+            done, _ = ray.wait(list(under_way), num_returns=1)
+            position = under_way.pop(done[0])
+            try:
+                yield position, ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None if isinstance(error.cause, Exception) else error
+    finally:
+        for future in under_way:
+            ray.cancel(future)
+
+
+def _resources() -> dict[str, float]:
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
