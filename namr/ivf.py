@@ -1,0 +1,452 @@
+"""FAISS indexes: train a template, build parts, merge parts into a segment, search segments.
+
+A template is a trained, empty index. Everything built from it carries its hash: the SHA-256 over the
+bytes of the index with its contents taken out, so that a foreign file is known from the file alone.
+Parts and segments are plain FAISS files (`faiss.read_index` opens them); a segment can be merged again.
+
+The law of this module: parts that are merged hold, byte for byte, what one index over all vectors
+holds. FAISS alone does not keep it, for three reasons that are dealt with here:
+
+- it computes distances to centroids in other last bits for a batch of 50 than for one of 10,000, so
+  that about one vector in 200,000 goes to another list. Vectors are always added in padded batches of
+  the same size.
+- `merge_into` accepts parts of other templates and duplicate ids, and `merge_ondisk(shift_ids=True)`
+  gives wrong ids. Here ids are always explicit, templates are compared, ids are reconciled after.
+- ties come out in the order of insertion. Parts are merged in the order of their ids.
+
+Everything is squared L2. Not covered: cosine (make the vectors of unit length first), GPU indexes,
+fast-scan and graph indexes, re-ranking.
+
+Legend: N vectors, D dimension, L lists, Q queries, K neighbours. FAISS and fork don't go together:
+start processes by spawn.
+"""
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from namr.errors import ConfigError, ManifestError, ShapeError
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+OFFERED = "Flat, IVF<lists>,Flat, IVF<lists>,SQ8 and IVF<lists>,PQ<bytes>x8"
+ADD_ROWS = 8192
+_PQ_CENTROIDS = 256
+_REFUSED = {
+    "fs": "a fast-scan index can't be merged: FAISS aborts the process",
+    "HNSW": "a graph can't be merged",
+    "NSG": "a graph can't be merged",
+    "RFlat": "an index that refines its own results can't be merged, and namr re-ranks by itself",
+}
+
+
+class IndexKey(NamedTuple):
+    """A parsed index key: num_lists is 0 for Flat, code_bytes is what one vector takes without its id."""
+
+    text: str
+    num_lists: int
+    codec: str
+    code_bytes: int
+
+    @property
+    def min_training_vectors(self) -> int:
+        """The fewest vectors that the template can be trained on."""
+        return max(self.num_lists, _PQ_CENTROIDS if self.codec == "PQ" else 0)
+
+
+def parse_key(text: str, *, dim: int) -> IndexKey:
+    """The parts of an index key such as `IVF1024,SQ8`; ConfigError for one that is not offered."""
+    if text == "Flat":
+        return IndexKey(text, 0, "Flat", 4 * dim)
+    found = re.fullmatch(r"IVF([1-9]\d*),(Flat|SQ8|PQ([1-9]\d*)x8)", text)
+    if found is None:
+        reason = next((why for word, why in _REFUSED.items() if word in text), "namr has no such index")
+        raise ConfigError(f"index key {text!r} is not offered: {reason}; choose one of {OFFERED}")
+    lists, codec, num_bytes = int(found[1]), found[2], found[3]
+    if num_bytes is None:
+        return IndexKey(text, lists, codec, 4 * dim if codec == "Flat" else dim)
+    if dim % int(num_bytes):
+        raise ConfigError(f"index key {text!r}: {num_bytes} bytes don't divide the dimension {dim}")
+    return IndexKey(text, lists, "PQ", int(num_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A trained, empty index, as the bytes of a FAISS file."""
+
+    key: str
+    dim: int
+    data: bytes
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the bytes; every index made from this template gives the same."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """What a part or a segment holds, read from its file alone.
+
+    `ids_sum` adds up a mixed form of every id, modulo 2^64: it doesn't depend on their order, and the
+    sum of the parts' is the segment's. `imbalance` is 1 for lists of equal length and grows with the
+    time that a search wastes in long lists. first_id and last_id are -1 where there is no vector.
+    """
+
+    key: str
+    dim: int
+    template_hash: str
+    num_vectors: int
+    first_id: int
+    last_id: int
+    ids_sum: int
+    imbalance: float
+
+
+def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Template:
+    """Trains centroids and codes on x (n, D) float32, a sample of all vectors.
+
+    More than 256 vectors a list are not used. Deterministic for given x, seed and number of threads.
+    """
+    _check_vectors(x, "the training sample")
+    parsed = parse_key(key, dim=x.shape[1])
+    if len(x) < parsed.min_training_vectors:
+        raise ShapeError(
+            f"index key {key!r} is trained on {parsed.min_training_vectors} vectors or more, the sample has "
+            f"{len(x)}: take fewer lists or Flat"
+        )
+    if parsed.num_lists == 0:
+        index: Any = faiss.IndexIDMap(faiss.IndexFlatL2(x.shape[1]))
+    else:
+        index = faiss.index_factory(x.shape[1], key, faiss.METRIC_L2)
+        clusterings = [index.cp]
+        if parsed.codec == "PQ":
+            index.do_polysemous_training = False  # renumbers codes for 15 s, for a search that is not offered
+            clusterings.append(index.pq.cp)
+        for clustering in clusterings:
+            clustering.seed = seed
+            clustering.min_points_per_centroid = 1  # fewer than 39 is warned of by FAISS; planning sees to it
+        faiss.omp_set_num_threads(num_threads)
+        index.train(np.ascontiguousarray(x))
+    return Template(key=key, dim=x.shape[1], data=_serialised(index))
+
+
+def load_template(data: bytes) -> Template:
+    """A template from its stored bytes; ManifestError where they are not one."""
+    try:
+        index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
+    except RuntimeError as error:
+        raise ManifestError(f"these {len(data)} bytes are no FAISS template: {_first_line(error)}") from error
+    key = _key_of(index, "the template")
+    if index.ntotal != 0 or not index.is_trained:
+        raise ManifestError(f"not a template: it holds {index.ntotal} vectors, trained: {index.is_trained}")
+    return Template(key=key, dim=index.d, data=data)
+
+
+def build_part(
+    template: Template, blocks: Iterable[tuple[Floats, Ids]], path: Path, *, num_threads: int
+) -> IndexInfo:
+    """Writes an index over the blocks' vectors (n, D) and ids (n,) to path, and says what it holds.
+
+    Ids ascend through all blocks (ShapeError otherwise). No block at all gives an empty part.
+    """
+    index = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
+    faiss.omp_set_num_threads(num_threads)
+    last_id = -1
+    for x, ids in blocks:
+        _check_vectors(x, "a block of vectors", dim=template.dim)
+        if ids.shape != (len(x),) or ids.dtype != np.int64:
+            raise ShapeError(f"ids of a block: expected ({len(x)},) int64, got {ids.shape} {ids.dtype}")
+        if not len(x):
+            continue
+        if ids[0] <= last_id or (np.diff(ids) <= 0).any():
+            raise ShapeError(f"ids have to ascend: after {last_id} came {ids[:5].tolist()}...")
+        last_id = int(ids[-1])
+        _add(index, x, ids)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    faiss.write_index(index, str(temporary))
+    temporary.replace(path)
+    return inspect(path)
+
+
+def build_monolithic(template: Template, x: Floats, ids: Ids, path: Path, *, num_threads: int) -> IndexInfo:
+    """One index over everything: what merged parts are compared with."""
+    return build_part(template, [(x, ids)], path, num_threads=num_threads)
+
+
+def inspect(path: Path) -> IndexInfo:
+    """What the part or segment at path holds; ManifestError for what namr can't merge, or a damaged file."""
+    index = _open(path, faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    key = _key_of(index, str(path))
+    ids = np.sort(_ids_of(index))
+    if len(ids) != index.ntotal:
+        raise ManifestError(f"{path} says it holds {index.ntotal} vectors and has ids of {len(ids)}")
+    twice = ids[1:][ids[1:] == ids[:-1]]
+    if len(twice):
+        raise ManifestError(f"{path} holds {len(twice)} ids twice, {int(twice[0])} among them")
+    return IndexInfo(
+        key=key,
+        dim=index.d,
+        template_hash=hashlib.sha256(_emptied(index)).hexdigest(),
+        num_vectors=len(ids),
+        first_id=int(ids[0]) if len(ids) else -1,
+        last_id=int(ids[-1]) if len(ids) else -1,
+        ids_sum=_ids_sum(ids),
+        imbalance=float(index.invlists.imbalance_factor()) if len(ids) and key != "Flat" else 1.0,
+    )
+
+
+def merge_parts(template: Template, part_paths: Sequence[Path], out_path: Path) -> IndexInfo:
+    """Merges parts of one template into the segment out_path, and reconciles what came out with what went in.
+
+    Equal to one index over all vectors. The memory needed is that of the ids; codes go from
+    memory-mapped parts straight into the file (Flat, meant for few vectors, is merged in memory).
+    Empty parts are welcome. ManifestError: a part of another template, one that is no IVF or Flat index
+    of squared L2, one with a direct map, or ids that lie in two parts.
+    """
+    infos = [(inspect(path), path) for path in part_paths]
+    for info, path in infos:
+        if (info.key, info.dim) != (template.key, template.dim):
+            raise ManifestError(
+                f"{path} is {info.key!r} of dimension {info.dim}, "
+                f"the template is {template.key!r} of dimension {template.dim}"
+            )
+        if info.template_hash != template.hash:
+            raise ManifestError(
+                f"{path} was built from template {info.template_hash[:12]}, not from {template.hash[:12]}: "
+                "its lists mean something else; build it again"
+            )
+    filled = sorted((pair for pair in infos if pair[0].num_vectors), key=lambda pair: pair[0].first_id)
+    for (before, before_path), (after, after_path) in itertools.pairwise(filled):
+        if after.first_id <= before.last_id:
+            raise ManifestError(
+                f"ids of {before_path} ({before.first_id} to {before.last_id}) and {after_path} "
+                f"({after.first_id} to {after.last_id}) overlap: a part holds a range of ids of its own"
+            )
+    temporary = out_path.with_name(f".{out_path.name}.{os.getpid()}")
+    _merge([path for _, path in filled], template, temporary)
+    merged = inspect(temporary)
+    went_in = sum(info.num_vectors for info, _ in infos), sum(info.ids_sum for info, _ in infos) % 2**64
+    if (merged.num_vectors, merged.ids_sum) != went_in or merged.template_hash != template.hash:
+        temporary.unlink()
+        raise ManifestError(
+            f"merging {len(infos)} parts into {out_path} gave {merged.num_vectors} vectors where "
+            f"{went_in[0]} went in, or other ids"
+        )
+    temporary.replace(out_path)
+    return merged
+
+
+class Index:
+    """One or more segments of one template, searched as one index. Made by `open_index`."""
+
+    def __init__(self, index: Any, kept: Sequence[Any], *, template_hash: str, num_threads: int) -> None:
+        self._index = index
+        self._kept = kept  # the segments' own memory, which FAISS only points to
+        self._num_threads = num_threads
+        self.template_hash = template_hash
+        self.key = _key_of(index, "the index")
+        self.dim = int(index.d)
+        self.num_vectors = int(index.ntotal)
+        self.num_lists = int(index.nlist) if self.key != "Flat" else 0
+
+    def search(self, queries: Floats, k: int, nprobe: int = 1) -> tuple[Floats, Ids]:
+        """Squared L2 distances (Q, k) float32, ascending, and ids (Q, k) of the nearest among nprobe lists.
+
+        Where fewer than k vectors were found the row is filled up with distance inf and id -1. nprobe
+        above the number of lists means all lists, and Flat has none to choose from.
+        """
+        _check_vectors(queries, "queries", dim=self.dim)
+        if k < 1 or nprobe < 1:
+            raise ConfigError(f"k and nprobe have to be at least 1, got k={k} and nprobe={nprobe}")
+        faiss.omp_set_num_threads(self._num_threads)
+        queries = np.ascontiguousarray(queries)
+        if self.num_lists:
+            how = faiss.SearchParametersIVF()
+            how.nprobe = min(nprobe, self.num_lists)
+            distances, ids = self._index.search(queries, k, params=how)
+        else:
+            distances, ids = self._index.search(queries, k)
+        distances[ids < 0] = np.inf
+        return distances, ids
+
+
+def open_index(paths: Path | Sequence[Path], *, mmap: bool = True, num_threads: int = 1) -> Index:
+    """Opens a segment, or several in the order of their ids, for searching.
+
+    mmap leaves the codes on disk, in the page cache; without it they are read into memory. One segment
+    is the fast case: several are as exact, at up to twice the time.
+    """
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    if not paths:
+        raise ConfigError("no segment to open: a release has at least one")
+    indexes = [_open(path, faiss.IO_FLAG_MMAP_IFC if mmap else 0) for path in paths]
+    hashes = [hashlib.sha256(_emptied(index)).hexdigest() for index in indexes]
+    for path, other in zip(paths, hashes, strict=True):
+        if other != hashes[0]:
+            raise ManifestError(f"{path} is of template {other[:12]}, {paths[0]} of {hashes[0][:12]}")
+    if len(indexes) == 1:
+        return Index(indexes[0], [], template_hash=hashes[0], num_threads=num_threads)
+    if _key_of(indexes[0], str(paths[0])) == "Flat":
+        whole: Any = _open(paths[0], 0)
+        for path in paths[1:]:
+            whole.merge_from(_open(path, 0), 0)
+        return Index(whole, [], template_hash=hashes[0], num_threads=num_threads)
+    pointers = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
+    for index in indexes:
+        pointers.push_back(index.invlists)
+    stacked = faiss.HStackInvertedLists(pointers.size(), pointers.data())
+    whole = faiss.deserialize_index(np.frombuffer(_emptied(indexes[0]), np.uint8))
+    whole.replace_invlists(stacked, False)
+    whole.ntotal = sum(int(index.ntotal) for index in indexes)
+    return Index(whole, [*indexes, stacked], template_hash=hashes[0], num_threads=num_threads)
+
+
+def _check_vectors(x: Floats, what: str, *, dim: int | None = None) -> None:
+    if x.ndim != 2 or x.dtype != np.float32 or (dim is not None and x.shape[1] != dim):
+        wanted = f"(n, {dim})" if dim is not None else "(n, D)"
+        raise ShapeError(f"{what}: expected {wanted} float32, got {x.shape} {x.dtype}")
+    finite = np.isfinite(x).all(axis=1)
+    if not finite.all():
+        raise ShapeError(f"{what}: row {int(np.argmin(finite))} holds NaN or infinity")
+
+
+def _add(index: Any, x: Floats, ids: Ids) -> None:
+    """Adds in batches of ADD_ROWS, the last one padded: a vector's list and code depend on it alone."""
+    if isinstance(index, faiss.IndexIDMap):
+        index.add_with_ids(np.ascontiguousarray(x), ids)
+        return
+    rows = np.zeros((ADD_ROWS, x.shape[1]), np.float32)
+    row_ids = np.zeros(ADD_ROWS, np.int64)
+    for start in range(0, len(x), ADD_ROWS):
+        n = min(ADD_ROWS, len(x) - start)
+        rows[:n], row_ids[:n] = x[start : start + n], ids[start : start + n]
+        rows[n:] = 0
+        lists = index.quantizer.search(rows, 1)[1].ravel()
+        lists[n:] = -1  # FAISS leaves these out, and counts them
+        index.add_core(ADD_ROWS, faiss.swig_ptr(rows), faiss.swig_ptr(row_ids), faiss.swig_ptr(lists))
+        index.ntotal -= ADD_ROWS - n
+
+
+def _open(path: Path, flags: int) -> Any:
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError as error:
+        raise ManifestError(f"{path} is no readable FAISS index: {_first_line(error)}") from error
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _key_of(index: Any, what: str) -> str:
+    """The key of an index, from what it is; ManifestError for one that namr doesn't make."""
+    if index.metric_type != faiss.METRIC_L2:
+        raise ManifestError(f"{what} has FAISS metric {index.metric_type}; namr's indexes are all squared L2")
+    if type(index) is faiss.IndexIDMap and type(faiss.downcast_index(index.index)) is faiss.IndexFlatL2:
+        return "Flat"
+    codec = None
+    if type(index) is faiss.IndexIVFFlat:
+        codec = "Flat"
+    elif type(index) is faiss.IndexIVFScalarQuantizer:
+        codec = "SQ8" if index.sq.qtype == faiss.ScalarQuantizer.QT_8bit else None
+    elif type(index) is faiss.IndexIVFPQ:
+        codec = f"PQ{index.pq.M}x8" if index.pq.nbits == 8 else None
+    if codec is None:
+        raise ManifestError(f"{what} is a {type(index).__name__}; expected one of {OFFERED}")
+    if index.direct_map.type != faiss.DirectMap.NoMap:  # type: ignore[attr-defined]
+        raise ManifestError(f"{what} has a direct map, which FAISS can't merge: build it without")
+    return f"IVF{index.nlist},{codec}"
+
+
+def _serialised(index: Any) -> bytes:
+    data: npt.NDArray[np.uint8] = faiss.serialize_index(index)
+    return data.tobytes()
+
+
+def _emptied(index: Any) -> bytes:
+    """The bytes of this index with its contents taken out: its template. The index itself stays as it is."""
+    if isinstance(index, faiss.IndexIDMap):
+        return _serialised(faiss.IndexIDMap(faiss.IndexFlatL2(index.d)))
+    num_vectors, nprobe, lists, owned = index.ntotal, index.nprobe, index.invlists, index.own_invlists
+    nothing = faiss.ArrayInvertedLists(index.nlist, index.code_size)  # named: it has to outlive the call
+    index.own_invlists = False
+    index.replace_invlists(nothing, False)
+    index.ntotal, index.nprobe = 0, 1
+    try:
+        return _serialised(index)
+    finally:
+        index.replace_invlists(lists, False)
+        index.own_invlists, index.ntotal, index.nprobe = owned, num_vectors, nprobe
+
+
+def _list_of(lists: Any, number: int, code_size: int) -> tuple[npt.NDArray[np.uint8], Ids]:
+    """Codes (n * code_size,) and ids (n,) of one list, as views of its memory."""
+    size = lists.list_size(number)
+    if size == 0:
+        return np.empty(0, np.uint8), np.empty(0, np.int64)
+    codes = faiss.rev_swig_ptr(lists.get_codes(number), size * code_size)
+    return codes, faiss.rev_swig_ptr(lists.get_ids(number), size)
+
+
+def _ids_of(index: Any) -> Ids:
+    if isinstance(index, faiss.IndexIDMap):
+        ids: Ids = faiss.vector_to_array(index.id_map)
+        return ids
+    lists = index.invlists
+    return np.concatenate([_list_of(lists, number, index.code_size)[1] for number in range(index.nlist)])
+
+
+def _ids_sum(ids: Ids) -> int:
+    """Sum of splitmix64 of every id, modulo 2^64."""
+    with np.errstate(over="ignore"):
+        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int((z ^ (z >> np.uint64(31))).sum(dtype=np.uint64))
+
+
+def _merge(paths: Sequence[Path], template: Template, out_path: Path) -> None:
+    whole = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
+    if template.key == "Flat":
+        for path in paths:
+            whole.merge_from(_open(path, 0), 0)
+        faiss.write_index(whole, str(out_path))
+        return
+    parts = [_open(path, faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE) for path in paths]
+    whole.ntotal = sum(int(part.ntotal) for part in parts)
+    with out_path.open("wb") as file:
+        _write_lists(file, whole, [part.invlists for part in parts])
+
+
+def _write_lists(file: BinaryIO, whole: Any, parts: Sequence[Any]) -> None:
+    """A FAISS file of `whole` (empty, but with the final count) and of the parts' lists, joined list by list.
+
+    An IVF file ends with its lists: "ilar", number of lists, code size, "full", the sizes, and for each
+    list its codes and its ids (faiss/impl/index_write.cpp, write_InvertedLists). An empty index is
+    written as "sprs" with no sizes: this tail is replaced.
+    """
+    data, num_lists, code_size = _serialised(whole), int(whole.nlist), int(whole.code_size)
+    counts = np.array([num_lists, code_size], np.uint64).tobytes()
+    tail = b"ilar" + counts + b"sprs" + np.uint64(0).tobytes()
+    if not data.endswith(tail):
+        raise ManifestError(f"FAISS {faiss.__version__} writes IVF files in another layout: merge with 1.15")
+    sizes = np.array([[part.list_size(i) for i in range(num_lists)] for part in parts], np.uint64)
+    file.write(data[: -len(tail)] + b"ilar" + counts + b"full" + np.uint64(num_lists).tobytes())
+    file.write(sizes.reshape(len(parts), num_lists).sum(axis=0, dtype=np.uint64).tobytes())
+    for number in range(num_lists):
+        lists = [_list_of(part, number, code_size) for part in parts]
+        for codes, _ in lists:
+            file.write(codes.data)
+        for _, ids in lists:
+            file.write(ids.data)
