@@ -57,15 +57,12 @@ def ray_local(object_store: services.ObjectStore) -> Iterator[None]:
 
     The object store comes first: Ray's workers inherit this environment, and with it the way to the store.
     """
-    import ray
-
-    assert os.environ["AWS_ENDPOINT_URL"] == object_store.endpoint
-
     from namr import engine
 
-    engine.connect(None)
+    assert os.environ["AWS_ENDPOINT_URL"] == object_store.endpoint
+    engine.connect(None, num_cpus=2)
     yield
-    ray.shutdown()
+    engine.disconnect()
 
 
 @pytest.fixture(scope="session")
