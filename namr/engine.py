@@ -6,6 +6,7 @@ RAY_AUTH_MODE says otherwise. The address is always passed, so that no forgotten
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     chosen = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_answers(chosen)
     local: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False} if chosen == "local" else {}
     try:
         ray.init(address=chosen, log_to_driver=True, logging_level=logging.WARNING, **local)
@@ -90,3 +92,16 @@ def map_tasks(
 
 def _resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for minutes where nothing listens; this asks first."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray answers at {address!r}: {error}; start one, or leave the address out for a local one"
+        ) from error

@@ -93,17 +93,19 @@ def read(uri: str) -> bytes:
 
 def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     """Many byte ranges, concurrently on S3; a range past the end of its object is a StorageError."""
-    if not ranges:
-        return []
-    with _explained("read ranges of", ranges[0].uri):
-        found = _backend(ranges[0].uri).read_ranges(ranges)
-    for wanted, data in zip(ranges, found, strict=True):
-        if len(data) != wanted.stop - wanted.start:
+    wanted = [asked for asked in ranges if asked.stop > asked.start]
+    if not wanted:
+        return [b""] * len(ranges)
+    with _explained("read ranges of", wanted[0].uri):
+        found = _backend(wanted[0].uri).read_ranges(wanted)
+    for asked, data in zip(wanted, found, strict=True):
+        if len(data) != asked.stop - asked.start:
             raise StorageError(
-                f"{wanted.uri}: wanted bytes {wanted.start} to {wanted.stop}, got {len(data)} of "
-                f"{wanted.stop - wanted.start}; the object is shorter than its index says"
+                f"{asked.uri}: wanted bytes {asked.start} to {asked.stop}, got {len(data)} of "
+                f"{asked.stop - asked.start}; the object is shorter than its index says"
             )
-    return found
+    remaining = iter(found)
+    return [next(remaining) if asked.stop > asked.start else b"" for asked in ranges]
 
 
 def open_stream(uri: str) -> BinaryIO:
@@ -193,6 +195,8 @@ def check_writable(uri: str) -> None:
     """Raise StorageError, saying what to do, unless objects can be written below `uri`."""
     probe = join(uri, f".namr-probe-{os.getpid()}-{os.urandom(4).hex()}")
     try:
+        if not is_local(uri):
+            _s3.check_bucket(uri)
         write(probe, b"")
     except StorageError as error:
         remedy = (
@@ -454,6 +458,11 @@ class _S3:
     def delete(self, uri: str) -> None:
         bucket, key = _split(uri)
         self.filesystem().call_s3("delete_object", Bucket=bucket, Key=key)
+
+    def check_bucket(self, uri: str) -> None:
+        """Some servers create a bucket at the first put: a typo has to fail all the same."""
+        with _explained("write", uri):
+            self.filesystem().call_s3("head_bucket", Bucket=uri.removeprefix(_S3_PREFIX).partition("/")[0])
 
     def _exists(self, uri: str) -> bool:
         return bool(self.filesystem().exists(uri))
