@@ -162,7 +162,7 @@ def build_part(
     """
     index = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
     faiss.omp_set_num_threads(num_threads)
-    last_id = -1
+    last_id, num_vectors, ids_sum = -1, 0, 0
     for x, ids in blocks:
         _check_vectors(x, "a block of vectors", dim=template.dim)
         if ids.shape != (len(x),) or ids.dtype != np.int64:
@@ -173,10 +173,17 @@ def build_part(
             raise ShapeError(f"ids have to ascend: after {last_id} came {ids[:5].tolist()}...")
         last_id = int(ids[-1])
         _add(index, x, ids)
+        num_vectors, ids_sum = num_vectors + len(ids), (ids_sum + sum_of_ids(ids)) % 2**64
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     faiss.write_index(index, str(temporary))
+    built = inspect(temporary)
+    if (built.num_vectors, built.ids_sum) != (num_vectors, ids_sum):
+        temporary.unlink()
+        raise ManifestError(
+            f"{path}: {num_vectors} vectors went in, {built.num_vectors} came out, or other ids"
+        )
     temporary.replace(path)
-    return inspect(path)
+    return built
 
 
 def build_monolithic(template: Template, x: Floats, ids: Ids, path: Path, *, num_threads: int) -> IndexInfo:
@@ -201,7 +208,7 @@ def inspect(path: Path) -> IndexInfo:
         num_vectors=len(ids),
         first_id=int(ids[0]) if len(ids) else -1,
         last_id=int(ids[-1]) if len(ids) else -1,
-        ids_sum=_ids_sum(ids),
+        ids_sum=sum_of_ids(ids),
         imbalance=float(index.invlists.imbalance_factor()) if len(ids) and key != "Flat" else 1.0,
     )
 
@@ -245,6 +252,15 @@ def merge_parts(template: Template, part_paths: Sequence[Path], out_path: Path) 
         )
     temporary.replace(out_path)
     return merged
+
+
+def sum_of_ids(ids: Ids) -> int:
+    """Sum of splitmix64 of every id, modulo 2^64: tells sets of ids apart, in any order and in any pieces."""
+    with np.errstate(over="ignore"):
+        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int((z ^ (z >> np.uint64(31))).sum(dtype=np.uint64))
 
 
 class Index:
@@ -405,15 +421,6 @@ def _ids_of(index: Any) -> Ids:
         return ids
     lists = index.invlists
     return np.concatenate([_list_of(lists, number, index.code_size)[1] for number in range(index.nlist)])
-
-
-def _ids_sum(ids: Ids) -> int:
-    """Sum of splitmix64 of every id, modulo 2^64."""
-    with np.errstate(over="ignore"):
-        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return int((z ^ (z >> np.uint64(31))).sum(dtype=np.uint64))
 
 
 def _merge(paths: Sequence[Path], template: Template, out_path: Path) -> None:
