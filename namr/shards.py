@@ -1,8 +1,8 @@
 """One shard: a tar of samples in the WebDataset layout, written, and indexed by where each image lies.
 
-A sample is `<key>.jpg` (jpeg, png, webp) and `<key>.json` side by side. The JSON of our own shards holds the
-user's fields, the label under "label" and the exact key under "__key__": WebDataset cuts a name at its
-first dot, so the names in the tar have awkward characters percent-encoded and the key itself is kept apart.
+A sample is `<key>.jpg` (or another of EXTENSIONS) and `<key>.json` side by side. The JSON of our own shards
+holds the user's fields, the label under "label" and the exact key under "__key__": WebDataset cuts a name at
+its first dot, so names in the tar have awkward characters percent-encoded and the key itself is kept apart.
 Foreign shards may carry their label as `<key>.cls`, or under "label" in the JSON, or not at all.
 
 Not covered: compressed tars (nothing in them can be read by range) and samples of several images.
@@ -25,8 +25,13 @@ import webdataset.tariterators
 from namr.errors import ConfigError, ManifestError
 from namr.tables import SampleTable, fields_text
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+"""of images in a tar; what `images.decode` reads"""
 MAX_SHARD_NUMBER = (1 << 21) - 1
+_MAGIC = (
+    ("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG"), ("gif", b"GIF8"), ("bmp", b"BM"),
+    ("tif", b"II*\0"), ("tif", b"MM\0*"),
+)  # fmt: skip
 _BLOCK_BYTES = 512
 _NOT_SAMPLES = re.compile(r"__[^/]*__($|/)|(.*/)?\._")
 """WebDataset's metadata, and what macOS leaves in tars"""
@@ -69,6 +74,16 @@ def shard_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def row_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Rows in their shards of ids."""
     return ids & 0xFFFFFFFF
+
+
+def extension_of(image: bytes) -> str | None:
+    """The extension that the first bytes call for; None if they are of no format in EXTENSIONS."""
+    for extension, start in _MAGIC:
+        if image.startswith(start):
+            return extension
+    if image[8:12] == b"WEBP":
+        return "webp"
+    return "avif" if image[4:12] in (b"ftypavif", b"ftypavis") else None
 
 
 def write_shard(path: Path, samples: Iterable[Sample], *, number: int) -> SampleTable:

@@ -1,0 +1,27 @@
+"""Bring images into a dataset: shards in the WebDataset layout, a sample index, and a new version.
+
+    ray job submit --working-dir . -- python jobs/pack.py --config jobs/configs/pack.toml \
+        --source photos/train --dataset-uri s3://bucket/datasets/photos
+
+The same command again packs only what is new. `--help` explains every flag.
+"""
+
+from namr import config, packing
+from namr.packing import PackingConfig
+
+
+def main() -> None:
+    """Load the config, pack, and say what came of it."""
+    report = packing.pack(config.load(PackingConfig, description=__doc__ or ""))
+    for image in report.refused[:10]:
+        print(f"refused {image.location}: {image.reason}")
+    print(
+        f"packed {report.num_packed} of {report.num_found} images ({report.num_known} known before, "
+        f"{report.num_refused} refused) into {report.num_new_shards} new shards; {report.dataset_uri} is at "
+        f"version {report.version}: {report.num_classes} classes, {report.num_single_classes} with one image, "
+        f"{report.num_unlabelled} images without a label, {report.seconds:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    config.run(main)
