@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pytest
 
 FLOORS: dict[int, set[str]] = {
-    0: {"errors", "config"},
-    1: {"storage", "tables", "collectives", "distances", "sampling", "images"},
+    0: {"errors", "config", "folders", "buckets"},
+    1: {"storage", "tables", "collectives", "distances", "sampling", "images", "backbones"},
     2: {"manifests", "model", "losses", "metrics", "ivf", "shards", "report"},
     3: {"datasets", "embeddings", "releases", "registry", "learning"},
     4: {"reading", "engine", "search", "validation"},
@@ -27,16 +27,16 @@ FREE_TO_ALL_FLOORS = {"errors"}  # it imports nothing itself
 
 DOORS: dict[str, set[str]] = {
     "tyro": {"config"},
-    "fsspec": {"storage"},
-    "s3fs": {"storage"},
+    "fsspec": {"storage", "buckets"},
+    "s3fs": {"buckets"},
     "botocore": {"storage"},
     "pyarrow": {"tables", "storage"},
     "torch.distributed": {"collectives"},
     "torchvision": {"images"},
     "PIL": {"images"},
     "pydantic": {"manifests"},
-    "timm": {"model"},
-    "safetensors": {"model"},
+    "timm": {"backbones"},
+    "safetensors": {"backbones", "model"},
     "pytorch_metric_learning": {"losses"},
     "sklearn": {"metrics"},
     "faiss": {"ivf"},
