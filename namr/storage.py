@@ -1,36 +1,26 @@
 """Objects behind URIs: `s3://bucket/key` and local paths, with the two conditional writes that namr needs.
 
 Everything stored is either immutable under a name that nobody else uses (`write`, `upload`,
-`write_if_absent`), or one of the few pointers, which are swapped by `replace_if_match`. On S3 both are
-conditional puts. In a local folder write-if-absent is a temporary file, fsync and `os.link`, and
-replace-if-match is `flock` on a permanent file, a comparison and `os.replace`.
+`write_if_absent`), or one of the few pointers, which are swapped by `replace_if_match`. `folders` and
+`buckets` do the work; here their failures become errors that name the URI.
 
-Credentials and endpoint of S3 come from the environment alone (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-AWS_ENDPOINT_URL, AWS_REGION or whatever else botocore knows), so they are never in a config or a log.
 Not covered: other object stores (their conditional writes differ), deleting whole trees.
 """
 
-import errno
-import fcntl
-import functools
 import hashlib
 import os
-import shutil
-import tempfile
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import fsspec
-import fsspec.asyn
-import s3fs
 
+from namr import buckets
+from namr.buckets import Buckets
 from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
-
-_S3_PREFIX = "s3://"
-_PART_BYTES = 64 << 20
+from namr.folders import Folders, locked, temporary_beside
 
 
 class Range(NamedTuple):
@@ -45,7 +35,7 @@ class _Backend(Protocol):
     """What the two kinds of store can do; every method takes a URI of its own kind."""
 
     def read(self, uri: str) -> bytes: ...
-    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]: ...
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]: ...
     def open_stream(self, uri: str) -> BinaryIO: ...
     def write(self, uri: str, data: bytes) -> None: ...
     def write_if_absent(self, uri: str, data: bytes) -> bool: ...
@@ -68,7 +58,7 @@ def is_local(uri: str) -> bool:
     """True for a path of this machine; ConfigError for a scheme that namr doesn't know."""
     if "://" not in uri:
         return True
-    if uri.startswith(_S3_PREFIX):
+    if uri.startswith(buckets.PREFIX):
         return False
     raise ConfigError(f"{uri!r}: unknown kind of URI; expected s3://bucket/key or a local path")
 
@@ -141,7 +131,7 @@ def upload_if_absent(path: Path, uri: str) -> bool:
 def download(uri: str, path: Path) -> None:
     """Copy an object to a local file, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _explained("read", uri), _temporary_beside(path) as temporary:
+    with _explained("read", uri), temporary_beside(path) as temporary:
         _backend(uri).download(uri, temporary)
         temporary.replace(path)
 
@@ -196,7 +186,8 @@ def check_writable(uri: str) -> None:
     probe = join(uri, f".namr-probe-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         if not is_local(uri):
-            _s3.check_bucket(uri)
+            with _explained("write", uri):
+                _s3.check_bucket(uri)
         write(probe, b"")
     except StorageError as error:
         remedy = (
@@ -232,7 +223,7 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
     """A file system object and the path in it, for libraries that write for themselves (Ray Train)."""
     if is_local(uri):
         return fsspec.filesystem("file"), absolute(uri)
-    return _s3.filesystem(), uri.removeprefix(_S3_PREFIX)
+    return _s3.filesystem(), uri.removeprefix(buckets.PREFIX)
 
 
 class Cache:
@@ -262,12 +253,12 @@ class Cache:
         if found:
             return found
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / f".{sha256}.lock"):
+        with locked(self.folder / f".{sha256}.lock"):
             found = self.get(sha256)
             if found:
                 return found
             self._make_room(size(uri))
-            with _temporary_beside(self.folder / sha256) as temporary:
+            with temporary_beside(self.folder / sha256) as temporary:
                 download(uri, temporary)
                 actual = sha256_of_file(temporary)
                 if actual != sha256:
@@ -293,218 +284,11 @@ class Cache:
             excess -= length
 
 
-class _Local:
-    """Files; a URI is a path."""
-
-    def read(self, uri: str) -> bytes:
-        return Path(uri).read_bytes()
-
-    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
-        found = []
-        for wanted in ranges:
-            with Path(wanted.uri).open("rb", buffering=0) as file:
-                found.append(os.pread(file.fileno(), wanted.stop - wanted.start, wanted.start))
-        return found
-
-    def open_stream(self, uri: str) -> BinaryIO:
-        return Path(uri).open("rb")
-
-    def write(self, uri: str, data: bytes) -> None:
-        with self._new_file(uri) as (temporary, target):
-            _write_through(temporary, data)
-            temporary.replace(target)
-            _sync_folder(target.parent)
-
-    def write_if_absent(self, uri: str, data: bytes) -> bool:
-        with self._new_file(uri) as (temporary, target):
-            _write_through(temporary, data)
-            return self._link(temporary, target)
-
-    def upload(self, path: Path, uri: str) -> None:
-        with self._new_file(uri) as (temporary, target):
-            _copy_through(path, temporary)
-            temporary.replace(target)
-            _sync_folder(target.parent)
-
-    def upload_if_absent(self, path: Path, uri: str) -> bool:
-        with self._new_file(uri) as (temporary, target):
-            _copy_through(path, temporary)
-            return self._link(temporary, target)
-
-    def download(self, uri: str, path: Path) -> None:
-        shutil.copyfile(uri, path)
-
-    def read_with_etag(self, uri: str) -> tuple[bytes, str]:
-        data = self.read(uri)
-        return data, sha256(data)
-
-    def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool:
-        path = Path(uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent / f".{path.name}.lock"):
-            current = sha256(path.read_bytes()) if path.exists() else None
-            if current != etag:
-                return False
-            self.write(uri, data)
-        return True
-
-    def size(self, uri: str) -> int:
-        path = Path(uri)
-        if path.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "is a folder, not a file", uri)
-        return path.stat().st_size
-
-    def list_names(self, uri: str) -> list[str]:
-        root = Path(uri)
-        found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-        return [str(path.relative_to(root)) for path in found if not path.name.startswith(".")]
-
-    def delete(self, uri: str) -> None:
-        Path(uri).unlink(missing_ok=True)
-
-    @contextmanager
-    def _new_file(self, uri: str) -> Iterator[tuple[Path, Path]]:
-        target = Path(uri)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary_beside(target) as temporary:
-            yield temporary, target
-
-    def _link(self, temporary: Path, target: Path) -> bool:
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        _sync_folder(target.parent)
-        return True
-
-
-class _S3:
-    """Objects of an S3 server; a URI is s3://bucket/key."""
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019  one instance of this class lives as long as the process
-    def _filesystem_of(self, pid: int) -> s3fs.S3FileSystem:  # noqa: ARG002  a fork must not share connections
-        return s3fs.S3FileSystem(
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            default_block_size=8 << 20,
-            config_kwargs={
-                "retries": {"mode": "standard", "max_attempts": 5},
-                "connect_timeout": 10,
-                "read_timeout": 60,
-                "max_pool_connections": 64,
-            },
-        )
-
-    def filesystem(self) -> s3fs.S3FileSystem:
-        return self._filesystem_of(os.getpid())
-
-    def read(self, uri: str) -> bytes:
-        return cast(bytes, self.filesystem().cat_file(uri))
-
-    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
-        uris, starts, stops = zip(*ranges, strict=True)
-        filesystem = self.filesystem()
-        found = filesystem.cat_ranges(list(uris), list(starts), list(stops), on_error="raise", batch_size=64)
-        return cast(list[bytes], found)
-
-    def open_stream(self, uri: str) -> BinaryIO:
-        return cast(BinaryIO, self.filesystem().open(uri, "rb", cache_type="readahead"))
-
-    def write(self, uri: str, data: bytes) -> None:
-        self._put(uri, data)
-
-    def write_if_absent(self, uri: str, data: bytes) -> bool:
-        return self._put_if(uri, data, IfNoneMatch="*")
-
-    def upload(self, path: Path, uri: str) -> None:
-        self.filesystem().put_file(str(path), uri, chunksize=_PART_BYTES)
-
-    def upload_if_absent(self, path: Path, uri: str) -> bool:
-        try:
-            self.filesystem().put_file(str(path), uri, chunksize=_PART_BYTES, mode="create")
-        except OSError as error:
-            if _precondition_failed(error) or self._exists(uri):
-                return False
-            raise
-        return True
-
-    def download(self, uri: str, path: Path) -> None:
-        self.filesystem().get_file(uri, str(path))
-
-    def read_with_etag(self, uri: str) -> tuple[bytes, str]:
-        bucket, key = _split(uri)
-        loop = self.filesystem().loop
-        return cast(tuple[bytes, str], fsspec.asyn.sync(loop, self._get_with_etag, bucket, key))
-
-    async def _get_with_etag(self, bucket: str, key: str) -> tuple[bytes, str]:
-        answer = await self.filesystem()._call_s3("get_object", Bucket=bucket, Key=key)
-        async with answer["Body"] as body:
-            return await body.read(), answer["ETag"]
-
-    def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool:
-        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
-        return self._put_if(uri, data, **condition)
-
-    def size(self, uri: str) -> int:
-        found = self.filesystem().info(uri)
-        if found["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, "is a folder, not an object", uri)
-        return int(found["size"])
-
-    def list_names(self, uri: str) -> list[str]:
-        root = uri.removeprefix(_S3_PREFIX).rstrip("/") + "/"
-        return [name.removeprefix(root) for name in self.filesystem().find(root, refresh=True)]
-
-    def delete(self, uri: str) -> None:
-        bucket, key = _split(uri)
-        self.filesystem().call_s3("delete_object", Bucket=bucket, Key=key)
-
-    def check_bucket(self, uri: str) -> None:
-        """Some servers create a bucket at the first put: a typo has to fail all the same."""
-        with _explained("write", uri):
-            self.filesystem().call_s3("head_bucket", Bucket=uri.removeprefix(_S3_PREFIX).partition("/")[0])
-
-    def _exists(self, uri: str) -> bool:
-        return bool(self.filesystem().exists(uri))
-
-    def _put(self, uri: str, data: bytes, **condition: str) -> None:
-        bucket, key = _split(uri)
-        self.filesystem().call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-
-    def _put_if(self, uri: str, data: bytes, **condition: str) -> bool:
-        try:
-            self._put(uri, data, **condition)
-        except OSError as error:
-            if _precondition_failed(error):
-                return False
-            raise
-        return True
-
-
-_local, _s3 = _Local(), _S3()
+_local, _s3 = Folders(), Buckets()
 
 
 def _backend(uri: str) -> _Backend:
     return _local if is_local(uri) else _s3
-
-
-def _split(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix(_S3_PREFIX).partition("/")
-    if not bucket or not key:
-        raise ConfigError(f"{uri!r} names no object; expected s3://bucket/key")
-    return bucket, key
-
-
-def _s3_code(error: OSError) -> str:
-    """The S3 error code under an OSError of s3fs, or ""."""
-    response = getattr(error.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
-
-
-def _precondition_failed(error: OSError) -> bool:
-    """A conditional put that lost is answered 412, 409 (two at once) or 404 (If-Match of nothing)."""
-    codes = ("PreconditionFailed", "412", "ConditionalRequestConflict", "NoSuchKey")
-    return isinstance(error, FileExistsError) or _s3_code(error) in codes
 
 
 @contextmanager
@@ -513,7 +297,7 @@ def _explained(verb: str, uri: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if _s3_code(error) == "NoSuchBucket":
+        if buckets.error_code(error) == "NoSuchBucket":
             raise StorageError(f"cannot {verb} {uri}: there is no such bucket; create it first") from error
         raise ObjectMissing(f"cannot {verb} {_without_secrets(uri)}: nothing is there") from error
     except OSError as error:
@@ -531,45 +315,3 @@ def _reason(error: OSError) -> str:
 def _without_secrets(uri: str) -> str:
     parts = urllib.parse.urlsplit(uri)
     return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "") if "@" in parts.netloc else uri
-
-
-@contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    """A new name in the folder of `path`, gone afterwards; hidden, so that listings leave it out."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    path.chmod(0o644)
-
-
-def _copy_through(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
-    target.chmod(0o644)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from namr import storage
+from namr import buckets, storage
 from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
 from namr.storage import Range
 
@@ -154,15 +154,15 @@ class fresh_connections:
     """Leaves the connections of this process aside, as a new process would."""
 
     def __enter__(self) -> None:
-        storage._S3._filesystem_of.cache_clear()
+        buckets.Buckets._filesystem_of.cache_clear()
 
     def __exit__(self, *_: object) -> None:
-        storage._S3._filesystem_of.cache_clear()
+        buckets.Buckets._filesystem_of.cache_clear()
 
 
 @pytest.mark.s3
 def test_a_file_of_many_parts_arrives_whole(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(buckets, "_PART_BYTES", 5 << 20)
     path = tmp_path / "large"
     path.write_bytes(os.urandom(13 << 20))
     uri = storage.join(s3, "large")

@@ -1,0 +1,142 @@
+"""Objects on an S3 server, with the two conditional writes as conditional puts.
+
+Credentials and endpoint come from the environment alone (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_ENDPOINT_URL, AWS_REGION or whatever else botocore knows), so they are never in a config or a log. Errors
+are those of s3fs: `storage` explains them.
+"""
+
+import errno
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import fsspec.asyn
+import s3fs
+
+from namr.errors import ConfigError
+
+PREFIX = "s3://"
+_PART_BYTES = 64 << 20
+
+
+class Buckets:
+    """The store whose URIs are s3://bucket/key."""
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  one instance of this class lives as long as the process
+    def _filesystem_of(self, pid: int) -> s3fs.S3FileSystem:  # noqa: ARG002  a fork must not share connections
+        return s3fs.S3FileSystem(
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            default_block_size=8 << 20,
+            config_kwargs={
+                "retries": {"mode": "standard", "max_attempts": 5},
+                "connect_timeout": 10,
+                "read_timeout": 60,
+                "max_pool_connections": 64,
+            },
+        )
+
+    def filesystem(self) -> s3fs.S3FileSystem:
+        return self._filesystem_of(os.getpid())
+
+    def read(self, uri: str) -> bytes:
+        return cast(bytes, self.filesystem().cat_file(uri))
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        uris, starts, stops = zip(*ranges, strict=True)
+        filesystem = self.filesystem()
+        found = filesystem.cat_ranges(list(uris), list(starts), list(stops), on_error="raise", batch_size=64)
+        return cast(list[bytes], found)
+
+    def open_stream(self, uri: str) -> BinaryIO:
+        return cast(BinaryIO, self.filesystem().open(uri, "rb", cache_type="readahead"))
+
+    def write(self, uri: str, data: bytes) -> None:
+        self._put(uri, data)
+
+    def write_if_absent(self, uri: str, data: bytes) -> bool:
+        return self._put_if(uri, data, IfNoneMatch="*")
+
+    def upload(self, path: Path, uri: str) -> None:
+        self.filesystem().put_file(str(path), uri, chunksize=_PART_BYTES)
+
+    def upload_if_absent(self, path: Path, uri: str) -> bool:
+        try:
+            self.filesystem().put_file(str(path), uri, chunksize=_PART_BYTES, mode="create")
+        except OSError as error:
+            if _precondition_failed(error) or self._exists(uri):
+                return False
+            raise
+        return True
+
+    def download(self, uri: str, path: Path) -> None:
+        self.filesystem().get_file(uri, str(path))
+
+    def read_with_etag(self, uri: str) -> tuple[bytes, str]:
+        bucket, key = _split(uri)
+        loop = self.filesystem().loop
+        return cast(tuple[bytes, str], fsspec.asyn.sync(loop, self._get_with_etag, bucket, key))
+
+    async def _get_with_etag(self, bucket: str, key: str) -> tuple[bytes, str]:
+        answer = await self.filesystem()._call_s3("get_object", Bucket=bucket, Key=key)
+        async with answer["Body"] as body:
+            return await body.read(), answer["ETag"]
+
+    def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool:
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        return self._put_if(uri, data, **condition)
+
+    def size(self, uri: str) -> int:
+        found = self.filesystem().info(uri)
+        if found["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, "is a folder, not an object", uri)
+        return int(found["size"])
+
+    def list_names(self, uri: str) -> list[str]:
+        root = uri.removeprefix(PREFIX).rstrip("/") + "/"
+        return [name.removeprefix(root) for name in self.filesystem().find(root, refresh=True)]
+
+    def delete(self, uri: str) -> None:
+        bucket, key = _split(uri)
+        self.filesystem().call_s3("delete_object", Bucket=bucket, Key=key)
+
+    def check_bucket(self, uri: str) -> None:
+        """Some servers create a bucket at the first put: a typo has to fail all the same."""
+        self.filesystem().call_s3("head_bucket", Bucket=uri.removeprefix(PREFIX).partition("/")[0])
+
+    def _exists(self, uri: str) -> bool:
+        return bool(self.filesystem().exists(uri))
+
+    def _put(self, uri: str, data: bytes, **condition: str) -> None:
+        bucket, key = _split(uri)
+        self.filesystem().call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+
+    def _put_if(self, uri: str, data: bytes, **condition: str) -> bool:
+        try:
+            self._put(uri, data, **condition)
+        except OSError as error:
+            if _precondition_failed(error):
+                return False
+            raise
+        return True
+
+
+def error_code(error: OSError) -> str:
+    """The S3 error code under an OSError of s3fs, or ""."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def _precondition_failed(error: OSError) -> bool:
+    """A conditional put that lost is answered 412, 409 (two at once) or 404 (If-Match of nothing)."""
+    codes = ("PreconditionFailed", "412", "ConditionalRequestConflict", "NoSuchKey")
+    return isinstance(error, FileExistsError) or error_code(error) in codes
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix(PREFIX).partition("/")
+    if not bucket or not key:
+        raise ConfigError(f"{uri!r} names no object; expected s3://bucket/key")
+    return bucket, key
