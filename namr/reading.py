@@ -1,0 +1,474 @@
+"""Samples out of shards: as a stream, by id, and as the batches that training and evaluation want.
+
+Extraction reads whole shards from front to back (`stream`). Training reads P classes x K samples from
+anywhere: `SampleReader` takes a whole batch at once, joins ranges that lie near each other into one request,
+and fills a bounded cache of whole shards on local disk in the background while it answers from the object
+store. Where the dataset is larger than the cache, the shards that fit are cached and the others stay remote.
+
+What a batch needs to know of a dataset (where each image lies, its class) is written once per node as
+memory-mapped columns of about 24 bytes a sample, and shared by all ranks and loader workers there.
+
+A batch is a function of (seed, step) alone: neither rank nor number of loader workers changes a pixel.
+Not covered: shuffled passes over all samples, and reading without labels (`stream` does).
+"""
+
+import fcntl
+import hashlib
+import os
+import queue
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.utils.data
+
+from namr import images, sampling, storage, tables
+from namr.datasets import Dataset, ShardEntry
+from namr.errors import ConfigError, ImageRefused, ManifestError, NamrError
+from namr.images import AugmentConfig, Preprocessing
+from namr.sampling import BatchSampler, ClassIndex, Pick, PKConfig
+from namr.shards import row_of, shard_of
+
+Ints = npt.NDArray[np.int64]
+
+_REMOTE_GAP_BYTES = 256 << 10
+"""what a request's latency is worth: reading over a gap of this size is cheaper than asking twice"""
+_LOCAL_GAP_BYTES = 16 << 10
+_MAX_RANGE_BYTES = 16 << 20
+_CHUNK_BYTES = 1 << 20
+
+
+class StreamedSample(NamedTuple):
+    """A sample as `stream` yields it."""
+
+    id: int
+    key: str
+    label: str | None
+    image: bytes
+
+
+class Batch(NamedTuple):
+    """Images of one step, as one rank sees them."""
+
+    pixels: torch.Tensor
+    """uint8 (b, 3, size, size)"""
+    labels: torch.Tensor
+    """int64 (b,), class numbers of the SampleIndex"""
+    positions: torch.Tensor
+    """int64 (b,), places in the global batch (in the whole pass, for evaluation)"""
+    ids: torch.Tensor
+    """int64 (b,)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How a rank gets its batches."""
+
+    num_workers: int = 2
+    """loader processes of each rank; 0 loads in the training process"""
+    prefetch_batches_per_worker: int = 2
+    """batches that each loader process holds ready"""
+    cache_folder: Path = Path("~/.cache/namr/reading")
+    """local disk for whole shards and the class index, shared by all ranks of a node"""
+    cache_bytes: int = 50 << 30
+    """limit of the shard cache; not used for datasets on local disk"""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers is {self.num_workers}; expected 0 or more")
+        if self.prefetch_batches_per_worker < 1:
+            raise ConfigError(
+                f"prefetch_batches_per_worker is {self.prefetch_batches_per_worker}; expected 1 or more"
+            )
+        if self.cache_bytes <= 0:
+            raise ConfigError(f"cache_bytes is {self.cache_bytes}; expected more than 0")
+
+
+def stream(dataset: Dataset, entry: ShardEntry) -> Iterator[StreamedSample]:
+    """The live samples of a shard, in row order, the tar read once from front to back.
+
+    What came counts only when the stream has ended: ManifestError is raised where the tar is shorter than
+    its index says, and at the end if its digest is not the manifest's.
+    """
+    table, uri = dataset.samples(entry), dataset.shard_uri(entry)
+    live = dataset.live(table.ids) & (table.sizes > 0)
+    digest = hashlib.sha256()
+    with storage.open_stream(uri) as file:
+        for row, (offset, size) in enumerate(zip(table.offsets, table.sizes, strict=True)):
+            _take(file, int(offset) - file.tell(), digest, uri)
+            image = _take(file, int(size), digest, uri)
+            if live[row]:
+                yield StreamedSample(int(table.ids[row]), table.keys[row], table.labels[row], image)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    if digest.hexdigest() != entry.tar.sha256:
+        raise ManifestError(
+            f"{uri} is damaged: its SHA-256 is {digest.hexdigest()}, version {dataset.version.version} of "
+            f"{dataset.uri} says {entry.tar.sha256}; restore it"
+        )
+
+
+def _take(file: BinaryIO, num_bytes: int, digest: "hashlib._Hash", uri: str) -> bytes:
+    data = file.read(num_bytes)
+    if len(data) < num_bytes:
+        raise ManifestError(f"{uri} is truncated: it ends inside a sample that its index lists; restore it")
+    digest.update(data)
+    return data
+
+
+@dataclass(frozen=True, eq=False)
+class SampleIndex:
+    """Where the images of a dataset version lie, and their classes; memory-mapped.
+
+    Class numbers are places in the sorted distinct labels of live samples. N rows of all shards in order of
+    id, n live and labelled ones, C classes, S shards.
+    """
+
+    folder: Path
+
+    @cached_property
+    def _columns(self) -> dict[str, npt.NDArray[Any]]:
+        return tables.open_columns(self.folder)
+
+    @cached_property
+    def class_index(self) -> ClassIndex:
+        """For `sampling`: its rows are sample ids, (n,) sorted by class and id."""
+        return ClassIndex(rows=self._columns["ids_by_class"], starts=self._columns["class_starts"])
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The label of each class, (C,)."""
+        return [str(name) for name in self._columns["class_names"]]
+
+    @property
+    def num_classes(self) -> int:
+        """C, classes with one image included."""
+        return self.class_index.num_classes
+
+    @cached_property
+    def labelled_ids(self) -> Ints:
+        """(n,) ids of live samples with a label, ascending."""
+        return np.sort(self.class_index.rows)
+
+    def places(self, ids: Ints) -> Ints:
+        """(b,) rows of the columns for ids."""
+        shards = np.searchsorted(self._columns["shard_numbers"], shard_of(ids))
+        found: Ints = self._columns["shard_starts"][shards] + row_of(ids)
+        return found
+
+    def offsets(self, places: Ints) -> Ints:
+        """(b,) of the image's first byte in its tar."""
+        return np.asarray(self._columns["offsets"][places], np.int64)
+
+    def sizes(self, places: Ints) -> Ints:
+        """(b,) bytes of the image."""
+        return np.asarray(self._columns["sizes"][places], np.int64)
+
+    def classes(self, places: Ints) -> Ints:
+        """(b,) class numbers, -1 for samples that are tombstoned or have no label."""
+        return np.asarray(self._columns["classes"][places], np.int64)
+
+    def __reduce__(self) -> tuple[type["SampleIndex"], tuple[Path]]:
+        return SampleIndex, (self.folder,)  # another process maps the files itself
+
+
+def build_class_index(dataset: Dataset, folder: Path) -> SampleIndex:
+    """The sample index of a dataset version in `folder`, written by the first process of a node to ask.
+
+    The others wait for it. Labels are taken from the shards' sample indexes.
+    """
+    target = folder.expanduser().absolute() / dataset.digest
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{dataset.digest}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            tables.write_columns(target, _columns_of(dataset))
+    return SampleIndex(target)
+
+
+def _columns_of(dataset: Dataset) -> dict[str, npt.NDArray[Any]]:
+    numbers: dict[str, int] = {}
+    offsets, sizes, classes, all_ids = [], [], [], []
+    for table in dataset.all_samples():
+        live = dataset.live(table.ids) & (table.sizes > 0)
+        numbers_here = [
+            numbers.setdefault(label, len(numbers)) if label is not None and is_live else -1
+            for label, is_live in zip(table.labels, live, strict=True)
+        ]
+        classes.append(np.array(numbers_here, np.int32))
+        offsets.append(table.offsets)
+        sizes.append(table.sizes.astype(np.uint32))
+        all_ids.append(table.ids)
+    names = sorted(numbers)
+    renumbered = np.full(len(names) + 1, -1, np.int32)  # the last, for -1, stays -1
+    renumbered[[numbers[name] for name in names]] = np.arange(len(names))
+    class_of_row = renumbered[np.concatenate([np.empty(0, np.int32), *classes])]
+    by_class = ClassIndex.from_labels(class_of_row)
+    ids = np.concatenate([np.empty(0, np.int64), *all_ids])
+    return {
+        "shard_numbers": np.array([entry.number for entry in dataset.shards], np.int64),
+        "shard_starts": np.cumsum([0, *(entry.num_samples for entry in dataset.shards)], dtype=np.int64),
+        "offsets": np.concatenate([np.empty(0, np.int64), *offsets]),
+        "sizes": np.concatenate([np.empty(0, np.uint32), *sizes]),
+        "classes": class_of_row,
+        "ids_by_class": ids[by_class.rows],
+        "class_starts": by_class.starts,
+        "class_names": np.array(names, np.str_),
+    }
+
+
+class SampleReader:
+    """Reads many images at once, wherever their shards lie.
+
+    With a cache, shards of a remote dataset are copied to local disk in the background, as many as fit, and
+    read from there as soon as they are whole. If that fails (a full disk, a damaged shard), the next read
+    raises what went wrong. Every process makes its own reader; it can be pickled to get there.
+    """
+
+    def __init__(self, dataset: Dataset, *, cache: storage.Cache | None) -> None:
+        self.dataset, self.cache = dataset, cache
+        self._entries = {entry.number: entry for entry in dataset.shards}
+        self._filler: _Filler | None = None
+
+    def read(self, ids: Ints, offsets: Ints, sizes: Ints) -> list[bytes]:
+        """The images' bytes, in the order asked; (b,) each. A sample may be asked for twice."""
+        shards = shard_of(ids)
+        uris = {number: self._uri(number) for number in set(shards.tolist())}
+        self._fill(uris)
+        order = np.lexsort((offsets, shards))
+        joined: list[storage.Range] = []
+        range_of = np.empty(len(ids), np.int64)
+        for place in order.tolist():
+            start, uri = int(offsets[place]), uris[int(shards[place])]
+            stop = start + int(sizes[place])
+            gap = _LOCAL_GAP_BYTES if storage.is_local(uri) else _REMOTE_GAP_BYTES
+            last = joined[-1] if joined else None
+            if (
+                last
+                and last.uri == uri
+                and start <= last.stop + gap
+                and stop - last.start <= _MAX_RANGE_BYTES
+            ):
+                joined[-1] = last._replace(stop=max(last.stop, stop))
+            else:
+                joined.append(storage.Range(uri, start, stop))
+            range_of[place] = len(joined) - 1
+        found = self._read_ranges(joined)
+        images_read = []
+        for place, within in enumerate(range_of.tolist()):
+            start = int(offsets[place]) - joined[within].start
+            images_read.append(found[within][start : start + int(sizes[place])])
+        return images_read
+
+    def _uri(self, number: int) -> str:
+        try:
+            entry = self._entries[number]
+        except KeyError:
+            raise ManifestError(
+                f"{self.dataset.uri} has no shard {number} in version {self.dataset.version.version}"
+            ) from None
+        cached = self.cache.get(entry.tar.sha256) if self.cache else None
+        return str(cached) if cached else self.dataset.shard_uri(entry)
+
+    def _read_ranges(self, ranges: list[storage.Range]) -> list[bytes]:
+        """Local and remote ones each in one call."""
+        found: dict[int, bytes] = {}
+        for local in (True, False):
+            places = [place for place, r in enumerate(ranges) if storage.is_local(r.uri) == local]
+            found |= zip(places, storage.read_ranges([ranges[place] for place in places]), strict=True)
+        return [found[place] for place in range(len(ranges))]
+
+    def _fill(self, uris: dict[int, str]) -> None:
+        if self._filler:
+            self._filler.check()
+        elif self.cache and not all(storage.is_local(uri) for uri in uris.values()):
+            self._filler = _Filler(self.dataset, self.cache)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reader, (self.dataset, self.cache)
+
+
+def _is_near(before: storage.Range, uri: str, start: int, stop: int) -> bool:
+    """Whether one request for both is cheaper than two; `start` is not before that of `before`."""
+    gap = _LOCAL_GAP_BYTES if storage.is_local(uri) else _REMOTE_GAP_BYTES
+    return before.uri == uri and start <= before.stop + gap and stop <= before.start + _MAX_RANGE_BYTES
+
+
+def _reader(dataset: Dataset, cache: storage.Cache | None) -> SampleReader:
+    return SampleReader(dataset, cache=cache)
+
+
+class _Filler:
+    """A thread that copies shards to the cache, one after the other, until all that fit are there."""
+
+    def __init__(self, dataset: Dataset, cache: storage.Cache) -> None:
+        self._dataset, self._cache = dataset, cache
+        self._failures: queue.SimpleQueue[NamrError | OSError] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="namr-shard-cache", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise what went wrong, if something did."""
+        if not self._failures.empty():
+            raise self._failures.get()
+
+    def _run(self) -> None:
+        fitting, filled = [], 0
+        for entry in self._dataset.shards:
+            filled += entry.tar.size_bytes
+            if filled > self._cache.max_bytes:
+                break
+            fitting.append(entry)
+        random.Random(os.getpid()).shuffle(fitting)  # processes of a node start with different shards
+        try:
+            for entry in fitting:
+                uri = self._dataset.shard_uri(entry)
+                if not storage.is_local(uri):
+                    self._cache.path(uri, sha256=entry.tar.sha256)
+        except (NamrError, OSError) as error:
+            self._failures.put(error)
+
+
+class PKDataset(torch.utils.data.Dataset[Batch]):
+    """Whole batches for a list of picks; `torch.utils.data.DataLoader` asks for each batch at once."""
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        index: SampleIndex,
+        *,
+        prep: Preprocessing,
+        augment: AugmentConfig | None,
+        seed: int,
+    ) -> None:
+        """augment: None prepares images as search does. seed: of the augmentation, with step and position."""
+        self._reader, self._index = reader, index
+        self._prep, self._augment, self._seed = prep, augment, seed
+
+    def __getitems__(self, picks: Sequence[Pick]) -> Batch:
+        """One batch; ImageRefused, naming the id, for an image that does not decode."""
+        ids = np.array([pick.row for pick in picks], np.int64)
+        places = self._index.places(ids)
+        found = self._reader.read(ids, self._index.offsets(places), self._index.sizes(places))
+        pixels = np.empty((len(picks), 3, self._prep.size_px, self._prep.size_px), np.uint8)
+        for place, (pick, data) in enumerate(zip(picks, found, strict=True)):
+            try:
+                pixels[place] = self._pixels(data, pick)
+            except ImageRefused as refusal:
+                uri = self._reader.dataset.uri
+                raise ImageRefused(f"{refusal.reason} (sample {pick.row} of {uri})") from refusal
+        return Batch(
+            pixels=torch.from_numpy(pixels),
+            labels=torch.from_numpy(self._index.classes(places)),
+            positions=torch.tensor([pick.position for pick in picks]),
+            ids=torch.from_numpy(ids),
+        )
+
+    def __getitem__(self, pick: Pick) -> Batch:
+        return self.__getitems__([pick])
+
+    def _pixels(self, data: bytes, pick: Pick) -> npt.NDArray[np.uint8]:
+        if self._augment is None:
+            return images.prepare(data, self._prep)
+        seed = sampling.augmentation_seed(self._seed, pick.step, pick.position)
+        return images.augment(data, self._prep, self._augment, seed=seed)
+
+
+class InOrder(torch.utils.data.Sampler[list[Pick]]):
+    """A rank's part of all labelled samples, each once, by id, in batches; the last may be smaller."""
+
+    def __init__(self, index: SampleIndex, *, batch_size_per_worker: int, rank: int, world_size: int) -> None:
+        ids = index.labelled_ids
+        self._slice = sampling.slice_of_rank(len(ids), rank=rank, world_size=world_size)
+        self._ids, self._batch_size = ids[self._slice], batch_size_per_worker
+
+    def __len__(self) -> int:
+        return -(-len(self._ids) // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        for step in range(len(self)):
+            start = step * self._batch_size
+            ids = self._ids[start : start + self._batch_size].tolist()
+            yield [Pick(id, step, self._slice.start + start + place) for place, id in enumerate(ids)]
+
+
+def make_loader(
+    dataset: Dataset,
+    config: LoaderConfig,
+    *,
+    batches: PKConfig,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    num_steps: int,
+    prep: Preprocessing,
+    augment: AugmentConfig,
+) -> "torch.utils.data.DataLoader[Batch]":
+    """The rank's slices of the P x K global batches first_step .. first_step + num_steps - 1.
+
+    ConfigError where the dataset has too few classes with two images or more.
+    """
+    index = build_class_index(dataset, config.cache_folder)
+    sampler = BatchSampler(
+        index.class_index,
+        batches,
+        first_step=first_step,
+        num_steps=num_steps,
+        rank=rank,
+        world_size=world_size,
+    )
+    return _loader(dataset, config, index, sampler, prep=prep, augment=augment, seed=batches.seed)
+
+
+def make_evaluation_loader(
+    dataset: Dataset,
+    config: LoaderConfig,
+    *,
+    batch_size_per_worker: int,
+    rank: int,
+    world_size: int,
+    prep: Preprocessing,
+) -> "torch.utils.data.DataLoader[Batch]":
+    """Every live, labelled sample once over all ranks, in order of id, as search would see it."""
+    index = build_class_index(dataset, config.cache_folder)
+    sampler = InOrder(index, batch_size_per_worker=batch_size_per_worker, rank=rank, world_size=world_size)
+    return _loader(dataset, config, index, sampler, prep=prep, augment=None, seed=0)
+
+
+def _loader(
+    dataset: Dataset,
+    config: LoaderConfig,
+    index: SampleIndex,
+    sampler: BatchSampler | InOrder,
+    *,
+    prep: Preprocessing,
+    augment: AugmentConfig | None,
+    seed: int,
+) -> "torch.utils.data.DataLoader[Batch]":
+    folder = config.cache_folder.expanduser().absolute()
+    reader = SampleReader(dataset, cache=storage.Cache(folder / "shards", config.cache_bytes))
+    workers: dict[str, Any] = {}
+    if config.num_workers:
+        workers = {
+            "multiprocessing_context": "spawn",  # torch, Arrow and S3 connections don't survive a fork
+            "persistent_workers": True,
+            "prefetch_factor": config.prefetch_batches_per_worker,
+        }
+    return torch.utils.data.DataLoader(
+        PKDataset(reader, index, prep=prep, augment=augment, seed=seed),
+        batch_sampler=sampler,
+        num_workers=config.num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        **workers,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch  # `PKDataset` returns whole batches
