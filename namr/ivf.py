@@ -24,60 +24,22 @@ start processes by spawn.
 import hashlib
 import itertools
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
+from namr import index_files
 from namr.errors import ConfigError, ManifestError, ShapeError
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-OFFERED = "Flat, IVF<lists>,Flat, IVF<lists>,SQ8 and IVF<lists>,PQ<bytes>x8"
 ADD_ROWS = 8192
-_PQ_CENTROIDS = 256
-_REFUSED = {
-    "fs": "a fast-scan index can't be merged: FAISS aborts the process",
-    "HNSW": "a graph can't be merged",
-    "NSG": "a graph can't be merged",
-    "RFlat": "an index that refines its own results can't be merged, and namr re-ranks by itself",
-}
-
-
-class IndexKey(NamedTuple):
-    """A parsed index key: num_lists is 0 for Flat, code_bytes is what one vector takes without its id."""
-
-    text: str
-    num_lists: int
-    codec: str
-    code_bytes: int
-
-    @property
-    def min_training_vectors(self) -> int:
-        """The fewest vectors that the template can be trained on."""
-        return max(self.num_lists, _PQ_CENTROIDS if self.codec == "PQ" else 0)
-
-
-def parse_key(text: str, *, dim: int) -> IndexKey:
-    """The parts of an index key such as `IVF1024,SQ8`; ConfigError for one that is not offered."""
-    if text == "Flat":
-        return IndexKey(text, 0, "Flat", 4 * dim)
-    found = re.fullmatch(r"IVF([1-9]\d*),(Flat|SQ8|PQ([1-9]\d*)x8)", text)
-    if found is None:
-        reason = next((why for word, why in _REFUSED.items() if word in text), "namr has no such index")
-        raise ConfigError(f"index key {text!r} is not offered: {reason}; choose one of {OFFERED}")
-    lists, codec, num_bytes = int(found[1]), found[2], found[3]
-    if num_bytes is None:
-        return IndexKey(text, lists, codec, 4 * dim if codec == "Flat" else dim)
-    if dim % int(num_bytes):
-        raise ConfigError(f"index key {text!r}: {num_bytes} bytes don't divide the dimension {dim}")
-    return IndexKey(text, lists, "PQ", int(num_bytes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +81,7 @@ def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Templ
     More than 256 vectors a list are not used. Deterministic for given x, seed and number of threads.
     """
     _check_vectors(x, "the training sample")
-    parsed = parse_key(key, dim=x.shape[1])
+    parsed = index_files.parse_key(key, dim=x.shape[1])
     if len(x) < parsed.min_training_vectors:
         raise ShapeError(
             f"index key {key!r} is trained on {parsed.min_training_vectors} vectors or more, the sample has "
@@ -138,7 +100,7 @@ def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Templ
             clustering.min_points_per_centroid = 1  # fewer than 39 is warned of by FAISS; planning sees to it
         faiss.omp_set_num_threads(num_threads)
         index.train(np.ascontiguousarray(x))
-    return Template(key=key, dim=x.shape[1], data=_serialised(index))
+    return Template(key=key, dim=x.shape[1], data=index_files.serialised(index))
 
 
 def load_template(data: bytes) -> Template:
@@ -146,8 +108,10 @@ def load_template(data: bytes) -> Template:
     try:
         index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
     except RuntimeError as error:
-        raise ManifestError(f"these {len(data)} bytes are no FAISS template: {_first_line(error)}") from error
-    key = _key_of(index, "the template")
+        raise ManifestError(
+            f"these {len(data)} bytes are no FAISS template: {index_files.first_line(error)}"
+        ) from error
+    key = index_files.key_of(index, "the template")
     if index.ntotal != 0 or not index.is_trained:
         raise ManifestError(f"not a template: it holds {index.ntotal} vectors, trained: {index.is_trained}")
     return Template(key=key, dim=index.d, data=data)
@@ -173,7 +137,7 @@ def build_part(
             raise ShapeError(f"ids have to ascend: after {last_id} came {ids[:5].tolist()}...")
         last_id = int(ids[-1])
         _add(index, x, ids)
-        num_vectors, ids_sum = num_vectors + len(ids), (ids_sum + sum_of_ids(ids)) % 2**64
+        num_vectors, ids_sum = num_vectors + len(ids), (ids_sum + index_files.sum_of_ids(ids)) % 2**64
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     faiss.write_index(index, str(temporary))
     built = inspect(temporary)
@@ -186,16 +150,11 @@ def build_part(
     return built
 
 
-def build_monolithic(template: Template, x: Floats, ids: Ids, path: Path, *, num_threads: int) -> IndexInfo:
-    """One index over everything: what merged parts are compared with."""
-    return build_part(template, [(x, ids)], path, num_threads=num_threads)
-
-
 def inspect(path: Path) -> IndexInfo:
     """What the part or segment at path holds; ManifestError for what namr can't merge, or a damaged file."""
-    index = _open(path, faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
-    key = _key_of(index, str(path))
-    ids = np.sort(_ids_of(index))
+    index = index_files.open_file(path, mmap=True)
+    key = index_files.key_of(index, str(path))
+    ids = np.sort(index_files.ids_of(index))
     if len(ids) != index.ntotal:
         raise ManifestError(f"{path} says it holds {index.ntotal} vectors and has ids of {len(ids)}")
     twice = ids[1:][ids[1:] == ids[:-1]]
@@ -204,11 +163,11 @@ def inspect(path: Path) -> IndexInfo:
     return IndexInfo(
         key=key,
         dim=index.d,
-        template_hash=hashlib.sha256(_emptied(index)).hexdigest(),
+        template_hash=hashlib.sha256(index_files.emptied(index)).hexdigest(),
         num_vectors=len(ids),
         first_id=int(ids[0]) if len(ids) else -1,
         last_id=int(ids[-1]) if len(ids) else -1,
-        ids_sum=sum_of_ids(ids),
+        ids_sum=index_files.sum_of_ids(ids),
         imbalance=float(index.invlists.imbalance_factor()) if len(ids) and key != "Flat" else 1.0,
     )
 
@@ -254,15 +213,6 @@ def merge_parts(template: Template, part_paths: Sequence[Path], out_path: Path) 
     return merged
 
 
-def sum_of_ids(ids: Ids) -> int:
-    """Sum of splitmix64 of every id, modulo 2^64: tells sets of ids apart, in any order and in any pieces."""
-    with np.errstate(over="ignore"):
-        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return int((z ^ (z >> np.uint64(31))).sum(dtype=np.uint64))
-
-
 class Index:
     """One or more segments of one template, searched as one index. Made by `open_index`."""
 
@@ -271,7 +221,7 @@ class Index:
         self._kept = kept  # the segments' own memory, which FAISS only points to
         self._num_threads = num_threads
         self.template_hash = template_hash
-        self.key = _key_of(index, "the index")
+        self.key = index_files.key_of(index, "the index")
         self.dim = int(index.d)
         self.num_vectors = int(index.ntotal)
         self.num_lists = int(index.nlist) if self.key != "Flat" else 0
@@ -306,23 +256,23 @@ def open_index(paths: Path | Sequence[Path], *, mmap: bool = True, num_threads: 
     paths = [paths] if isinstance(paths, Path) else list(paths)
     if not paths:
         raise ConfigError("no segment to open: a release has at least one")
-    indexes = [_open(path, faiss.IO_FLAG_MMAP_IFC if mmap else 0) for path in paths]
-    hashes = [hashlib.sha256(_emptied(index)).hexdigest() for index in indexes]
+    indexes = [index_files.open_file(path, mmap=mmap, for_search=True) for path in paths]
+    hashes = [hashlib.sha256(index_files.emptied(index)).hexdigest() for index in indexes]
     for path, other in zip(paths, hashes, strict=True):
         if other != hashes[0]:
             raise ManifestError(f"{path} is of template {other[:12]}, {paths[0]} of {hashes[0][:12]}")
     if len(indexes) == 1:
         return Index(indexes[0], [], template_hash=hashes[0], num_threads=num_threads)
-    if _key_of(indexes[0], str(paths[0])) == "Flat":
-        whole: Any = _open(paths[0], 0)
+    if index_files.key_of(indexes[0], str(paths[0])) == "Flat":
+        whole: Any = index_files.open_file(paths[0], mmap=False)
         for path in paths[1:]:
-            whole.merge_from(_open(path, 0), 0)
+            whole.merge_from(index_files.open_file(path, mmap=False), 0)
         return Index(whole, [], template_hash=hashes[0], num_threads=num_threads)
     pointers = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]
     for index in indexes:
         pointers.push_back(index.invlists)
     stacked = faiss.HStackInvertedLists(pointers.size(), pointers.data())
-    whole = faiss.deserialize_index(np.frombuffer(_emptied(indexes[0]), np.uint8))
+    whole = faiss.deserialize_index(np.frombuffer(index_files.emptied(indexes[0]), np.uint8))
     whole.replace_invlists(stacked, False)
     whole.ntotal = sum(int(index.ntotal) for index in indexes)
     return Index(whole, [*indexes, stacked], template_hash=hashes[0], num_threads=num_threads)
@@ -354,106 +304,14 @@ def _add(index: Any, x: Floats, ids: Ids) -> None:
         index.ntotal -= ADD_ROWS - n
 
 
-def _open(path: Path, flags: int) -> Any:
-    try:
-        return faiss.read_index(str(path), flags)
-    except RuntimeError as error:
-        raise ManifestError(f"{path} is no readable FAISS index: {_first_line(error)}") from error
-
-
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1]
-
-
-def _key_of(index: Any, what: str) -> str:
-    """The key of an index, from what it is; ManifestError for one that namr doesn't make."""
-    if index.metric_type != faiss.METRIC_L2:
-        raise ManifestError(f"{what} has FAISS metric {index.metric_type}; namr's indexes are all squared L2")
-    if type(index) is faiss.IndexIDMap and type(faiss.downcast_index(index.index)) is faiss.IndexFlatL2:
-        return "Flat"
-    codec = None
-    if type(index) is faiss.IndexIVFFlat:
-        codec = "Flat"
-    elif type(index) is faiss.IndexIVFScalarQuantizer:
-        codec = "SQ8" if index.sq.qtype == faiss.ScalarQuantizer.QT_8bit else None
-    elif type(index) is faiss.IndexIVFPQ:
-        codec = f"PQ{index.pq.M}x8" if index.pq.nbits == 8 else None
-    if codec is None:
-        raise ManifestError(f"{what} is a {type(index).__name__}; expected one of {OFFERED}")
-    if index.direct_map.type != faiss.DirectMap.NoMap:  # type: ignore[attr-defined]
-        raise ManifestError(f"{what} has a direct map, which FAISS can't merge: build it without")
-    return f"IVF{index.nlist},{codec}"
-
-
-def _serialised(index: Any) -> bytes:
-    data: npt.NDArray[np.uint8] = faiss.serialize_index(index)
-    return data.tobytes()
-
-
-def _emptied(index: Any) -> bytes:
-    """The bytes of this index with its contents taken out: its template. The index itself stays as it is."""
-    if isinstance(index, faiss.IndexIDMap):
-        return _serialised(faiss.IndexIDMap(faiss.IndexFlatL2(index.d)))
-    num_vectors, nprobe, lists, owned = index.ntotal, index.nprobe, index.invlists, index.own_invlists
-    nothing = faiss.ArrayInvertedLists(index.nlist, index.code_size)  # named: it has to outlive the call
-    index.own_invlists = False
-    index.replace_invlists(nothing, False)
-    index.ntotal, index.nprobe = 0, 1
-    try:
-        return _serialised(index)
-    finally:
-        index.replace_invlists(lists, False)
-        index.own_invlists, index.ntotal, index.nprobe = owned, num_vectors, nprobe
-
-
-def _list_of(lists: Any, number: int, code_size: int) -> tuple[npt.NDArray[np.uint8], Ids]:
-    """Codes (n * code_size,) and ids (n,) of one list, as views of its memory."""
-    size = lists.list_size(number)
-    if size == 0:
-        return np.empty(0, np.uint8), np.empty(0, np.int64)
-    codes = faiss.rev_swig_ptr(lists.get_codes(number), size * code_size)
-    return codes, faiss.rev_swig_ptr(lists.get_ids(number), size)
-
-
-def _ids_of(index: Any) -> Ids:
-    if isinstance(index, faiss.IndexIDMap):
-        ids: Ids = faiss.vector_to_array(index.id_map)
-        return ids
-    lists = index.invlists
-    return np.concatenate([_list_of(lists, number, index.code_size)[1] for number in range(index.nlist)])
-
-
 def _merge(paths: Sequence[Path], template: Template, out_path: Path) -> None:
     whole = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
     if template.key == "Flat":
         for path in paths:
-            whole.merge_from(_open(path, 0), 0)
+            whole.merge_from(index_files.open_file(path, mmap=False), 0)
         faiss.write_index(whole, str(out_path))
         return
-    parts = [_open(path, faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE) for path in paths]
+    parts = [index_files.open_file(path, mmap=True) for path in paths]
     whole.ntotal = sum(int(part.ntotal) for part in parts)
     with out_path.open("wb") as file:
-        _write_lists(file, whole, [part.invlists for part in parts])
-
-
-def _write_lists(file: BinaryIO, whole: Any, parts: Sequence[Any]) -> None:
-    """A FAISS file of `whole` (empty, but with the final count) and of the parts' lists, joined list by list.
-
-    An IVF file ends with its lists: "ilar", number of lists, code size, "full", the sizes, and for each
-    list its codes and its ids (faiss/impl/index_write.cpp, write_InvertedLists). An empty index is
-    written as "sprs" with no sizes: this tail is replaced.
-    """
-    data, num_lists, code_size = _serialised(whole), int(whole.nlist), int(whole.code_size)
-    counts = np.array([num_lists, code_size], np.uint64).tobytes()
-    tail = b"ilar" + counts + b"sprs" + np.uint64(0).tobytes()
-    if not data.endswith(tail):
-        raise ManifestError(f"FAISS {faiss.__version__} writes IVF files in another layout: merge with 1.15")
-    sizes = np.array([[part.list_size(i) for i in range(num_lists)] for part in parts], np.uint64)
-    file.write(data[: -len(tail)] + b"ilar" + counts + b"full" + np.uint64(num_lists).tobytes())
-    file.write(sizes.reshape(len(parts), num_lists).sum(axis=0, dtype=np.uint64).tobytes())
-    for number in range(num_lists):
-        lists = [_list_of(part, number, code_size) for part in parts]
-        for codes, _ in lists:
-            file.write(codes.data)
-        for _, ids in lists:
-            file.write(ids.data)
+        index_files.write_joined(file, whole, [part.invlists for part in parts])

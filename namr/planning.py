@@ -14,7 +14,7 @@ Not covered: time (it depends on the machine), and a split over several serving 
 import math
 from dataclasses import dataclass
 
-from namr import ivf
+from namr import index_files
 from namr.errors import ConfigError
 
 FLAT_BELOW = 20_000
@@ -50,7 +50,9 @@ def plan(
     for name, value in (("dim", dim), ("num_parts", num_parts), ("max_index_bytes", max_index_bytes)):
         if value < 1:
             raise ConfigError(f"{name} is {value}; expected 1 or more")
-    parsed = ivf.parse_key(_choose(num_vectors, dim, max_index_bytes) if key == "auto" else key, dim=dim)
+    parsed = index_files.parse_key(
+        _choose(num_vectors, dim, max_index_bytes) if key == "auto" else key, dim=dim
+    )
     wanted = max(SAMPLE_PER_LIST * parsed.num_lists, 2 * parsed.min_training_vectors)
     sample = min(num_vectors, wanted)
     index_bytes = _index_bytes(num_vectors, dim, parsed)
@@ -70,14 +72,14 @@ def _choose(num_vectors: int, dim: int, max_index_bytes: int) -> str:
     """The most exact key that fits."""
     if (
         num_vectors < FLAT_BELOW
-        and _index_bytes(num_vectors, dim, ivf.parse_key("Flat", dim=dim)) <= max_index_bytes
+        and _index_bytes(num_vectors, dim, index_files.parse_key("Flat", dim=dim)) <= max_index_bytes
     ):
         return "Flat"
     lists = 2 ** round(math.log2(2 * math.sqrt(max(num_vectors, 1))))
     codecs = ["Flat", "SQ8", *(f"PQ{dim // n}x8" for n in _PQ_BYTES_PER_AXIS if dim % n == 0)]
     sizes = {f"IVF{lists},{codec}": 0 for codec in codecs}
     for key in sizes:
-        sizes[key] = _index_bytes(num_vectors, dim, ivf.parse_key(key, dim=dim))
+        sizes[key] = _index_bytes(num_vectors, dim, index_files.parse_key(key, dim=dim))
         if sizes[key] <= max_index_bytes:
             return key
     smallest = min(sizes, key=lambda key: sizes[key])
@@ -87,7 +89,7 @@ def _choose(num_vectors: int, dim: int, max_index_bytes: int) -> str:
     )
 
 
-def _index_bytes(num_vectors: int, dim: int, key: ivf.IndexKey) -> int:
+def _index_bytes(num_vectors: int, dim: int, key: index_files.IndexKey) -> int:
     """Codes and ids, centroids with a size each, code books; the few hundred bytes of header left out."""
     centroids = key.num_lists * (4 * dim + 8)
     code_books = 4 * _PQ_CENTROIDS * dim if key.codec == "PQ" else 0

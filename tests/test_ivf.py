@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from namr import ivf
+from namr import index_files, ivf
 from namr.errors import ConfigError, ManifestError, ShapeError
 
 DIM = 32
@@ -41,6 +41,11 @@ def build(template: ivf.Template, folder: Path, bounds: list[int], ids: ivf.Ids 
     return paths
 
 
+def build_whole(template: ivf.Template, path: Path, x: ivf.Floats = GALLERY) -> ivf.IndexInfo:
+    """One index over everything: what merged parts are compared with."""
+    return ivf.build_part(template, [(x, IDS)], path, num_threads=1)
+
+
 def found(path: Path | list[Path], *, nprobe: int = 5, k: int = 10) -> tuple[ivf.Floats, ivf.Ids]:
     return ivf.open_index(path).search(QUERIES, k, nprobe)
 
@@ -59,7 +64,7 @@ def test_parts_merged_are_the_one_index(
     template = templates[key]
     parts = build(template, tmp_path, sorted([0, *cuts, 1200]))
     merged = ivf.merge_parts(template, parts[::-1], tmp_path / "merged")
-    whole = ivf.build_monolithic(template, GALLERY, IDS, tmp_path / "whole", num_threads=1)
+    whole = build_whole(template, tmp_path / "whole")
     assert merged == whole
     assert (merged.num_vectors, merged.first_id, merged.last_id) == (1200, IDS[0], IDS[-1])
     assert (tmp_path / "merged").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -91,7 +96,7 @@ def test_segments_are_searched_as_one_index(
     parts = build(template, tmp_path, [0, 900, 900, 1150, 1200])
     base = ivf.merge_parts(template, parts[:2], tmp_path / "base")
     assert base.num_vectors == 900
-    ivf.build_monolithic(template, GALLERY, IDS, tmp_path / "whole", num_threads=1)
+    build_whole(template, tmp_path / "whole")
     several = ivf.open_index([tmp_path / "base", *parts[2:]])
     assert several.num_vectors == 1200
     assert_same(several.search(QUERIES, 10, 5), found(tmp_path / "whole"))
@@ -108,7 +113,7 @@ def test_ties_come_out_as_in_one_index(key: str, templates: dict[str, ivf.Templa
         parts.append(tmp_path / str(number))
         ivf.build_part(template, [(copies[start:stop], IDS[start:stop])], parts[-1], num_threads=1)
     ivf.merge_parts(template, [parts[2], parts[0], parts[1]], tmp_path / "merged")
-    ivf.build_monolithic(template, copies, IDS, tmp_path / "whole", num_threads=1)
+    build_whole(template, tmp_path / "whole", copies)
     assert_same(found(tmp_path / "merged"), found(tmp_path / "whole"))
     assert_same(found(parts), found(tmp_path / "whole"))
 
@@ -272,14 +277,14 @@ def test_a_truncated_part_is_refused(templates: dict[str, ivf.Template], tmp_pat
 )
 def test_keys_that_are_not_offered_say_why(key: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        ivf.parse_key(key, dim=32)
+        index_files.parse_key(key, dim=32)
 
 
 def test_keys_that_are_offered() -> None:
-    assert ivf.parse_key("Flat", dim=32) == ("Flat", 0, "Flat", 128)
-    assert ivf.parse_key("IVF64,SQ8", dim=32) == ("IVF64,SQ8", 64, "SQ8", 32)
-    assert ivf.parse_key("IVF64,PQ8x8", dim=32) == ("IVF64,PQ8x8", 64, "PQ", 8)
-    assert ivf.parse_key("IVF64,PQ8x8", dim=32).min_training_vectors == 256
+    assert index_files.parse_key("Flat", dim=32) == ("Flat", 0, "Flat", 128)
+    assert index_files.parse_key("IVF64,SQ8", dim=32) == ("IVF64,SQ8", 64, "SQ8", 32)
+    assert index_files.parse_key("IVF64,PQ8x8", dim=32) == ("IVF64,PQ8x8", 64, "PQ", 8)
+    assert index_files.parse_key("IVF64,PQ8x8", dim=32).min_training_vectors == 256
 
 
 def test_bad_vectors_are_refused(templates: dict[str, ivf.Template], tmp_path: Path) -> None:

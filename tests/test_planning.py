@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from namr import ivf, planning
+from namr import index_files, ivf, planning
 from namr.errors import ConfigError
 
 
@@ -52,7 +52,7 @@ def test_the_sample_trains_every_list_and_is_never_more_than_there_is() -> None:
     assert planning.plan(10_000, 32, key="IVF2,PQ8x8").num_training_vectors == 512
     for num_vectors in np.geomspace(20_000, 1e9, 30).astype(int).tolist():
         plan = planning.plan(num_vectors, 128, max_index_bytes=1 << 50)
-        lists = ivf.parse_key(plan.key, dim=128).num_lists
+        lists = index_files.parse_key(plan.key, dim=128).num_lists
         assert 39 * lists <= plan.num_training_vectors <= num_vectors
 
 

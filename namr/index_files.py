@@ -1,0 +1,171 @@
+"""FAISS indexes as keys and files: read a key, open a file, know what it holds, join the lists of several.
+
+Only the kinds that namr makes are known: Flat with ids, and inverted lists with Flat, SQ8 or PQ codes, of
+squared L2. Everything else is a ManifestError. The layout of a file is FAISS's own; what is written here is
+compared byte for byte with what FAISS writes.
+
+Not covered: training, adding and searching (`ivf`).
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from namr.errors import ConfigError, ManifestError
+
+Ids = npt.NDArray[np.int64]
+
+OFFERED = "Flat, IVF<lists>,Flat, IVF<lists>,SQ8 and IVF<lists>,PQ<bytes>x8"
+_PQ_CENTROIDS = 256
+_REFUSED = {
+    "fs": "a fast-scan index can't be merged: FAISS aborts the process",
+    "HNSW": "a graph can't be merged",
+    "NSG": "a graph can't be merged",
+    "RFlat": "an index that refines its own results can't be merged, and namr re-ranks by itself",
+}
+
+
+class IndexKey(NamedTuple):
+    """A parsed index key: num_lists is 0 for Flat, code_bytes is what one vector takes without its id."""
+
+    text: str
+    num_lists: int
+    codec: str
+    code_bytes: int
+
+    @property
+    def min_training_vectors(self) -> int:
+        """The fewest vectors that the template can be trained on."""
+        return max(self.num_lists, _PQ_CENTROIDS if self.codec == "PQ" else 0)
+
+
+def parse_key(text: str, *, dim: int) -> IndexKey:
+    """The parts of an index key such as `IVF1024,SQ8`; ConfigError for one that is not offered."""
+    if text == "Flat":
+        return IndexKey(text, 0, "Flat", 4 * dim)
+    found = re.fullmatch(r"IVF([1-9]\d*),(Flat|SQ8|PQ([1-9]\d*)x8)", text)
+    if found is None:
+        reason = next((why for word, why in _REFUSED.items() if word in text), "namr has no such index")
+        raise ConfigError(f"index key {text!r} is not offered: {reason}; choose one of {OFFERED}")
+    lists, codec, num_bytes = int(found[1]), found[2], found[3]
+    if num_bytes is None:
+        return IndexKey(text, lists, codec, 4 * dim if codec == "Flat" else dim)
+    if dim % int(num_bytes):
+        raise ConfigError(f"index key {text!r}: {num_bytes} bytes don't divide the dimension {dim}")
+    return IndexKey(text, lists, "PQ", int(num_bytes))
+
+
+def open_file(path: Path, *, mmap: bool, for_search: bool = False) -> Any:
+    """An index, with its codes and ids left on disk (mmap) or read; ManifestError if it can't be read.
+
+    Without for_search the tables of an IVF-PQ index are not computed, which take longer than a merge.
+    """
+    flags = faiss.IO_FLAG_MMAP_IFC if mmap else 0
+    if not for_search:
+        flags |= faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError as error:
+        raise ManifestError(f"{path} is no readable FAISS index: {first_line(error)}") from error
+
+
+def first_line(error: RuntimeError) -> str:
+    """What FAISS said, without the place in its source."""
+    return str(error).strip().splitlines()[-1]
+
+
+def key_of(index: Any, what: str) -> str:
+    """The key of an index, from what it is; ManifestError for one that namr doesn't make."""
+    if index.metric_type != faiss.METRIC_L2:
+        raise ManifestError(f"{what} has FAISS metric {index.metric_type}; namr's indexes are all squared L2")
+    if type(index) is faiss.IndexIDMap and type(faiss.downcast_index(index.index)) is faiss.IndexFlatL2:
+        return "Flat"
+    codec = None
+    if type(index) is faiss.IndexIVFFlat:
+        codec = "Flat"
+    elif type(index) is faiss.IndexIVFScalarQuantizer:
+        codec = "SQ8" if index.sq.qtype == faiss.ScalarQuantizer.QT_8bit else None
+    elif type(index) is faiss.IndexIVFPQ:
+        codec = f"PQ{index.pq.M}x8" if index.pq.nbits == 8 else None
+    if codec is None:
+        raise ManifestError(f"{what} is a {type(index).__name__}; expected one of {OFFERED}")
+    if index.direct_map.type != faiss.DirectMap.NoMap:  # type: ignore[attr-defined]
+        raise ManifestError(f"{what} has a direct map, which FAISS can't merge: build it without")
+    return f"IVF{index.nlist},{codec}"
+
+
+def serialised(index: Any) -> bytes:
+    """The bytes that FAISS writes of an index."""
+    data: npt.NDArray[np.uint8] = faiss.serialize_index(index)
+    return data.tobytes()
+
+
+def emptied(index: Any) -> bytes:
+    """The bytes of this index with its contents taken out: its template. The index itself stays as it is."""
+    if isinstance(index, faiss.IndexIDMap):
+        return serialised(faiss.IndexIDMap(faiss.IndexFlatL2(index.d)))
+    num_vectors, nprobe, lists, owned = index.ntotal, index.nprobe, index.invlists, index.own_invlists
+    nothing = faiss.ArrayInvertedLists(index.nlist, index.code_size)  # named: it has to outlive the call
+    index.own_invlists = False
+    index.replace_invlists(nothing, False)
+    index.ntotal, index.nprobe = 0, 1
+    try:
+        return serialised(index)
+    finally:
+        index.replace_invlists(lists, False)
+        index.own_invlists, index.ntotal, index.nprobe = owned, num_vectors, nprobe
+
+
+def _list_of(lists: Any, number: int, code_size: int) -> tuple[npt.NDArray[np.uint8], Ids]:
+    """Codes (n * code_size,) and ids (n,) of one list, as views of its memory."""
+    size = lists.list_size(number)
+    if size == 0:
+        return np.empty(0, np.uint8), np.empty(0, np.int64)
+    codes = faiss.rev_swig_ptr(lists.get_codes(number), size * code_size)
+    return codes, faiss.rev_swig_ptr(lists.get_ids(number), size)
+
+
+def ids_of(index: Any) -> Ids:
+    """All ids (n,), in the order in which they lie."""
+    if isinstance(index, faiss.IndexIDMap):
+        ids: Ids = faiss.vector_to_array(index.id_map)
+        return ids
+    lists = index.invlists
+    return np.concatenate([_list_of(lists, number, index.code_size)[1] for number in range(index.nlist)])
+
+
+def sum_of_ids(ids: Ids) -> int:
+    """Sum of splitmix64 of every id, modulo 2^64: tells sets of ids apart, in any order and in any pieces."""
+    with np.errstate(over="ignore"):
+        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int((z ^ (z >> np.uint64(31))).sum(dtype=np.uint64))
+
+
+def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any]) -> None:
+    """A FAISS file of `whole` (empty, but with the final count) and of the parts' lists, joined list by list.
+
+    An IVF file ends with its lists: "ilar", number of lists, code size, "full", the sizes, and for each
+    list its codes and its ids (faiss/impl/index_write.cpp, write_InvertedLists). An empty index is
+    written as "sprs" with no sizes: this tail is replaced.
+    """
+    data, num_lists, code_size = serialised(whole), int(whole.nlist), int(whole.code_size)
+    counts = np.array([num_lists, code_size], np.uint64).tobytes()
+    tail = b"ilar" + counts + b"sprs" + np.uint64(0).tobytes()
+    if not data.endswith(tail):
+        raise ManifestError(f"FAISS {faiss.__version__} writes IVF files in another layout: merge with 1.15")
+    sizes = np.array([[part.list_size(i) for i in range(num_lists)] for part in parts], np.uint64)
+    file.write(data[: -len(tail)] + b"ilar" + counts + b"full" + np.uint64(num_lists).tobytes())
+    file.write(sizes.reshape(len(parts), num_lists).sum(axis=0, dtype=np.uint64).tobytes())
+    for number in range(num_lists):
+        lists = [_list_of(part, number, code_size) for part in parts]
+        for codes, _ in lists:
+            file.write(codes.data)
+        for _, ids in lists:
+            file.write(ids.data)
