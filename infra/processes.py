@@ -25,8 +25,8 @@ class StartFailed(RuntimeError):
     """A program ended, or did not answer in time; the message carries the end of its log."""
 
 
-def free_ports(num: int, *, host: str = "127.0.0.1") -> list[int]:
-    """`num` different TCP ports that nothing listens on at `host` now."""
+def free_ports(num: int) -> list[int]:
+    """`num` different TCP ports that nothing listens on now, at any address of this machine."""
     ports: list[int] = []
     while len(ports) < num:
         port = FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT)
@@ -34,7 +34,7 @@ def free_ports(num: int, *, host: str = "127.0.0.1") -> list[int]:
             continue
         with socket.socket() as probe:
             try:
-                probe.bind((host, port))
+                probe.bind(("", port))
             except OSError:
                 continue
         ports.append(port)

@@ -77,13 +77,24 @@ class MlflowServer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RayNode:
+    """One node of a Ray to start; `prefix` comes before its command, say to run it in a network namespace."""
+
+    num_cpus: float = 1
+    num_gpus: int = 0
+    host: str = "127.0.0.1"
+    object_store_bytes: int = 200_000_000
+    prefix: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RayCluster:
     """A running Ray: `address` for ray.init and RAY_ADDRESS, `dashboard_url` for `ray job submit`."""
 
     address: str
     dashboard_url: str
-    nodes: tuple[Program, ...]
-    """The head first. Stopping one of the others is how a test takes a node away."""
+    programs: tuple[Program, ...]
+    """One per node, the head first. Stopping one of the others is how a test takes a node away."""
 
 
 def http_status(url: str) -> int | None:
@@ -104,7 +115,7 @@ def object_store(
 ) -> Iterator[ObjectStore]:
     """SeaweedFS with its data under `folder`; keys are made up unless given."""
     folder.mkdir(parents=True, exist_ok=True)
-    store_ports = free_ports(9, host=host)
+    store_ports = free_ports(9)
     s3_port = store_ports[0]
     store = ObjectStore(
         endpoint=f"http://{host}:{s3_port}",
@@ -147,7 +158,7 @@ def mlflow_server(
     Clients need no S3 credentials: the server passes artifacts through.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (port,) = free_ports(1, host=host)
+    (port,) = free_ports(1)
     artifacts = f"{store.create_bucket(bucket)}/artifacts" if store else str(folder / "artifacts")
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     if store:
@@ -164,37 +175,32 @@ def mlflow_server(
         yield MlflowServer(tracking_uri=tracking_uri)
 
 
-def ray_node_command(
-    *,
-    head_address: str | None,
-    gcs_port: int,
-    dashboard_port: int,
-    host: str,
-    num_cpus: float,
-    num_gpus: int,
-    object_store_bytes: int,
-    temporary_path: Path,
+def ray_start(
+    node: RayNode, *, head: RayNode, gcs_port: int, dashboard_port: int, temporary_path: Path
 ) -> list[str]:
-    """`ray start --block` on free ports of `host`: the head (`head_address` None) or one more node."""
-    ports = free_ports(6, host=host)
-    options = (
-        *("node-manager-port", "object-manager-port", "metrics-export-port"),
-        *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
+    """The `ray start --block` of one node, on free ports."""
+    ports = zip(
+        (
+            *("node-manager-port", "object-manager-port", "metrics-export-port"),
+            *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
+        ),
+        free_ports(6),
+        strict=True,
     )
     command = [
-        *(str(SCRIPTS_PATH / "ray"), "start", "--block", "--disable-usage-stats"),
-        f"--node-ip-address={host}",
-        f"--num-cpus={num_cpus:g}",
-        f"--num-gpus={num_gpus}",
-        f"--object-store-memory={object_store_bytes}",
-        *(f"--{option}={port}" for option, port in zip(options, ports, strict=True)),
+        *(*node.prefix, str(SCRIPTS_PATH / "ray"), "start", "--block", "--disable-usage-stats"),
+        f"--node-ip-address={node.host}",
+        f"--num-cpus={node.num_cpus:g}",
+        f"--num-gpus={node.num_gpus}",
+        f"--object-store-memory={node.object_store_bytes}",
+        *(f"--{option}={port}" for option, port in ports),
     ]
-    if head_address is not None:
-        return [*command, f"--address={head_address}", "--include-log-monitor=false"]
+    if node is not head:
+        return [*command, f"--address={head.host}:{gcs_port}", "--include-log-monitor=false"]
     return [
         *(*command, "--head", f"--port={gcs_port}", f"--temp-dir={temporary_path}"),
-        *("--include-dashboard=true", f"--dashboard-host={host}", f"--dashboard-port={dashboard_port}"),
-        f"--ray-client-server-port={free_ports(1, host=host)[0]}",
+        *("--include-dashboard=true", f"--dashboard-host={node.host}", f"--dashboard-port={dashboard_port}"),
+        f"--ray-client-server-port={free_ports(1)[0]}",
     ]
 
 
@@ -210,46 +216,38 @@ def num_ray_nodes(dashboard_url: str) -> int:
 
 @contextmanager
 def ray_cluster(
-    folder: Path,
-    *,
-    num_cpus: Sequence[float] = (1, 1),
-    num_gpus: int = 0,
-    environment: Mapping[str, str] | None = None,
-    object_store_bytes: int = 200_000_000,
-    host: str = "127.0.0.1",
+    folder: Path, *, nodes: Sequence[RayNode], environment: Mapping[str, str] | None = None
 ) -> Iterator[RayCluster]:
-    """A Ray with one node per entry of `num_cpus`, the first its head with dashboard and job API.
+    """A Ray of `nodes`, the first its head with dashboard and job API.
 
-    `environment` reaches every job and worker (say AWS_* and MLFLOW_TRACKING_URI). GPUs belong to the head.
-    Logs of `ray start` go to `folder`; Ray's session lies in a short-named temporary folder, since its unix
-    sockets may not have more than 107 characters, and is removed at the end.
+    `environment` reaches every job and worker (say AWS_* and MLFLOW_TRACKING_URI). Logs of `ray start` go to
+    `folder`. Ray's session lies in a short-named temporary folder, since its unix sockets may not have more
+    than 107 characters, and is removed at the end.
     """
-    gcs_port, dashboard_port = free_ports(2, host=host)
-    address, dashboard_url = f"{host}:{gcs_port}", f"http://{host}:{dashboard_port}"
-    path = f"{SCRIPTS_PATH}:/usr/local/bin:/usr/bin:/bin"  # `python` of a submitted job is this environment's
+    head = nodes[0]
+    gcs_port, dashboard_port = free_ports(2)
+    dashboard_url = f"http://{head.host}:{dashboard_port}"
+    path = f"{SCRIPTS_PATH}:/usr/local/bin:/usr/bin:/bin:/usr/sbin"  # a job's `python` is this environment's
     temporary_path = Path(tempfile.mkdtemp(prefix="namr-ray-", dir="/tmp"))
     with ExitStack() as exits:
         exits.callback(shutil.rmtree, temporary_path, ignore_errors=True)
-        nodes: list[Program] = []
-        for number, cpus in enumerate(num_cpus):
-            command = ray_node_command(
-                head_address=address if number else None,
+        programs: list[Program] = []
+        for number, node in enumerate(nodes):
+            command = ray_start(
+                node,
+                head=head,
                 gcs_port=gcs_port,
                 dashboard_port=dashboard_port,
-                host=host,
-                num_cpus=cpus,
-                num_gpus=0 if number else num_gpus,
-                object_store_bytes=object_store_bytes,
                 temporary_path=temporary_path,
             )
-            node = exits.enter_context(
-                Program(
-                    f"node {number} of Ray",
-                    command,
-                    log_path=folder / f"ray-{number}.log",
-                    environment={"PATH": path, **RAY_ENVIRONMENT, **(environment or {})},
-                )
+            program = Program(
+                f"node {number} of Ray",
+                command,
+                log_path=folder / f"ray-{number}.log",
+                environment={"PATH": path, **RAY_ENVIRONMENT, **(environment or {})},
             )
-            nodes.append(node)
-            node.wait_until(lambda: num_ray_nodes(dashboard_url) == len(nodes), timeout_s=120)
-        yield RayCluster(address=address, dashboard_url=dashboard_url, nodes=tuple(nodes))
+            programs.append(exits.enter_context(program))
+            program.wait_until(lambda: num_ray_nodes(dashboard_url) == len(programs), timeout_s=120)
+        yield RayCluster(
+            address=f"{head.host}:{gcs_port}", dashboard_url=dashboard_url, programs=tuple(programs)
+        )

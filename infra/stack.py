@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from infra.processes import StartFailed
-from infra.services import RAY_ENVIRONMENT, mlflow_server, object_store, ray_cluster
+from infra.services import RAY_ENVIRONMENT, RayNode, mlflow_server, object_store, ray_cluster
 
 PARTS = ("store", "mlflow", "ray")
 
@@ -61,11 +61,11 @@ def run(options: argparse.Namespace) -> None:
             variables["MLFLOW_TRACKING_URI"] = server.tracking_uri
         if "ray" not in options.without:
             print(f"starting Ray with {len(options.cpus)} nodes ...", flush=True)
-            ray = exits.enter_context(
-                ray_cluster(
-                    data / "ray", num_cpus=options.cpus, num_gpus=options.gpus, environment=dict(variables)
-                )
-            )
+            nodes = [
+                RayNode(num_cpus=cpus, num_gpus=0 if number else options.gpus)
+                for number, cpus in enumerate(options.cpus)
+            ]
+            ray = exits.enter_context(ray_cluster(data / "ray", nodes=nodes, environment=dict(variables)))
             lines.append(f"Ray            {ray.dashboard_url}   (dashboard and jobs)")
             variables |= {
                 "RAY_API_SERVER_ADDRESS": ray.dashboard_url,  # read by `ray job submit`

@@ -78,7 +78,10 @@ def ray_stack(
     The test process stays outside of it, so that it can live beside ray_local.
     """
     environment = {**object_store.environment, "MLFLOW_TRACKING_URI": mlflow_server.tracking_uri}
-    with services.ray_cluster(tmp_path_factory.mktemp("ray"), environment=environment) as cluster:
+    nodes = [services.RayNode(), services.RayNode()]
+    with services.ray_cluster(
+        tmp_path_factory.mktemp("ray"), nodes=nodes, environment=environment
+    ) as cluster:
         yield cluster
 
 

@@ -43,9 +43,9 @@ def test_a_command_that_is_told_parses_with_its_job(command: commands.Command) -
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_a_config_says_at_its_top_how_it_is_run(path: Path) -> None:
+def test_a_config_is_part_of_a_command_that_is_told(path: Path) -> None:
     name = str(path.relative_to(ROOT))
-    assert any(name in command.words for command in commands.of_toml(path) if command.job())
+    assert any(name in command.words for command in JOB_COMMANDS)
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
