@@ -408,15 +408,17 @@ def make_loader(
     first_step: int,
     num_steps: int,
     prep: Preprocessing,
-    augment: AugmentConfig,
+    augment: AugmentConfig | None,
+    classes: ClassIndex | None = None,
 ) -> "torch.utils.data.DataLoader[Batch]":
     """The rank's slices of the P x K global batches first_step .. first_step + num_steps - 1.
 
-    ConfigError where the dataset has too few classes with two images or more.
+    classes: which to draw from, rows are ids; None is all of them. Labels are class numbers of the whole
+    dataset. ConfigError where there are too few classes with two images or more.
     """
     index = build_class_index(dataset, config.cache_folder)
     sampler = BatchSampler(
-        index.class_index,
+        classes or index.class_index,
         batches,
         first_step=first_step,
         num_steps=num_steps,
@@ -434,10 +436,16 @@ def make_evaluation_loader(
     rank: int,
     world_size: int,
     prep: Preprocessing,
+    ids: Ints | None = None,
 ) -> "torch.utils.data.DataLoader[Batch]":
-    """Every live, labelled sample once over all ranks, in order of id, as search would see it."""
+    """Every live, labelled sample (or those of `ids`) once over all ranks, in order, as search would see it."""
     index = build_class_index(dataset, config.cache_folder)
-    sampler = InOrder(index, batch_size_per_worker=batch_size_per_worker, rank=rank, world_size=world_size)
+    sampler = InOrder(
+        index.labelled_ids if ids is None else ids,
+        batch_size_per_worker=batch_size_per_worker,
+        rank=rank,
+        world_size=world_size,
+    )
     return _loader(dataset, config, index, sampler, prep=prep, augment=None, seed=0)
 
 
