@@ -381,10 +381,9 @@ class PKDataset(torch.utils.data.Dataset[Batch]):
 
 
 class InOrder(torch.utils.data.Sampler[list[Pick]]):
-    """A rank's part of all labelled samples, each once, by id, in batches; the last may be smaller."""
+    """A rank's part of some samples, each once, in the order given, in batches; the last may be smaller."""
 
-    def __init__(self, index: SampleIndex, *, batch_size_per_worker: int, rank: int, world_size: int) -> None:
-        ids = index.labelled_ids
+    def __init__(self, ids: Ints, *, batch_size_per_worker: int, rank: int, world_size: int) -> None:
         self._slice = sampling.slice_of_rank(len(ids), rank=rank, world_size=world_size)
         self._ids, self._batch_size = ids[self._slice], batch_size_per_worker
 
@@ -438,7 +437,7 @@ def make_evaluation_loader(
     prep: Preprocessing,
     ids: Ints | None = None,
 ) -> "torch.utils.data.DataLoader[Batch]":
-    """Every live, labelled sample (or those of `ids`) once over all ranks, in order, as search would see it."""
+    """Every live, labelled sample (or those of `ids`) once over all ranks, in order, as search sees it."""
     index = build_class_index(dataset, config.cache_folder)
     sampler = InOrder(
         index.labelled_ids if ids is None else ids,
