@@ -16,11 +16,10 @@ import pytest
 FLOORS: dict[int, set[str]] = {
     0: {"errors", "config", "buckets", "folders"},
     1: {"storage", "tables", "collectives", "distances", "sampling", "images", "backbones", "index_files"},
-    2: {"manifests", "model", "losses", "metrics", "ranking", "ivf", "shards", "report"},
-    3: {"datasets", "releases", "registry", "planning", "sources"}
-    | {"features", "learning", "validation"},
-    4: {"reading", "embeddings", "embeddings", "receipts", "engine", "search"},
-    5: {"packing", "training", "extraction", "indexing", "evaluation", "service", "client"},
+    2: {"manifests", "model", "losses", "metrics", "ranking", "ivf", "shards", "items", "report"},
+    3: {"datasets", "releases", "registry", "planning", "sources"} | {"features", "learning", "validation"},
+    4: {"reading", "embeddings", "receipts", "engine", "search"},
+    5: {"assessment", "packing", "training", "extraction", "indexing", "evaluation", "service", "client"},
     6: {"reindexing", "demo"},
     7: {"cli"},
 }
