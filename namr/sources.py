@@ -77,9 +77,7 @@ def open_source(source: str, *, classes: Classes, download_folder: Path) -> Sour
     else:
         found = list(_folder(source, passed_over))
     if not found:
-        others = (
-            f"; it has {passed_over.total()} other files ({', '.join(passed_over)})" if passed_over else ""
-        )
+        others = f", but {passed_over.total()} other files ({', '.join(passed_over)})" if passed_over else ""
         raise ConfigError(f"{source} has no images (.{', .'.join(EXTENSIONS)}){others}; check the path")
     by_key: dict[str, SourceImage] = {}
     for image in found:
@@ -191,16 +189,15 @@ def _torchvision(wanted: str, download_folder: Path) -> Iterator[SourceImage]:
     seen: set[Path] = set()
     for split_name, dataset in _splits(cls, root, split):
         classes = getattr(dataset, "classes", None)
-        prefix = (
-            f"{split_name}-" if hasattr(dataset, "background") else ""
-        )  # Omniglot's splits share no class
         for row in range(len(dataset)):
             image, number = dataset[row]
             if not isinstance(number, int | np.integer):
                 raise ConfigError(
                     f"torchvision:{name} has {type(number).__name__} labels; expected class numbers"
                 )
-            label = prefix + (str(classes[number]) if classes else f"{number:04d}")
+            label = str(classes[number]) if classes else f"{number:04d}"
+            if isinstance(dataset, torchvision.datasets.Omniglot):  # whose numbers follow os.listdir
+                label = "/".join(image.parts[-3:-1])
             if not isinstance(image, Path):
                 data = images.encode_png(np.asarray(image.convert("RGB")))
                 key = f"{label}/{split_name or 'all'}-{row:06d}"
