@@ -69,7 +69,9 @@ def random_vectors(num: int, dim: int, *, seed: int) -> Vectors:
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((10, dim))
     x = centres[rng.integers(0, 10, num)] + 0.4 * rng.standard_normal((num, dim))
-    return Vectors((x / np.sqrt(dim)).astype(np.float32), rng.uniform(0.5, 1.5, (num, dim)).astype(np.float32))
+    return Vectors(
+        (x / np.sqrt(dim)).astype(np.float32), rng.uniform(0.5, 1.5, (num, dim)).astype(np.float32)
+    )
 
 
 def make_dataset(root: Path, recipe: Recipe) -> datasets.Dataset:
@@ -104,7 +106,9 @@ def make_dataset(root: Path, recipe: Recipe) -> datasets.Dataset:
     return datasets.publish_version(before, entries, now=NOW, tombstones=recipe.tombstoned)
 
 
-def embed(dataset: datasets.Dataset, recipe: Recipe, of_images: Callable[[list[bytes]], Vectors] | None = None):
+def embed(
+    dataset: datasets.Dataset, recipe: Recipe, of_images: Callable[[list[bytes]], Vectors] | None = None
+):
     """The embedding table of each shard, as extraction would write it."""
     found: list[EmbeddingTable] = []
     for entry in dataset.shards:

@@ -43,6 +43,7 @@ DOORS: dict[str, set[str]] = {
     "jinja2": {"report"},
     "matplotlib": {"report"},
     "mlflow": {"registry"},
+    "pandas": {"registry"},
     "ray": {"engine", "training", "extraction", "cli"},
     "fastapi": {"service"},
     "prometheus_client": {"service"},

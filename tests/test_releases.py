@@ -63,7 +63,9 @@ def test_a_published_release_reads_back_whole(fresh: tuple[str, ReleaseManifest]
     assert opened.items().keys[0] == "digit/0"
 
 
-def test_re_rank_vectors_lie_at_the_row_of_their_id(fresh: tuple[str, ReleaseManifest], tmp_path: Path) -> None:
+def test_re_rank_vectors_lie_at_the_row_of_their_id(
+    fresh: tuple[str, ReleaseManifest], tmp_path: Path
+) -> None:
     uri, manifest = fresh
     release = releases.publish(uri, manifest, expected=None)
     cache = storage.Cache(tmp_path / "cache", 10**9)
@@ -92,7 +94,8 @@ def test_vectors_of_another_shard_and_values_beyond_float16_are_refused(tmp_path
         x = np.full((len(ids), 4), value, np.float32)
         return EmbeddingTable(
             ids=np.array(ids), keys=["a"] * len(ids), labels=[None] * len(ids), embeddings=x,
-            structures=np.ones_like(x), refused_ids=np.empty(0, np.int64), refused_keys=[], refused_reasons=[],
+            structures=np.ones_like(x), refused_ids=np.empty(0, np.int64), refused_keys=[],
+            refused_reasons=[],
         )  # fmt: skip
 
     def put(of: EmbeddingTable) -> None:
@@ -123,7 +126,7 @@ def test_a_difference_in_the_counts_stops_the_publication(
 ) -> None:
     uri, manifest = fresh
     wrong = replace(manifest, counts=replace(manifest.counts, **lost))
-    with pytest.raises(ManifestError, match="first is not published: .* against"):
+    with pytest.raises(ManifestError, match=r"first is not published: .* against"):
         releases.publish(uri, wrong, expected=None)
     assert releases.current(uri) is None
     assert releases.list_releases(uri) == []
@@ -145,7 +148,7 @@ def test_items_are_held_against_the_counts_and_the_vectors(
     shorter = replace(
         manifest, vectors=(*manifest.vectors[:2], replace(manifest.vectors[2], number=9)), release_id="wrong"
     )
-    with pytest.raises(ManifestError, match="shard 2.* has no re-rank vector"):
+    with pytest.raises(ManifestError, match=r"shard 2.* has no re-rank vector"):
         releases.publish(uri, shorter, expected=None)
     other = small_release.make_manifest(tmp_path / "other", Recipe(num_shards=1))
     data = storage.read(storage.join(str(tmp_path / "other" / "releases"), other.items.name))
@@ -159,10 +162,10 @@ def test_a_missing_or_shortened_object_stops_the_publication(fresh: tuple[str, R
     victim = Path(uri, manifest.vectors[1].structure.name)
     data = victim.read_bytes()
     victim.unlink()
-    with pytest.raises(ManifestError, match="structure-000001.npy is missing"):
+    with pytest.raises(ManifestError, match=r"structure-000001\.npy is missing"):
         releases.publish(uri, manifest, expected=None)
     victim.write_bytes(data[:-2])
-    with pytest.raises(ManifestError, match="structure-000001.npy has .* bytes"):
+    with pytest.raises(ManifestError, match=r"structure-000001\.npy has .* bytes"):
         releases.publish(uri, manifest, expected=None)
     victim.write_bytes(data)
     releases.publish(uri, manifest, expected=None)
@@ -226,7 +229,7 @@ def test_rolling_back_goes_to_the_one_before_and_again(three: str) -> None:
 
 
 def test_rolling_back_to_a_release_that_is_gone_changes_nothing(three: str) -> None:
-    with pytest.raises(ManifestError, match="nosuch.*missing"):
+    with pytest.raises(ManifestError, match=r"nosuch.*missing"):
         releases.roll_back(three, to="nosuch")
     lost = releases.open_release(three, "second").manifest.items
     Path(three, lost.name).unlink()
