@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-import fsspec
-
 from namr import buckets
 from namr.buckets import Buckets
 from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
@@ -220,10 +218,12 @@ def sha256_of(uri: str) -> str:
 
 
 def arrow_filesystem(uri: str) -> tuple[Any, str]:
-    """A file system object and the path in it, for libraries that write for themselves (Ray Train)."""
+    """An Arrow file system and the path in it, for libraries that write for themselves (Ray Train)."""
+    from pyarrow import fs  # a quarter second that most users of this module don't need
+
     if is_local(uri):
-        return fsspec.filesystem("file"), absolute(uri)
-    return _s3.filesystem(), uri.removeprefix(buckets.PREFIX)
+        return fs.LocalFileSystem(), absolute(uri)
+    return fs.PyFileSystem(fs.FSSpecHandler(_s3.filesystem())), absolute(uri).removeprefix(buckets.PREFIX)
 
 
 class Cache:
