@@ -8,6 +8,7 @@ token in its environment, and on Linux the token finds them. Elsewhere the proce
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,6 +42,12 @@ def free_ports(num: int) -> list[int]:
     return ports
 
 
+def _ends_with_its_starter() -> tuple[str, ...]:
+    """What to put before a command so that it gets SIGTERM even if this process is killed outright."""
+    setpriv = shutil.which("setpriv")
+    return (setpriv, "--pdeathsig", "TERM", "--") if setpriv else ()
+
+
 class Program:
     """One running program; a context manager that ends it and all that it started."""
 
@@ -59,7 +66,7 @@ class Program:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                list(command),
+                [*_ends_with_its_starter(), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

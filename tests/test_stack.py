@@ -1,6 +1,7 @@
 """The stack that tests and `make stack` share: it starts, answers, and leaves nothing behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,26 @@ def test_ending_a_program_ends_what_left_its_session_and_ignores_sigterm(tmp_pat
     assert not program.is_running()
     assert not is_alive(child)
     assert program.pids() == []
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
+def test_a_program_ends_when_its_starter_is_killed_outright(tmp_path: Path) -> None:
+    child_path = tmp_path / "child"
+    script = (
+        "import sys, time, pathlib; from infra.processes import Program\n"
+        "program = Program('p', ['sleep', '60'], log_path=pathlib.Path(sys.argv[1] + '.log'))\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(program.pid)); time.sleep(60)"
+    )
+    root = Path(__file__).parents[1]
+    starter = subprocess.Popen([sys.executable, "-c", script, str(child_path)], cwd=root)
+    child = wait_for_pid(child_path)
+    assert is_alive(child)
+    starter.kill()
+    starter.wait()
+    deadline = time.monotonic() + 5
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(child)
 
 
 def test_a_program_that_ends_while_starting_is_reported_with_its_log(tmp_path: Path) -> None:
@@ -126,10 +147,19 @@ def test_a_job_submitted_to_the_stack_sees_both_nodes_the_store_and_this_python(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_the_stack_ends_all_that_it_started(tmp_path: Path, signal_number: signal.Signals) -> None:
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("signal_number", "without", "answers"),
+    [
+        (signal.SIGINT, ["ray"], ("MLFLOW_TRACKING_URI", 200)),
+        (signal.SIGTERM, ["ray", "mlflow"], ("AWS_ENDPOINT_URL", 403)),
+    ],
+)
+def test_the_stack_ends_all_that_it_started(
+    tmp_path: Path, signal_number: signal.Signals, without: list[str], answers: tuple[str, int]
+) -> None:
     data = tmp_path / "data"
-    command = [sys.executable, "-m", "infra.stack", "--data", str(data), "--without", "ray"]
+    command = [sys.executable, "-m", "infra.stack", "--data", str(data), "--without", *without]
     marked = {**os.environ, "STACK_TEST": str(tmp_path)}
     with (tmp_path / "out").open("wb") as out:
         stack = subprocess.Popen(command, stdout=out, cwd=Path(__file__).parents[1], env=marked)
@@ -141,8 +171,9 @@ def test_the_stack_ends_all_that_it_started(tmp_path: Path, signal_number: signa
             time.sleep(0.1)
         exports = (data / "environment.sh").read_text()
         assert (data / "environment.sh").stat().st_mode & 0o077 == 0
-        tracking_uri = next(line.split("=")[1] for line in exports.splitlines() if "MLFLOW_TRACKING" in line)
-        assert services.http_status(f"{tracking_uri}/health") == 200
+        name, status = answers
+        url = next(line.split("=")[1] for line in exports.splitlines() if f" {name}=" in line)
+        assert services.http_status(url) == status
     finally:
         stack.send_signal(signal_number)
     assert stack.wait(30) == 0
