@@ -18,7 +18,7 @@ FLOORS: dict[int, set[str]] = {
     1: {"storage", "tables", "collectives", "distances", "sampling", "images", "backbones", "index_files"},
     2: {"manifests", "model", "losses", "metrics", "ranking", "ivf", "shards", "items", "report"},
     3: {"datasets", "releases", "pyfunc", "planning", "sources"} | {"features", "learning", "validation"},
-    4: {"reading", "registry", "embeddings", "receipts", "engine", "search"},
+    4: {"reading", "references", "registry", "embeddings", "receipts", "engine", "search"},
     5: {"assessment", "packing", "training", "extraction", "indexing", "evaluation", "service", "client"},
     6: {"reindexing", "demo"},
     7: {"cli"},
