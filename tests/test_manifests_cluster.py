@@ -1,8 +1,8 @@
 """The Kubernetes manifests: no unknown field, the real jobs with their real flags, nothing left dangling.
 
-KubeRay's resources are checked against its published schemas (beside the checkout, or NAMR_TEST_SCHEMAS), read
-as closed: the API server drops unknown fields without a word, so that a typo has to fail here. Core kinds are
-checked with kubernetes-validate.
+KubeRay's resources are checked against its published schemas (beside the checkout, or NAMR_TEST_SCHEMAS),
+read as closed: the API server drops unknown fields without a word, so that a typo has to fail here. Core
+kinds are checked with kubernetes-validate.
 """
 
 import copy
@@ -224,3 +224,14 @@ def test_the_nights_cant_overlap_by_schedule() -> None:
     assert night["jobTemplate"]["spec"]["backoffLimit"] == 0
     assert by_kind["RayCronJob"]["spec"]["jobTemplate"].get("backoffLimit", 0) == 0
     assert {night.get("suspend", False), by_kind["RayCronJob"]["spec"].get("suspend", False)} == {True, False}
+
+
+def test_the_image_copies_what_is_there_and_what_its_context_has() -> None:
+    dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
+    copied = {
+        word for line in re.findall(r"^COPY (.+) \S+$", dockerfile, flags=re.M) for word in line.split()
+    }
+    ignored = (ROOT / "cluster" / "Dockerfile.dockerignore").read_text().splitlines()
+    assert copied == {line[1:] for line in ignored if line.startswith("!")}
+    assert all((ROOT / word).exists() for word in copied)
+    assert f"WORKDIR {HOME_IN_IMAGE.rstrip('/')}\n" in dockerfile
