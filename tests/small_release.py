@@ -4,6 +4,7 @@ The images are scikit-learn's handwritten digits; the embeddings are either give
 images' bytes, or clustered random vectors.
 """
 
+import functools
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from namr import datasets, distances, ivf, manifests, releases, shards, storage, tables
+from namr import datasets, distances, images, ivf, manifests, model, releases, shards, storage, tables
 from namr.releases import Counts, ReleaseManifest, Segment, VectorShard
 from namr.tables import EmbeddingTable, SampleTable
 
@@ -56,9 +57,16 @@ class Recipe:
     """in which the embeddings are kept before they are indexed"""
 
 
+@functools.cache
+def _digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    bunch = load_digits()
+    return bunch.images, bunch.target
+
+
+@functools.cache
 def digit(number: int) -> bytes:
     """One of 1,797 handwritten digits as a 32 x 32 PNG."""
-    pixels = (load_digits().images[number] * 15.9).astype(np.uint8)
+    pixels = (_digits()[0][number] * 15.9).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(file, "PNG")
     return file.getvalue()
@@ -76,7 +84,7 @@ def random_vectors(num: int, dim: int, *, seed: int) -> Vectors:
 
 def make_dataset(root: Path, recipe: Recipe) -> datasets.Dataset:
     """A dataset of digits: key `digit/<n>`, label the digit (every tenth has none), one field."""
-    uri, targets = str(root / "dataset"), load_digits().target
+    uri, targets = str(root / "dataset"), _digits()[1]
     before = datasets.head(uri)
     entries = []
     for number in range(recipe.num_shards):
@@ -229,3 +237,27 @@ def publish(root: Path, recipe: Recipe, *, release_id: str = "first", **more) ->
 def renamed(manifest: ReleaseManifest, release_id: str, *, created: str | None = None) -> ReleaseManifest:
     """The same release under another id."""
     return replace(manifest, release_id=release_id, created=created or manifest.created)
+
+
+def publish_with_model(root: Path, *, release_id: str = "first", seed: int = 0, num_shards: int = 2) -> Path:
+    """A release whose embeddings an untrained model made; returns the folder of the model."""
+    config = model.ModelConfig(
+        backbone="test_efficientnet",
+        weights="none",
+        embedding_dim=16,
+        structure_hidden_dim=16,
+        image_size_px=32,
+    )
+    net, folder = model.build(config, seed=seed).eval(), root / f"model-{seed}"
+    pixels = np.stack([images.prepare(digit(row), net.preprocessing) for row in range(40)])
+    x, _ = model.embed(net, pixels, batch_size=40, device="cpu")
+    model.fold_scale(net, float(distances.mean_pairwise(torch.from_numpy(x))))
+    model.save(net, folder)
+
+    def of_images(pictures: list[bytes]) -> Vectors:
+        pixels = np.stack([images.prepare(data, net.preprocessing) for data in pictures])
+        return Vectors(*model.embed(net, pixels, batch_size=32, device="cpu"))
+
+    recipe = Recipe(num_shards=num_shards, model_digest=model.digest(net), model_version=str(seed + 1))
+    publish(root, recipe, release_id=release_id, of_images=of_images)
+    return folder
