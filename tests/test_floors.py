@@ -43,7 +43,6 @@ DOORS: dict[str, set[str]] = {
     "jinja2": {"report"},
     "matplotlib": {"report"},
     "mlflow": {"registry", "pyfunc"},
-    "pandas": {"registry"},
     "ray": {"engine", "training", "extraction", "cli"},
     "fastapi": {"service"},
     "prometheus_client": {"service"},
