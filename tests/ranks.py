@@ -1,5 +1,6 @@
 """Runs a function on 1, 2 and 3 real gloo processes and brings back what each of them returned."""
 
+import multiprocessing
 import tempfile
 import time
 import warnings
@@ -27,9 +28,14 @@ def on_ranks(
     The function is found by its module's name, and takes and returns what torch can save. A rank's exception
     is raised here; processes that outlive the timeout are ended.
     """
+    multiprocessing.set_forkserver_preload(["namr.learning"])  # imported once, not by each process
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(
-            _worker, (function, arguments, tuple(world_sizes), folder), nprocs=max(world_sizes), join=False
+        context = mp.start_processes(
+            _worker,
+            (function, arguments, tuple(world_sizes), folder),
+            nprocs=max(world_sizes),
+            join=False,
+            start_method="forkserver",
         )
         try:
             deadline = time.monotonic() + timeout_s
