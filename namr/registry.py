@@ -35,7 +35,6 @@ DIGEST_TAG = "model_digest"
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
-_MODEL_PATH = "model"
 _REACH_TIMEOUT_S = 5.0
 _PARAM_LENGTH = 6000
 # Read by MLflow at each request; whoever set them already is right.
@@ -166,14 +165,15 @@ class Registry:
     ) -> ModelVersion:
         """Store what `model.save` wrote with the run, as the next version of `name`; `alias` points to it."""
         digest = model.describe(folder).digest
+        place = f"model-{digest[:16]}"  # a run may register several models
         with tempfile.TemporaryDirectory(prefix="namr-register-") as temporary:
-            package = Path(temporary) / _MODEL_PATH
+            package = Path(temporary) / "model"
             with _quiet():
                 pyfunc.write(folder, package)
-            self.log_folder(run_id, package, _MODEL_PATH)
+            self.log_folder(run_id, package, place)
         with self._doing(f"register model {name!r}"):
             self._ensure_model(name)
-            source = f"{self._client.get_run(run_id).info.artifact_uri}/{_MODEL_PATH}"
+            source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
             found = self._client.create_model_version(
                 name, source, run_id, tags={**(tags or {}), DIGEST_TAG: digest}
             )
