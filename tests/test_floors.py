@@ -19,9 +19,9 @@ FLOORS: dict[int, set[str]] = {
     | {"index_files", "progress"},
     2: {"manifests", "model", "losses", "metrics", "ranking", "ivf", "shards", "items", "report"},
     3: {"datasets", "releases", "pyfunc", "planning", "sources"} | {"features", "learning", "validation"},
-    4: {"reading", "references", "registry", "embeddings", "receipts", "engine", "search", "registry"},
+    4: {"telemetry", "reading", "references", "registry", "embeddings", "receipts", "engine", "search", "registry"},
     5: {"assessment", "packing", "training", "extraction", "indexing", "evaluation", "service", "client"},
-    6: {"reindexing", "demo"},
+    6: {"reindexing", "serving", "demo"},
     7: {"cli"},
 }
 FREE_TO_ALL_FLOORS = {"errors"}  # it imports nothing itself
@@ -46,7 +46,9 @@ DOORS: dict[str, set[str]] = {
     "mlflow": {"registry", "pyfunc"},
     "ray": {"engine", "training", "extraction", "cli"},
     "fastapi": {"service"},
-    "prometheus_client": {"service"},
+    "starlette": {"service"},
+    "uvicorn": {"serving"},
+    "prometheus_client": {"telemetry"},
     "httpx": {"client"},
     "rich": {"progress"},
 }
