@@ -91,18 +91,13 @@ def check_versions(found: Registry, name: str, tmp_path: Path) -> None:
 
 def pyfunc_predict(found: Registry, uri: str, data: list[bytes]):  # type: ignore[no-untyped-def]
     """As somebody does who knows MLflow and not namr."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")  # MLflow's first import of pyfunc warns about itself
-        import mlflow
         import mlflow.pyfunc
         import pandas
 
-        previous = mlflow.get_tracking_uri()
-        mlflow.set_tracking_uri(found.tracking_uri)
-        try:
-            return mlflow.pyfunc.load_model(uri).predict(pandas.DataFrame({"image": data}))
-        finally:
-            mlflow.set_tracking_uri(previous)
+        patch.setenv("MLFLOW_TRACKING_URI", found.tracking_uri)
+        return mlflow.pyfunc.load_model(uri).predict(pandas.DataFrame({"image": data}))
 
 
 def test_a_run_on_sqlite(local: Registry, tmp_path: Path) -> None:
