@@ -13,35 +13,21 @@ Not covered: deleting the embeddings of models that nobody uses any more.
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from namr import datasets, manifests, storage, tables
+from namr import datasets, embedding_files, manifests, storage, tables
 from namr.datasets import Dataset, ShardEntry
-from namr.errors import ManifestError, ObjectMissing
+from namr.embedding_files import EmbeddingFile, renumbered
+from namr.errors import ManifestError
 from namr.manifests import StoredObject
-from namr.shards import make_id, row_of
+from namr.shards import row_of
 from namr.tables import EmbeddingTable
 
 _NUM_READERS = 8
 _EARLIER_VERSIONS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingFile:
-    """The embeddings of one shard, as a set lists them."""
-
-    number: int
-    """of the shard"""
-    stored: StoredObject
-    """named relative to the root"""
-    num_embedded: int
-    num_refused: int
-    embedding_dim: int
-    dtype: str
-    """float16 or float32"""
 
 
 class Stored(NamedTuple):
@@ -85,15 +71,7 @@ class EmbeddingSet:
 
     def read(self, file: EmbeddingFile) -> EmbeddingTable:
         """The verified embeddings of one shard, by ascending id; ManifestError if damaged or gone."""
-        uri = storage.join(self.root_uri, file.stored.name)
-        try:
-            data = manifests.read_object(self.root_uri, file.stored)
-        except ObjectMissing as error:
-            raise ManifestError(
-                f"{uri} is missing, and the set of {self.manifest.dataset_digest[:12]} lists it; "
-                "extract again, under a root of its own"
-            ) from error
-        return _renumbered(tables.decode_embeddings(data), file.number)
+        return embedding_files.read(self.root_uri, file)
 
 
 def embedding_uri(root_uri: str, model_digest: str, shard_sha256: str) -> str:
@@ -122,7 +100,7 @@ def verify(root_uri: str, model_digest: str, entry: ShardEntry) -> Stored:
     uri = storage.join(root_uri, name)
     data = storage.read(uri)
     try:
-        table = _renumbered(tables.decode_embeddings(data), entry.number)
+        table = renumbered(tables.decode_embeddings(data), entry.number)
     except ManifestError as error:
         raise ManifestError(f"{uri} is damaged: {error}; delete it and extract again") from error
     _check_rows(table, entry, uri)
@@ -238,12 +216,6 @@ def _name(model_digest: str, shard_sha256: str) -> str:
 
 def _set_uri(root_uri: str, model_digest: str, dataset: Dataset) -> str:
     return storage.join(root_uri, model_digest, "sets", f"{dataset.digest}.json")
-
-
-def _renumbered(table: EmbeddingTable, number: int) -> EmbeddingTable:
-    """Ids of this dataset: the same tar may be a shard of another dataset, under another number."""
-    base = make_id(number, 0)
-    return replace(table, ids=row_of(table.ids) + base, refused_ids=row_of(table.refused_ids) + base)
 
 
 def _check_rows(table: EmbeddingTable, entry: ShardEntry, what: str) -> None:

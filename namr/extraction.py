@@ -30,7 +30,8 @@ import torch
 
 from namr import datasets, embeddings, engine, images, model, reading, storage
 from namr.datasets import Dataset, ShardEntry
-from namr.embeddings import EmbeddingFile, EmbeddingSet
+from namr.embedding_files import EmbeddingFile
+from namr.embeddings import EmbeddingSet
 from namr.errors import ConfigError, ImageRefused, ModelMismatch, NamrError, ShapeError
 from namr.images import Preprocessing
 from namr.model import NamrModel

@@ -1,0 +1,271 @@
+"""Indexing: the embeddings of a dataset version into one segment, built in parts by Ray tasks.
+
+    sample of all embeddings -> template -> parts, in parallel -> segment (merged, reconciled)
+    embeddings -> re-rank vectors, one pair of files a shard;  sample indexes -> item table
+
+Parts are equal ranges of the embedded rows, whatever the sizes of the shards. Tombstoned rows are left out
+everywhere. What comes out is what `releases.publish` lists: objects under their digests, written once.
+
+Every step is a function of the one before, and what it made is found again under the digest of all that
+decides it (`<work>/<build>/`): a run that was killed goes on from there, and gives the same release. The ids
+in the segment are compared with the ids in the embeddings, not only their number.
+
+Not covered: adding a small segment to what is there, measuring recall (the release does, on held-out
+queries), GPU training, and deleting work that is done with.
+"""
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from namr import (
+    build_tasks,
+    datasets,
+    embeddings,
+    engine,
+    ivf,
+    planning,
+    releases,
+    storage,
+    tables,
+)
+from namr.build_tasks import (
+    MergeTask,
+    PartTask,
+    SampleTask,
+    ShardVectors,
+    Slice,
+    Source,
+    TrainTask,
+    VectorsTask,
+)
+from namr.datasets import Dataset
+from namr.distances import Metric
+from namr.embedding_files import EmbeddingFile
+from namr.embeddings import SetManifest
+from namr.errors import ManifestError
+from namr.index_files import sum_of_ids
+from namr.ivf import IndexInfo, Template
+from namr.manifests import StoredObject
+from namr.planning import IndexPlan
+from namr.releases import Counts, Segment, VectorShard
+from namr.shards import row_of
+from namr.tables import SampleTable
+
+_LOG = logging.getLogger(__name__)
+_LOG_EVERY_S = 30.0
+_MOST_TRAINING_CPUS = 8
+_FILES_PER_SAMPLE_TASK = 16
+
+A = TypeVar("A")
+R = TypeVar("R")
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexingConfig:
+    """Which embeddings to index, how, and where to."""
+
+    dataset_uri: str
+    """the dataset: a folder or s3://bucket/name"""
+    embeddings_uri: str
+    """root of all embeddings, as extraction filled it"""
+    releases_uri: str
+    """root of all releases; segments and vectors are stored below it"""
+    dataset_version: int | None = None
+    """the current one where none is named"""
+    index_key: str = "auto"
+    """auto, or Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<bytes>x8"""
+    num_parts: int = 4
+    """parts to build side by side; large indexes take more"""
+    max_index_bytes: int = 16 << 30
+    """what the index may take in the memory of a serving node; decides the codes of "auto\""""
+    seed: int = 0
+    """of the sample and of the template's training"""
+    work_uri: str | None = None
+    """where parts are kept until they are merged; <releases_uri>/building where none is named"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What a release lists of an index, and how it came about."""
+
+    model_digest: str
+    dataset: Dataset
+    index_key: str
+    template: StoredObject
+    template_hash: str
+    metric: Metric
+    embedding_dim: int
+    counts: Counts
+    segments: tuple[Segment, ...]
+    vectors: tuple[VectorShard, ...]
+    items: StoredObject
+    num_parts: int
+    num_training_vectors: int
+    imbalance: float
+    """1 for lists of equal length; a search takes about that many times as long"""
+    seconds: float
+
+
+def build(config: IndexingConfig, *, model_digest: str, metric: Metric) -> BuildReport:
+    """Build the index of a dataset version from the embeddings of one model.
+
+    Raises ManifestError if the dataset version is not embedded, if anything stored is damaged, or if the ids
+    in the segment are not those of the live embeddings; ConfigError for a key that is not offered;
+    ShapeError where there are too few vectors for the key.
+    """
+    started = time.monotonic()
+    root = storage.absolute(config.releases_uri)
+    storage.check_writable(root)
+    dataset = datasets.open_version(storage.absolute(config.dataset_uri), config.dataset_version)
+    embedding_set = embeddings.open_set(storage.absolute(config.embeddings_uri), model_digest, dataset)
+    described = embedding_set.manifest
+    plan = planning.plan(
+        described.num_embedded,
+        described.embedding_dim,
+        key=config.index_key,
+        num_parts=config.num_parts,
+        max_index_bytes=config.max_index_bytes,
+    )
+    work = storage.join(
+        storage.absolute(config.work_uri or storage.join(root, "building")),
+        _digest_of(dataset.digest, model_digest, metric, config.seed, plan),
+    )
+    engine.connect()
+    files = described.files
+    source = Source(embeddings_uri=embedding_set.root_uri, dead=dataset.tombstones, metric=metric)
+    template = _template(work, source, described, plan, config.seed)
+    stored_template = releases.store(root, "template.faiss", template.data)
+    part_tasks = [
+        PartTask(source, template, slices, work, number)
+        for number, slices in enumerate(cut(files, plan.num_parts))
+    ]
+    parts = _in_order(build_tasks.build_part, part_tasks)
+    (segment,) = _in_order(build_tasks.merge, [MergeTask(template, parts, work, root)])
+    num_rows = {entry.number: entry.num_samples for entry in dataset.shards}
+    shards = _in_order(
+        build_tasks.store_vectors, [VectorsTask(source, file, num_rows[file.number], root) for file in files]
+    )
+    counts = _reconcile(dataset, segment.info, shards)
+    items = releases.store(root, "items.parquet", tables.encode_samples(_items(dataset, shards)))
+    return BuildReport(
+        model_digest=model_digest,
+        dataset=dataset,
+        index_key=plan.key,
+        template=stored_template,
+        template_hash=template.hash,
+        metric=metric,
+        embedding_dim=described.embedding_dim,
+        counts=counts,
+        segments=(Segment(file=segment.stored, num_entries=segment.info.num_vectors),),
+        vectors=tuple(shard.stored for shard in shards),
+        items=items,
+        num_parts=len(parts),
+        num_training_vectors=plan.num_training_vectors,
+        imbalance=segment.info.imbalance,
+        seconds=time.monotonic() - started,
+    )
+
+
+def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[Slice]]:
+    """The embedded rows of all shards as num_parts ranges, sizes differing by at most one."""
+    total = sum(file.num_embedded for file in files)
+    bounds = [total * number // num_parts for number in range(num_parts + 1)]
+    starts = np.cumsum([0, *(file.num_embedded for file in files)]).tolist()
+    parts: list[list[Slice]] = []
+    for lower, upper in itertools.pairwise(bounds):
+        placed = zip(files, starts, strict=False)
+        slices = [
+            Slice(file, max(lower - start, 0), min(upper - start, file.num_embedded))
+            for file, start in placed
+        ]
+        parts.append([rows for rows in slices if rows.start < rows.stop])
+    return parts
+
+
+def _in_order(function: Callable[[A], R], tasks: Sequence[A]) -> list[R]:
+    """What Ray tasks made of each argument; a line every 30 s says how far they are."""
+    results: dict[int, R] = {}
+    said = time.monotonic()
+    for at, result in engine.map_tasks(function, tasks):
+        results[at] = result
+        if time.monotonic() - said > _LOG_EVERY_S:
+            said = time.monotonic()
+            _LOG.info("%s: %d of %d done", function.__name__.strip("_"), len(results), len(tasks))
+    return [results[at] for at in range(len(tasks))]
+
+
+def _digest_of(*decisive: object) -> str:
+    return storage.sha256(json.dumps(decisive, default=vars).encode())[:32]
+
+
+def _template(work: str, source: Source, described: SetManifest, plan: IndexPlan, seed: int) -> Template:
+    """The template in the work folder, trained now if there is none."""
+    uri, files = storage.join(work, "template.faiss"), described.files
+    if not storage.exists(uri):
+        total = sum(file.num_embedded for file in files)
+        chosen = np.random.default_rng(seed).choice(
+            total, min(plan.num_training_vectors, total), replace=False, shuffle=False
+        )
+        chosen.sort()
+        starts = np.cumsum([0, *(file.num_embedded for file in files)])
+        cuts = np.searchsorted(chosen, starts)
+        picks = [
+            (file, chosen[cuts[at] : cuts[at + 1]] - starts[at])
+            for at, file in enumerate(files)
+            if cuts[at] < cuts[at + 1]
+        ]
+        tasks = [
+            SampleTask(source, picks[start : start + _FILES_PER_SAMPLE_TASK])
+            for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
+        ]
+        nothing = np.empty((0, described.embedding_dim), np.float32)
+        sample = np.concatenate([nothing, *_in_order(build_tasks.sample, tasks)])
+        num_cpus = min(_MOST_TRAINING_CPUS, engine.total_cpus())
+        task = TrainTask(sample, plan.key, seed, num_cpus)
+        ((_, trained),) = engine.map_tasks(build_tasks.train, [task], num_cpus=num_cpus)
+        storage.write_if_absent(uri, trained.data)
+    return ivf.load_template(storage.read(uri))
+
+
+def _reconcile(dataset: Dataset, segment: IndexInfo, shards: list[ShardVectors]) -> Counts:
+    """Every sample went somewhere, and what is in the segment are the ids that live embeddings have."""
+    counts = Counts(
+        num_samples=dataset.version.num_samples,
+        num_indexed=sum(len(shard.indexed) for shard in shards),
+        num_refused=sum(shard.num_refused for shard in shards),
+        num_tombstoned=len(dataset.tombstones),
+    )
+    ids_sum = sum(sum_of_ids(shard.indexed) for shard in shards) % 2**64
+    if (segment.num_vectors, segment.ids_sum) != (counts.num_indexed, ids_sum):
+        raise ManifestError(
+            f"the segment holds {segment.num_vectors} vectors, {counts.num_indexed} are embedded and live, "
+            "or their ids differ; delete the work folder and build again"
+        )
+    if counts.num_samples != counts.num_indexed + counts.num_refused + counts.num_tombstoned:
+        raise ManifestError(f"the counts of the index don't add up: {counts}")
+    return counts
+
+
+def _items(dataset: Dataset, shards: list[ShardVectors]) -> SampleTable:
+    """The rows of the sample indexes that are in the segment, by ascending id."""
+    found = [
+        (table, row_of(shard.indexed)) for table, shard in zip(dataset.all_samples(), shards, strict=True)
+    ]
+    return SampleTable(
+        ids=np.concatenate([table.ids[rows] for table, rows in found]),
+        keys=[table.keys[row] for table, rows in found for row in rows],
+        labels=[table.labels[row] for table, rows in found for row in rows],
+        fields=[table.fields[row] for table, rows in found for row in rows],
+        offsets=np.concatenate([table.offsets[rows] for table, rows in found]),
+        sizes=np.concatenate([table.sizes[rows] for table, rows in found]),
+    )
