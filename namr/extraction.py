@@ -12,7 +12,6 @@ what the storage type can't hold is an error that names the sample, not a refusa
 Not covered: test-time augmentation, and models that don't fit one device.
 """
 
-import logging
 import pickle
 import tempfile
 import time
@@ -28,7 +27,7 @@ import numpy.typing as npt
 import ray
 import torch
 
-from namr import datasets, embeddings, engine, images, model, reading, storage
+from namr import datasets, embeddings, engine, images, model, progress, reading, storage
 from namr.datasets import Dataset, ShardEntry
 from namr.embedding_files import EmbeddingFile
 from namr.embeddings import EmbeddingSet
@@ -38,8 +37,6 @@ from namr.model import NamrModel
 from namr.reading import StreamedSample
 from namr.tables import EmbeddingTable
 
-_LOG = logging.getLogger(__name__)
-_LOG_EVERY_S = 30.0
 _CPUS_PER_WORKER = 0.5  # a whole one each would leave none for Ray Data's own tasks, and the run would hang
 _MOST_TOLD = 10
 ERASED = "erased"
@@ -122,7 +119,7 @@ def extract(config: ExtractionConfig, model_uri: str, *, expected_digest: str | 
     shipped = read_model(model_uri, expected_digest=expected_digest)
     known = embeddings.known_files(root, shipped.digest, dataset)
     to_do = [entry for entry in dataset.shards if entry.number not in known]
-    done = _run(config, dataset, root, shipped, to_do)
+    done = _run(config, dataset, root, shipped, to_do) if to_do else []
     _check_refused(config, done)
     files = [*known.values(), *(shard.file for shard in done)]
     embedding_set = embeddings.publish_set(root, shipped.digest, dataset, files)
@@ -274,8 +271,6 @@ def _run(
     config: ExtractionConfig, dataset: Dataset, root_uri: str, shipped: ModelFiles, to_do: list[ShardEntry]
 ) -> list[_Done]:
     """What became of each shard; a worker's own error is raised as it was there."""
-    if not to_do:
-        return []
     engine.connect()
     num_gpus = engine.total_gpus()
     num_workers = min(len(to_do), config.num_workers or num_gpus or engine.total_cpus())
@@ -289,13 +284,12 @@ def _run(
         num_cpus=_CPUS_PER_WORKER,
         num_gpus=1 if num_gpus else 0,
     )
-    done, said = [], time.monotonic()
+    done: list[_Done] = []
     try:
-        for row in results.iter_rows():
-            done.append(pickle.loads(row["done"]))
-            if time.monotonic() - said > _LOG_EVERY_S:
-                said = time.monotonic()
-                _LOG.info("embedded %d of %d shards", len(done), len(to_do))
+        with progress.shown("embedding shards", len(to_do)) as show:
+            for row in results.iter_rows():
+                done.append(pickle.loads(row["done"]))
+                show(len(done), f"{sum(shard.file.num_embedded for shard in done)} images")
     except ray.exceptions.RayError as error:
         raise _own(error) or error from error
     return done

@@ -16,7 +16,6 @@ queries), GPU training, and deleting work that is done with.
 
 import itertools
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from namr import (
     engine,
     ivf,
     planning,
+    progress,
     releases,
     storage,
     tables,
@@ -59,8 +59,6 @@ from namr.releases import Counts, Segment, VectorShard
 from namr.shards import row_of
 from namr.tables import SampleTable
 
-_LOG = logging.getLogger(__name__)
-_LOG_EVERY_S = 30.0
 _MOST_TRAINING_CPUS = 8
 _FILES_PER_SAMPLE_TASK = 16
 
@@ -149,11 +147,13 @@ def build(config: IndexingConfig, *, model_digest: str, metric: Metric) -> Build
         PartTask(source, template, slices, work, number)
         for number, slices in enumerate(cut(files, plan.num_parts))
     ]
-    parts = _in_order(build_tasks.build_part, part_tasks)
-    (segment,) = _in_order(build_tasks.merge, [MergeTask(template, parts, work, root)])
+    parts = _in_order("building parts", build_tasks.build_part, part_tasks)
+    (segment,) = _in_order("merging parts", build_tasks.merge, [MergeTask(template, parts, work, root)])
     num_rows = {entry.number: entry.num_samples for entry in dataset.shards}
     shards = _in_order(
-        build_tasks.store_vectors, [VectorsTask(source, file, num_rows[file.number], root) for file in files]
+        "storing re-rank vectors",
+        build_tasks.store_vectors,
+        [VectorsTask(source, file, num_rows[file.number], root) for file in files],
     )
     counts = _reconcile(dataset, segment.info, shards)
     items = releases.store(root, "items.parquet", tables.encode_samples(_items(dataset, shards)))
@@ -192,15 +192,13 @@ def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[Slice]]:
     return parts
 
 
-def _in_order(function: Callable[[A], R], tasks: Sequence[A]) -> list[R]:
-    """What Ray tasks made of each argument; a line every 30 s says how far they are."""
+def _in_order(what: str, function: Callable[[A], R], tasks: Sequence[A]) -> list[R]:
+    """What Ray tasks made of each argument."""
     results: dict[int, R] = {}
-    said = time.monotonic()
-    for at, result in engine.map_tasks(function, tasks):
-        results[at] = result
-        if time.monotonic() - said > _LOG_EVERY_S:
-            said = time.monotonic()
-            _LOG.info("%s: %d of %d done", function.__name__.strip("_"), len(results), len(tasks))
+    with progress.shown(what, len(tasks)) as show:
+        for at, result in engine.map_tasks(function, tasks):
+            results[at] = result
+            show(len(results), "")
     return [results[at] for at in range(len(tasks))]
 
 
@@ -229,7 +227,7 @@ def _template(work: str, source: Source, described: SetManifest, plan: IndexPlan
             for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
         ]
         nothing = np.empty((0, described.embedding_dim), np.float32)
-        sample = np.concatenate([nothing, *_in_order(build_tasks.sample, tasks)])
+        sample = np.concatenate([nothing, *_in_order("sampling embeddings", build_tasks.sample, tasks)])
         num_cpus = min(_MOST_TRAINING_CPUS, engine.total_cpus())
         task = TrainTask(sample, plan.key, seed, num_cpus)
         ((_, trained),) = engine.map_tasks(build_tasks.train, [task], num_cpus=num_cpus)
