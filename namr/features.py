@@ -1,16 +1,14 @@
-"""Each image once over the ranks: in blocks, gathered in order; and a cache of a frozen backbone's features.
+"""What is computed of each image once, put together from all ranks; and a cache of backbone features.
 
-Block k of an image list belongs to rank k modulo the number of ranks, so one round of blocks is a
-contiguous run of rows, whatever the number of ranks, and nothing has to be sorted afterwards.
-
-Not covered: reading the images of a block (`reading`).
-Legend: N rows, W width of what is computed of a row, F features.
+Not covered: reading the images (`reading`), and who computes which (`sampling.slice_of_rank`).
+Legend: N images, W width of what is computed of an image, F features, b images of a batch.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,82 +19,100 @@ from namr import collectives
 from namr.errors import ShapeError
 from namr.model import NamrModel
 
-BLOCK_ROWS = 64
-Features = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float32]
+Places = npt.NDArray[np.int64]
 
 
-def blocks_of_rank(num_rows: int, *, rank: int, world_size: int) -> list[range]:
-    """The rows that a rank computes, block by block."""
-    starts = range(rank * BLOCK_ROWS, num_rows, world_size * BLOCK_ROWS)
-    return [range(start, min(start + BLOCK_ROWS, num_rows)) for start in starts]
+class Computed(NamedTuple):
+    """A batch of results, with the places that they have among all images."""
+
+    places: Places
+    """(b,) int64"""
+    values: Values
+    """(b, W) float32"""
 
 
-def in_order(computed: Iterable[Tensor], *, num_rows: int, width: int) -> Iterator[npt.NDArray[np.float32]]:
-    """All ranks' rows in order, on every rank, from what each computes of its own blocks.
+def from_all_ranks(mine: Iterable[Computed], *, width: int) -> Iterator[Computed]:
+    """The batches of all ranks, on every rank, a batch of each at a time, until no rank has any left.
 
-    `computed`: (n, W) float32, one for each of `blocks_of_rank`. Yields contiguous runs of rows, (N, W)
-    together. Collective: every rank has to exhaust it. ShapeError if rows are missing or too many.
+    Collective: every rank has to exhaust it.
     """
-    blocks = iter(computed)
-    num_seen = 0
-    for _ in range(0, num_rows, collectives.world_size() * BLOCK_ROWS):
-        mine = next(blocks, None)
-        run = collectives.gather(torch.empty(0, width) if mine is None else mine.detach().float().cpu())
-        num_seen += len(run)
-        yield run.numpy()
-    if num_seen != num_rows:
-        raise ShapeError(f"{num_seen} rows were computed where {num_rows} were expected")
+    batches = iter(mine)
+    while True:
+        batch = next(batches, None)
+        places, values = batch or (np.empty(0, np.int64), np.empty((0, width), np.float32))
+        of_all = collectives.gather(torch.from_numpy(places))
+        if not len(of_all):
+            return
+        yield Computed(of_all.numpy(), collectives.gather(torch.from_numpy(values)).numpy())
 
 
-def cached_features(
-    folder: Path,
-    key: str,
-    computed: Callable[[], Iterable[Tensor]],
-    *,
-    num_rows: int,
-    num_features: int,
-    writes: bool,
-) -> Features:
-    """(N, F) float32, memory-mapped from `folder`; computed over all ranks if a node lacks them.
+def whole(mine: Iterable[Computed], *, num_rows: int, width: int) -> Values:
+    """(N, W) float32, on every rank; ShapeError unless every place came once."""
+    found = np.empty((num_rows, width), np.float32)
+    _fill(found, from_all_ranks(mine, width=width))
+    return found
 
-    `writes`: this rank writes for its node (one rank of each does). A cache file is complete or absent.
+
+def cached(
+    path: Path, compute: Callable[[], Iterable[Computed]], *, num_rows: int, width: int, writes: bool
+) -> Values:
+    """`whole`, memory-mapped from the file at `path`; computed if it is missing on any rank's machine.
+
+    `writes`: this rank writes for its machine (one rank of each does). The file is complete or absent.
     """
-    path = folder / f"features-{key}.npy"
-    present = collectives.sum_over_ranks(torch.tensor(path.exists()).long())
-    if int(present) < collectives.world_size():
-        runs = in_order(computed(), num_rows=num_rows, width=num_features)
+    missing = collectives.sum_over_ranks(torch.tensor([int(not path.exists())]))
+    if int(missing):
+        runs = from_all_ranks(compute(), width=width)
         if writes and not path.exists():
-            _write(path, runs, (num_rows, num_features))
+            _write(path, runs, (num_rows, width))
         else:
             for _ in runs:
                 pass
         collectives.barrier()
-    features: Features = np.load(path, mmap_mode="r")
-    if features.shape != (num_rows, num_features):
-        raise ShapeError(
-            f"{path} holds {features.shape}, expected {(num_rows, num_features)}; delete it and run again"
-        )
-    return features
+    found: Values = np.load(path, mmap_mode="r")
+    if found.shape != (num_rows, width):
+        raise ShapeError(f"{path} holds {found.shape}, expected {(num_rows, width)}; delete it and run again")
+    return found
 
 
 def backbone_digest(model: NamrModel) -> str:
-    """SHA-256 over the backbone's weights and the preprocessing: what an image's features depend on."""
-    digest = hashlib.sha256(repr(model.preprocessing).encode())
+    """SHA-256 over the backbone's weights and the preprocessing: all that an image's features depend on."""
+    digest = hashlib.sha256(f"{model.config.backbone} {model.preprocessing}".encode())
     for name, value in sorted(model.backbone.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _write(path: Path, runs: Iterator[Features], shape: tuple[int, int]) -> None:
+def batches_of(model: NamrModel, pixels: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Computed]:
+    """The features of (uint8 (b, 3, H, W), places (b,)) batches, in eval mode, on the model's device."""
+    device = next(model.parameters()).device
+    model.eval()
+    for images, places in pixels:
+        with torch.no_grad():
+            values = model.features(images.to(device, non_blocking=True))
+        yield Computed(places.numpy(), values.float().cpu().numpy())
+
+
+def _fill(found: Values, runs: Iterable[Computed]) -> None:
+    seen = np.zeros(len(found), np.int64)
+    for places, values in runs:
+        found[places] = values
+        seen[places] += 1
+    wrong = np.flatnonzero(seen != 1)
+    if len(wrong):
+        raise ShapeError(
+            f"{len(wrong)} of {len(found)} images were not computed exactly once, first {wrong[0]}"
+        )
+
+
+def _write(path: Path, runs: Iterable[Computed], shape: tuple[int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         columns = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-        row = 0
-        for run in runs:
-            columns[row : row + len(run)] = run
-            row += len(run)
+        _fill(columns, runs)
         columns.flush()
         temporary.replace(path)
     finally:

@@ -27,6 +27,10 @@ from namr.model import BatchNormPolicy, ModelConfig, NamrModel, set_batchnorm_po
 Precision = Literal["float32", "bf16"]
 
 
+class NotFinite(NamrError):
+    """The loss or its gradient is NaN or infinite; on every rank alike, and again if the step is repeated."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, how fast and with what rules the model learns."""
@@ -180,7 +184,7 @@ class Learning:
         return self.learner.model
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepResult:
-        """One step on this rank's slice of the global batch; NamrError if loss or gradient is not finite."""
+        """One step on this rank's slice of the global batch; NotFinite if loss or gradient is not finite."""
         config, step = self.config, self.next_step
         factor = rate_factor(config, step)
         for group in self.optimiser.param_groups:
@@ -266,7 +270,7 @@ def _check_finite(result: StepResult) -> None:
     if all(map(math.isfinite, result)):
         return
     terms = ", ".join(f"{name} {value:g}" for name, value in result._asdict().items() if name != "step")
-    raise NamrError(
+    raise NotFinite(
         f"step {result.step} is not finite: {terms}. The last checkpoint is good; lower the learning rates "
         "or use float32, and resume under the same name"
     )

@@ -1,0 +1,53 @@
+"""How far long work has come: a bar on a terminal, a line every 30 seconds in a log.
+
+Not covered: collecting progress from other processes; whoever shows it has to know it.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_INTERVAL_S = 30.0
+
+Show = Callable[[int, str], None]
+"""Say how many are done, and a few words."""
+
+
+@contextmanager
+def shown(
+    what: str, total: int, *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Show]:
+    """While inside, what is told to the yielded function is shown on `stream` (standard error)."""
+    out = stream or sys.stderr
+    if out.isatty():
+        with _bar(what, total, out) as show:
+            yield show
+    else:
+        yield _lines(what, total, out, clock)
+
+
+@contextmanager
+def _bar(what: str, total: int, out: TextIO) -> Iterator[Show]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[words]}"))  # fmt: skip
+    with Progress(*columns, console=Console(file=out)) as bar:
+        task = bar.add_task(what, total=total, words="")
+        yield lambda done, words: bar.update(task, completed=done, words=words)
+
+
+def _lines(what: str, total: int, out: TextIO, clock: Callable[[], float]) -> Show:
+    last = clock()
+
+    def show(done: int, words: str) -> None:
+        nonlocal last
+        if done < total and clock() - last < LINE_INTERVAL_S:
+            return
+        last = clock()
+        print(f"{what}: {done} of {total} {words}".rstrip(), file=out, flush=True)
+
+    return show
