@@ -174,8 +174,9 @@ class JointLoss(nn.Module):
         with torch.autocast(embedding.device.type, enabled=False):
             if embedding.dtype in (torch.float16, torch.bfloat16):
                 embedding, structure = embedding.float(), structure.float()
-            mean_distance = distances.mean_pairwise(embedding)
             scaled = _is_scaled(self.config)
+            with torch.set_grad_enabled(scaled and torch.is_grad_enabled()):
+                mean_distance = distances.mean_pairwise(embedding)
             x = embedding / mean_distance if scaled else F.normalize(embedding, dim=1)
             if mined is None:
                 mined = self.mine(embedding, labels, seed=seed, step=step)

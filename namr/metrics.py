@@ -123,7 +123,7 @@ def retrieval_sums(
     x = distances.for_search(x, metric)
     x = x - x.mean(0)  # changes no distance, and makes rounding small
     others = torch.bincount(y)[y] - 1  # (N,): R of each row
-    rows = torch.arange(len(x)) if query_rows is None else torch.as_tensor(query_rows)
+    rows = torch.arange(len(x)) if query_rows is None else _tensor(query_rows)
     rows = rows.to(x.device)
     queries = rows[others[rows] > 0]
     ks = tuple(sorted({1, *ks}))
@@ -212,11 +212,11 @@ def first_stage_recall(found_ids: NDArray[np.int64], true_ids: NDArray[np.int64]
 def _checked(
     embeddings: Array, structures: Array | None, labels: Ints, *, side: Side
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    x = torch.as_tensor(embeddings)
+    x = _tensor(embeddings)
     if x.ndim != 2 or not len(x):
         raise ShapeError(f"expected embeddings (N, D) with N >= 1, got {tuple(x.shape)}")
     x = _finite(x, "embeddings")
-    y = torch.as_tensor(labels).to(x.device, torch.int64)
+    y = _tensor(labels).to(x.device, torch.int64)
     if y.shape != (len(x),):
         raise ShapeError(f"expected one label for each of {len(x)} embeddings, got labels {tuple(y.shape)}")
     if int(y.min()) < 0:
@@ -227,10 +227,15 @@ def _checked(
         return x, None, y
     if structures is None:
         raise ShapeError(f"side {side!r} needs the structure embeddings: give structures, or side 'none'")
-    s = torch.as_tensor(structures).to(x.device)
+    s = _tensor(structures).to(x.device)
     if s.shape != x.shape:
         raise ShapeError(f"structures {tuple(s.shape)} must have the shape of embeddings {tuple(x.shape)}")
     return x, _finite(s, "structures"), y
+
+
+def _tensor(x: Array | Ints) -> Tensor:
+    """Shares memory with the array, except with a read-only one (memory-mapped), which torch can't hold."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(x if x.flags.writeable else x.copy())
 
 
 def _finite(x: Tensor, name: str) -> Tensor:
