@@ -1,0 +1,237 @@
+"""The Python client of the search service; needs nothing of namr but its errors.
+
+    with Client("http://search:8000") as client:
+        for hit in client.search_image(Path("shoe.jpg").read_bytes(), k=5).hits:
+            print(hit.key, hit.distance)
+
+What the service refuses is raised as the error that it names (ImageRefused, ShapeError, ConfigError, ...).
+A connection that can't be made is tried again; a request that was sent is not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import httpx
+
+from namr import errors
+from namr.errors import ConfigError, ImageRefused, NamrError, ObjectMissing, StorageError
+
+Side = Literal["none", "query", "both", "scale"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of the gallery."""
+
+    id: int
+    key: str
+    label: str | None
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One neighbour; distances are not squared."""
+
+    id: int
+    key: str
+    label: str | None
+    fields: dict[str, Any]
+    distance: float
+    """what the answer is ordered by"""
+    plain_distance: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds that the service took, stage by stage, for all queries of the request."""
+
+    embed_ms: float
+    first_stage_ms: float
+    rerank_ms: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One query's neighbours, nearest first."""
+
+    hits: tuple[Hit, ...]
+    certainty: Literal["proved", "unproved"]
+    side: Side
+    release_id: str
+    model_name: str
+    model_version: str
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Release:
+    """What the service serves."""
+
+    release_id: str
+    created: str
+    model_name: str
+    model_version: str
+    model_digest: str
+    dataset_uri: str
+    dataset_version: int
+    index_key: str
+    metric: str
+    structure_side: Side
+    embedding_dim: int
+    num_items: int
+    nprobe: int
+    depth: int
+    recall_at_10: float
+    takes_images: bool
+
+
+class Client:
+    """Queries one service; keeps connections open, so use it for many queries, from any thread."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        timeout_s: float = 30.0,
+        num_connect_retries: int = 3,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ConfigError(f"base_url is {base_url!r}; expected http://host:port or https://...")
+        self.base_url = base_url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=self.base_url,
+            timeout=timeout_s,
+            transport=httpx.HTTPTransport(retries=num_connect_retries),
+            headers=headers,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def search_image(
+        self,
+        image: bytes,
+        *,
+        k: int = 10,
+        side: Side | None = None,
+        depth: int | None = None,
+        nprobe: int | None = None,
+        exact: bool = False,
+    ) -> Answer:
+        """The items that look most like an encoded picture; None leaves an option to the release."""
+        options = _given(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
+        return _answer(self._post("/search/image", files={"image": ("image", image)}, data=options))
+
+    def search_key(
+        self,
+        key: str,
+        *,
+        k: int = 10,
+        side: Side | None = None,
+        depth: int | None = None,
+        nprobe: int | None = None,
+        exact: bool = False,
+    ) -> Answer:
+        """The items that look most like one of the gallery, itself left out; ObjectMissing if unknown."""
+        options = _given(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
+        return _answer(self._post("/search/key", json={"key": key, **options}))
+
+    def search_vectors(
+        self,
+        embeddings: Sequence[Sequence[float]],
+        structures: Sequence[Sequence[float]] | None = None,
+        *,
+        k: int = 10,
+        side: Side | None = None,
+        depth: int | None = None,
+        nprobe: int | None = None,
+        exact: bool = False,
+    ) -> list[Answer]:
+        """The items nearest to each embedding (rows of numpy arrays do too); up to 256 at once."""
+        body = _given(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
+        body["embeddings"] = [[float(value) for value in row] for row in embeddings]
+        if structures is not None:
+            body["structures"] = [[float(value) for value in row] for row in structures]
+        return [_answer(one) for one in self._post("/search/vector", json=body)["answers"]]
+
+    def item(self, item_id: int) -> Item:
+        """Key, label and fields of an item; ObjectMissing if there is none."""
+        return Item(**self._get(f"/items/{item_id}").json())
+
+    def image(self, item_id: int, *, size_px: int | None = None) -> bytes:
+        """The picture of an item as it is stored, or as a JPEG of at most size_px."""
+        return self._get(f"/items/{item_id}/image", params=_given(size_px=size_px)).content
+
+    def release(self) -> Release:
+        """What the service serves."""
+        return Release(**self._get("/release").json())
+
+    def is_ready(self) -> bool:
+        """Whether the service answers queries; False too where nothing answers at all."""
+        try:
+            self._get("/ready")
+        except NamrError:
+            return False
+        return True
+
+    def _get(self, path: str, **request: Any) -> httpx.Response:
+        return self._ask("GET", path, **request)
+
+    def _post(self, path: str, **request: Any) -> Any:
+        return self._ask("POST", path, **request).json()
+
+    def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            reply = self._http.request(method, path, **request)
+        except httpx.TimeoutException as error:
+            raise StorageError(
+                f"{self.base_url}{path} did not answer in time ({type(error).__name__}); raise timeout_s"
+            ) from error
+        except httpx.TransportError as error:
+            raise StorageError(
+                f"{self.base_url} can't be reached ({error}); is the service running there?"
+            ) from error
+        if reply.is_success:
+            return reply
+        raise _refusal(reply)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _answer(body: dict[str, Any]) -> Answer:
+    known = {**body, "hits": tuple(Hit(**hit) for hit in body["hits"]), "timings": Timings(**body["timings"])}
+    return Answer(**known)
+
+
+def _refusal(reply: httpx.Response) -> NamrError:
+    """The error that the service names; a plain NamrError for what only HTTP has a name for."""
+    try:
+        said = reply.json()["error"]
+        kind, message = str(said["type"]), str(said["message"])
+    except (ValueError, KeyError, TypeError):
+        return NamrError(f"{reply.request.url} answered {reply.status_code}, and not as a namr service does")
+    if reply.status_code == 404:
+        return ObjectMissing(message)
+    if kind == "InvalidRequest":
+        return ConfigError(message)
+    if kind == "ImageRefused":
+        return ImageRefused(message.removeprefix("image refused: "))
+    named = getattr(errors, kind, None)
+    if isinstance(named, type) and issubclass(named, NamrError):
+        return named(message)
+    return NamrError(f"{message} (status {reply.status_code})")
