@@ -247,7 +247,13 @@ class _Worker:
         self._net: NamrModel | None = None  # loaded by the first call: what __init__ raises, Ray tries again
 
     def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
-        entry = self._entries[int(row["number"])]
+        """What became of one shard; an error of ours is a result, because Ray would lose what it is."""
+        try:
+            return {"done": pickle.dumps(self._shard(self._entries[int(row["number"])]))}
+        except NamrError as error:
+            return {"done": pickle.dumps(error)}
+
+    def _shard(self, entry: ShardEntry) -> _Done:
         shipped: ModelFiles = ray.get(self._shipped)
         if self._net is None:
             torch.set_num_threads(1)
@@ -264,13 +270,13 @@ class _Worker:
         live = self._dataset.live(table.refused_ids).tolist()
         rows = zip(table.refused_ids.tolist(), table.refused_keys, table.refused_reasons, strict=True)
         bad = [Refused(*row) for row, is_live in zip(rows, live, strict=True) if is_live and row[2] != ERASED]
-        return {"done": pickle.dumps(_Done(file, is_new, len(bad), bad[:_MOST_TOLD]))}
+        return _Done(file, is_new, len(bad), bad[:_MOST_TOLD])
 
 
 def _run(
     config: ExtractionConfig, dataset: Dataset, root_uri: str, shipped: ModelFiles, to_do: list[ShardEntry]
 ) -> list[_Done]:
-    """What became of each shard; a worker's own error is raised as it was there."""
+    """What became of each shard; the first error that a worker had is raised."""
     engine.connect()
     num_gpus = engine.total_gpus()
     num_workers = min(len(to_do), config.num_workers or num_gpus or engine.total_cpus())
@@ -285,21 +291,14 @@ def _run(
         num_gpus=1 if num_gpus else 0,
     )
     done: list[_Done] = []
-    try:
-        with progress.shown("embedding shards", len(to_do)) as show:
-            for row in results.iter_rows():
-                done.append(pickle.loads(row["done"]))
-                show(len(done), f"{sum(shard.file.num_embedded for shard in done)} images")
-    except ray.exceptions.RayError as error:
-        raise _own(error) or error from error
+    with progress.shown("embedding shards", len(to_do)) as show:
+        for row in results.iter_rows():
+            result: _Done | NamrError = pickle.loads(row["done"])
+            if isinstance(result, NamrError):
+                raise result
+            done.append(result)
+            show(len(done), f"{sum(shard.file.num_embedded for shard in done)} images")
     return done
-
-
-def _own(error: BaseException | None) -> NamrError | None:
-    """The NamrError inside what Ray made of it."""
-    while error is not None and not isinstance(error, NamrError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error
 
 
 def _load(files: Mapping[str, bytes]) -> NamrModel:
