@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from namr import held_out
 from namr.distances import Side
 from namr.errors import ConfigError
 from namr.search import Answer, Searcher
@@ -83,11 +86,21 @@ class Assessment:
         return next(result for result in self.sides if result.side == side)
 
 
-def assess(searcher: Searcher, held_out: Sequence[str], config: AssessmentConfig) -> Assessment:
+def held_out_keys(searcher: Searcher, config: AssessmentConfig) -> list[str]:
+    """Keys of the items that the template was not trained on; of all items where the gallery has too few."""
+    items, num = searcher.release.items(), config.num_queries
+    share = held_out.share(num, searcher.manifest.counts.num_samples)
+    rows = np.flatnonzero(held_out.mask(items.ids, share=share, seed=config.seed))
+    if not len(rows):
+        rows = np.arange(len(items))
+    return [items.keys[row] for row in rows[:num].tolist()]
+
+
+def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) -> Assessment:
     """Measure a release by the keys of its held-out items; at least one, else ConfigError."""
-    if not held_out:
+    if not keys:
         raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
-    keys, num_lists = list(held_out), searcher.num_lists
+    num_lists = searcher.num_lists
     truth = _answers(searcher, keys, side="none", exact=True)
     by_nprobe = []
     for nprobe in _ladder(num_lists):

@@ -117,6 +117,11 @@ class Searcher:
         self._index, self._vectors, self._dead = index, vectors, dead
         self._device = device
 
+    @property
+    def num_lists(self) -> int:
+        """Lists that `nprobe` can choose from; 0 where every item is looked at."""
+        return self._index.num_lists
+
     @classmethod
     def open(
         cls,

@@ -1,0 +1,25 @@
+"""Which images only query an index and teach it nothing: decided by id, the same everywhere and every night.
+
+The template is trained on none of them, and the release is measured with them, each left out of its own
+answer. An image stays held out as long as the share does, whatever else comes into the dataset.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+_LARGEST_SHARE = 0.2
+
+
+def share(num: int, num_samples: int) -> float:
+    """The share to hold out for about `num` queries of a dataset version; never more than a fifth."""
+    return min(_LARGEST_SHARE, num / num_samples) if num_samples else 0.0
+
+
+def mask(ids: npt.NDArray[np.int64], *, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """(n,) True where held out: the SplitMix64 hash of id and seed lies in the lowest `share` of its range."""
+    with np.errstate(over="ignore"):
+        mixed = ids.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return (mixed >> np.uint64(11)).astype(np.float64) < share * 2.0**53
