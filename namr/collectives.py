@@ -5,8 +5,8 @@ backward pass of `gather` sums the gradients of all ranks, so that a rank's own 
 times their share and the average that DistributedDataParallel takes is the exact gradient of the global
 loss. Nothing is multiplied by the world size anywhere.
 
-Every function here is collective: all ranks call it, in the same order. Starting and ending process
-groups is not covered (Ray Train or torchrun does it).
+Every function here is collective: all ranks call it, in the same order. Tensors may lie on the CPU under
+any backend. Starting and ending process groups is not covered (Ray Train or torchrun does it).
 """
 
 import math
@@ -53,7 +53,7 @@ def gather_sizes(x: Tensor) -> list[int]:
     """Number of rows of each rank's tensor, in rank order."""
     if not is_distributed():
         return [len(x)]
-    mine = torch.tensor([len(x), math.prod(x.shape[1:])], device=x.device)
+    mine = torch.tensor([len(x), math.prod(x.shape[1:])], device=_meeting_device(x))
     everybodys = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everybodys, mine)
     sizes, widths = zip(*(each.tolist() for each in everybodys), strict=True)
@@ -68,12 +68,13 @@ class _Gather(torch.autograd.Function):
         sizes = gather_sizes(x)
         start = sum(sizes[: rank()])
         ctx.mine = slice(start, start + len(x))
-        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded = torch.zeros(max(sizes), *x.shape[1:], dtype=x.dtype, device=_meeting_device(x))
         padded[: len(x)] = x
         everybodys = [torch.empty_like(padded) for _ in sizes]
         if max(sizes) > 0:
             dist.all_gather(everybodys, padded)
-        return torch.cat([rows[:size] for rows, size in zip(everybodys, sizes, strict=True)])
+        whole = torch.cat([rows[:size] for rows, size in zip(everybodys, sizes, strict=True)])
+        return whole.to(x.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -84,8 +85,9 @@ def sum_over_ranks(t: Tensor) -> Tensor:
     """A new tensor: the elementwise sum of all ranks' tensors, which have one shape. No gradient."""
     total = t.detach().clone(memory_format=torch.contiguous_format)
     if is_distributed():
+        total = total.to(_meeting_device(t))
         dist.all_reduce(total)
-    return total
+    return total.to(t.device)
 
 
 def broadcast_object(o: T) -> T:
@@ -95,6 +97,13 @@ def broadcast_object(o: T) -> T:
     box = [o]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _meeting_device(t: Tensor) -> torch.device:
+    """Where ranks can exchange a tensor: NCCL takes none on the CPU."""
+    if t.device.type == "cpu" and dist.get_backend() == dist.Backend.NCCL:
+        return torch.device("cuda", torch.cuda.current_device())
+    return t.device
 
 
 def barrier() -> None:

@@ -182,9 +182,10 @@ class JointLoss(nn.Module):
                 mined = self.mine(embedding, labels, seed=seed, step=step)
             metric = self.base(x, labels, mined)
             if self.config.ranking_weight == 0:
-                # Still a part of the graph: DDP waits for a gradient of every parameter, and gets zeros.
-                ranking = (structure * 0).sum()
-                return LossTerms(metric + ranking, metric, ranking.detach(), mean_distance.detach())
+                # Nothing, but DDP gets its gradient of every parameter, and a NaN that mining drops is seen.
+                nothing = (embedding * 0).sum() + (structure * 0).sum()
+                total = metric + nothing
+                return LossTerms(total, metric.detach(), nothing.detach(), mean_distance.detach())
             ranking = multi_cluster_ranking(
                 x,
                 structure,

@@ -171,9 +171,9 @@ def combine(sums: Iterable[RetrievalSums]) -> RetrievalMetrics:
     )
 
 
-def sum_over_ranks(sums: RetrievalSums, *, device: torch.device | str = "cpu") -> RetrievalSums:
-    """The sums of all ranks, on every rank. `device`: one that the process group can reduce on."""
-    numbers = torch.tensor([*sums.hits, *sums[2:]], dtype=torch.float64, device=device)
+def sum_over_ranks(sums: RetrievalSums) -> RetrievalSums:
+    """The sums of all ranks, on every rank."""
+    numbers = torch.tensor([*sums.hits, *sums[2:]], dtype=torch.float64)
     total = collectives.sum_over_ranks(numbers).tolist()
     *hits, average_precision, r_precision, num_queries, num_skipped = total
     return RetrievalSums(

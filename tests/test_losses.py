@@ -229,6 +229,7 @@ def test_weight_zero_is_exactly_the_plain_base_loss(base: str) -> None:
     of_x, of_s = torch.autograd.grad(terms.total, (x, s))
     assert torch.equal(terms.total, terms.metric) and terms.ranking == 0
     assert torch.equal(of_s, torch.zeros_like(s))  # there, for DDP, and without effect
+    assert [t.requires_grad for t in terms] == [True, False, False, False]
     mined = loss.mine(x, LABELS, seed=1, step=2)
     view = x / distances.mean_pairwise(x) if base == "triplet" else torch.nn.functional.normalize(x, dim=1)
     plain = loss.base(view, LABELS, mined)
@@ -307,6 +308,15 @@ def test_one_class_alone_is_no_failure(base: str) -> None:
     terms.total.backward()
     assert x.grad is not None
     assert torch.isfinite(terms.total) and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+@pytest.mark.parametrize("base", BASES)
+def test_a_row_that_is_no_number_is_not_swallowed(base: str, weight: float) -> None:
+    """Mining and reducing drop what they can't compare; the total has to say it nevertheless."""
+    x, s = batch()
+    x.data[3, 5] = torch.nan
+    assert joint(base, ranking_weight=weight).double()(x, s, LABELS, seed=0, step=0).total.isnan()
 
 
 @pytest.fixture
