@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from namr import datasets, embeddings, metrics, model, reading, registry, storage, validation
+from namr import datasets, embeddings, metrics, model, reading, references, storage, validation
 from namr.datasets import Dataset
 from namr.distances import Metric
 from namr.errors import ConfigError
@@ -120,7 +120,7 @@ class EvaluationConfig:
     data_version: int | None = None
     """Its version; none = the current one."""
     models: tuple[str, ...]
-    """The models, each as NAME=FOLDER or NAME=REGISTERED@ALIAS; NAME becomes the row's."""
+    """The models, each as NAME=REFERENCE, a folder or models:/namr@candidate; NAME becomes the row's."""
     embeddings_uri: str | None = None
     """Read these models' stored embeddings from here; none = compute them now."""
     raw_pixels: bool = False
@@ -148,7 +148,7 @@ class EvaluationConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
         for text in self.models:
             if not all(text.partition("=")):
-                raise ConfigError(f"models has {text!r}; expected NAME=FOLDER or NAME=REGISTERED@ALIAS")
+                raise ConfigError(f"models has {text!r}; expected NAME=FOLDER or NAME=models:/<name>@<alias>")
 
 
 def evaluate(config: EvaluationConfig) -> Comparison:
@@ -230,22 +230,11 @@ class _Loaded(NamedTuple):
 
 def _load(text: str, tracking_uri: str | None) -> _Loaded:
     name, _, reference = text.partition("=")
-    with tempfile.TemporaryDirectory(prefix="namr-model-") as temporary:
-        folder = _fetch(reference, Path(temporary), tracking_uri)
-        one, description = model.load(folder), model.describe(folder)
+    with tempfile.TemporaryDirectory(prefix="namr-model-") as folder:
+        path = references.fetch(reference, folder=Path(folder), tracking_uri=tracking_uri).path
+        one, description = model.load(path), model.describe(path)
     trained_for = description.extra.get(validation.TRAINED_FOR, description.search.metric)
     return _Loaded(name, one, "l2" if trained_for == "l2" else "cosine")
-
-
-def _fetch(reference: str, folder: Path, tracking_uri: str | None) -> Path:
-    name, at, alias = reference.partition("@")
-    if at and not storage.exists(storage.join(reference, model.DESCRIPTION_FILE)):
-        return registry.connect(tracking_uri).fetch(name, alias=alias, folder=folder)[0]
-    if storage.is_local(reference):
-        return Path(reference)
-    for file in (model.WEIGHTS_FILE, model.DESCRIPTION_FILE):
-        storage.download(storage.join(reference, file), folder / file)
-    return folder
 
 
 def _stored(root_uri: str, dataset: Dataset, digest: str) -> tuple[Vectors, Vectors, Labels]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from namr import config as configuration
-from namr import datasets, engine, manifests, model, registry, storage, teaching, validation, workers
+from namr import datasets, engine, manifests, model, registry, report, storage, teaching, validation, workers
 from namr.datasets import Dataset
 from namr.errors import ConfigError, ManifestError, NamrError
 from namr.images import AugmentConfig
@@ -157,6 +157,7 @@ def fit(config: TrainJobConfig) -> FitResult:
             workers=config.workers,
         )
         fitted = _exported(config, run, uri, runs, train, outcome)
+        _draw(runs, run.mlflow_run_id, search_metric_of(config.loss))
     except BaseException:
         runs.end_run(run.mlflow_run_id, "FAILED")
         raise
@@ -323,3 +324,15 @@ def _exported(
         search=best.search,
         images_per_s=outcome.value,
     )
+
+
+def _draw(runs: Registry, run_id: str, metric: str) -> None:
+    """The curves of the run, as artifacts."""
+    losses = {name: runs.history(run_id, f"train/{name}") for name in ("total", "metric", "ranking")}
+    recall = {
+        name: runs.history(run_id, f"validation/recall_at_1/{name}")
+        for name in map(validation.name_of, validation.ways("l2" if metric == "l2" else "cosine"))
+    }
+    for name, series, unit in (("loss", losses, "loss"), ("validation", recall, "Recall@1, unseen classes")):
+        plot = report.curves(name, series, x_label="step", y_label=unit)
+        runs.log_text(run_id, plot.svg, f"curves/{name}.svg")

@@ -1,0 +1,290 @@
+"""The main training path: fit on a small real dataset under a real Ray, resume, refuse what can't work."""
+
+import dataclasses
+import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from namr import datasets, images, lessons, manifests, model, registry, shards, tables, training, workers
+from namr.errors import ConfigError, NamrError, StorageError
+from namr.images import AugmentConfig
+from namr.learning import TrainingConfig
+from namr.lessons import DataConfig, Lessons
+from namr.losses import LossConfig
+from namr.model import ModelConfig
+from namr.reading import LoaderConfig
+from namr.sampling import PKConfig
+from namr.shards import Sample
+from namr.training import FitResult, TrainJobConfig
+from namr.workers import WorkersConfig
+
+NOW = datetime(2026, 11, 23, tzinfo=UTC)
+
+
+def make_dataset(root: Path, *, num_classes: int = 8, per_class: int = 5, labelled: bool = True) -> str:
+    """Noise around a colour and a stripe of the class's own, in one shard."""
+    samples = []
+    for number in range(num_classes):
+        draw = np.random.default_rng(number)
+        base = draw.integers(0, 200, (3, 1, 1)) + 55 * (np.arange(32) // (2 + number) % 2)
+        for at in range(per_class):
+            pixels = (base + draw.integers(-20, 20, (3, 32, 32))).clip(0, 255).astype(np.uint8)
+            label = f"class-{number}" if labelled else None
+            samples.append(
+                Sample(key=f"{number}-{at}", image=images.encode_png(pixels.transpose(1, 2, 0)),
+                       extension="png", label=label)
+            )  # fmt: skip
+    root.mkdir(parents=True, exist_ok=True)
+    tar = root.parent / f"{root.name}.tar"
+    table = shards.write_shard(tar, samples, number=0)
+    entry = datasets.ShardEntry(
+        number=0,
+        tar=manifests.write_object(str(root), "shards/0.tar", tar),
+        index=manifests.write_object(str(root), "shards/0.parquet", tables.encode_samples(table)),
+        num_samples=len(table),
+    )
+    datasets.publish_version(datasets.head(str(root)), [entry], now=NOW)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+Make = Callable[..., TrainJobConfig]
+
+
+@pytest.fixture
+def make(data_uri: str, tmp_path: Path) -> Make:
+    """A job of 6 steps with a tiny network; `training` and other parts can be overridden."""
+
+    def job(
+        *, storage: str | None = None, training: dict[str, Any] | None = None, **changes: Any
+    ) -> TrainJobConfig:
+        fields: dict[str, Any] = {
+            "run_name": "run",
+            "storage_uri": storage or str(tmp_path / "runs"),
+            "data": DataConfig(uri=data_uri, held_out_share=0.3),
+            "batch": PKConfig(classes_per_batch=4, samples_per_class=2, seed=1),
+            "model": ModelConfig(
+                backbone="test_efficientnet", weights="none", embedding_dim=8, structure_hidden_dim=8,
+                image_size_px=32,
+            ),
+            "loss": LossConfig(base="proxy_anchor"),
+            "training": TrainingConfig(
+                **{"num_steps": 6, "evaluation_interval": 2, "checkpoint_interval": 1, "batchnorm": "frozen"}
+                | (training or {})
+            ),
+            "augment": AugmentConfig(color_jitter=0),
+            "loader": LoaderConfig(num_workers=0, cache_folder=tmp_path / "cache"),
+            "workers": WorkersConfig(num_workers=2, max_failures=0, wait_s=60),
+            "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db",
+        }  # fmt: skip
+        return TrainJobConfig(**fields | changes)
+
+    return job
+
+
+def weights_of(result: FitResult) -> dict[str, torch.Tensor]:
+    return model.load(Path(result.model_uri)).state_dict()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_fit_trains_on_two_workers_and_registers_a_candidate_that_loads(make: Make) -> None:
+    config = make()
+    result = training.fit(config)
+    assert not result.was_finished
+    assert result.num_steps == 6
+    assert result.best_step in (2, 4, 6)
+    assert set(result.validation) == {
+        f"validation/{metric}/{way}"
+        for metric in ("recall_at_1", "map_at_r")
+        for way in ("cosine", "l2", "scale-cosine", "query-cosine", "both-cosine")
+    }
+    runs = registry.connect(config.tracking_uri)
+    version = runs.version("namr", alias="candidate")
+    assert (version.version, version.run_id) == (result.model_version, result.mlflow_run_id)
+    loaded = model.load(Path(result.model_uri))
+    assert model.digest(loaded) == result.model_digest == version.digest
+    assert loaded.search == result.search
+    assert [step for step, _ in runs.history(result.mlflow_run_id, "validation/recall_at_1/cosine")] == [
+        2,
+        4,
+        6,
+    ]
+    assert len(runs.history(result.mlflow_run_id, "train/total")) >= 1
+
+    again = training.fit(config)
+    assert again == dataclasses.replace(result, was_finished=True)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = training.fit(make(storage=str(tmp_path / "whole")))
+
+    config = make(storage=str(tmp_path / "killed"), run_name="run")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_work", _killed_at_step_3)
+        with pytest.raises(NamrError, match="failed"):
+            training.fit(config)
+    assert not (tmp_path / "killed" / "run" / "result.json").exists()
+    assert (tmp_path / "killed" / "run" / "step-00000003").is_dir()
+    resumed = training.fit(config)
+
+    assert resumed.best_step == whole.best_step
+    assert resumed.validation == whole.validation
+    expected, found = weights_of(whole), weights_of(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (2,)
+
+
+def _killed_at_step_3(given: Any, place: workers.Place) -> Any:
+    """The real work, in a process that dies after the checkpoint of step 3."""
+    import os
+
+    def checkpoint(write: Any, numbers: dict[str, Any]) -> None:
+        place.checkpoint(write, numbers)
+        if numbers["step"] == 3:
+            os._exit(1)
+
+    return training._work(given, _PlaceWith(place, checkpoint))
+
+
+class _PlaceWith:
+    def __init__(self, place: workers.Place, checkpoint: Callable[..., None]) -> None:
+        self._place, self.checkpoint = place, checkpoint
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._place, name)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_one_worker_comes_to_what_two_come_to(make: Make, tmp_path: Path) -> None:
+    two = training.fit(make(storage=str(tmp_path / "two")))
+    one = training.fit(make(storage=str(tmp_path / "one"), workers=WorkersConfig(num_workers=1)))
+    found, expected = weights_of(one), weights_of(two)
+    assert one.best_step == two.best_step
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_frozen_backbone_learns_from_cached_features(make: Make, tmp_path: Path) -> None:
+    config = make(training={"backbone_learning_rate": 0, "augment": False, "batchnorm": "auto"})
+    result = training.fit(config)
+    [cached] = (tmp_path / "cache" / "features").glob("*.npy")
+    assert np.load(cached).shape[0] == 40
+    fresh = model.build(config.model, seed=config.training.seed).backbone.state_dict()
+    learnt = model.load(Path(result.model_uri)).backbone.state_dict()
+    assert all(torch.equal(fresh[name], learnt[name]) for name in fresh)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_loss_that_is_not_finite_fails_at_once_and_keeps_the_checkpoint(make: Make, tmp_path: Path) -> None:
+    config = make(training={"learning_rate": 1e30, "max_gradient_norm": 1e30})
+    with pytest.raises(NamrError, match=r"run 'run', step \d is not finite: total"):
+        training.fit(config)
+    assert list((tmp_path / "runs" / "run").glob("step-*"))
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("select status from runs").fetchall() == [("FAILED",)]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_more_workers_than_cores_is_an_error_and_no_wait_without_end(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"4 workers with .* found no room within 2 s"):
+        training.fit(make(workers=WorkersConfig(num_workers=4, wait_s=2)))
+
+
+def test_a_finished_or_begun_run_refuses_another_configuration(make: Make, tmp_path: Path) -> None:
+    config = make()
+    run = training.TrainingRun(
+        created="", mlflow_run_id="1", config=training._texts(training._absolute(config)), data_version=1,
+        data_digest="", validation_version=None, validation_digest=None,
+    )  # fmt: skip
+    uri = str(tmp_path / "runs" / "run")
+    manifests.write_manifest(f"{uri}/run.json", run)
+    other = make(training={"learning_rate": 1.0}, workers=WorkersConfig(num_workers=1))
+    with pytest.raises(ConfigError, match=r"training.learning_rate was 0.0003 and is 1.0; choose another"):
+        training.fit(other)
+    same_but_workers = make(workers=WorkersConfig(num_workers=1))
+    assert training._begun(training._absolute(same_but_workers), uri) == run
+
+
+def test_storage_that_is_not_there_is_told_before_any_work(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match="file"):
+        training.fit(make(storage=str(tmp_path / "file")))
+
+
+def test_a_dataset_without_labels_can_not_be_learnt_from(make: Make, tmp_path: Path) -> None:
+    uri = make_dataset(tmp_path / "unlabelled", num_classes=3, labelled=False)
+    with pytest.raises(ConfigError, match="none of 15 images has a label"):
+        training.fit(make(data=DataConfig(uri=uri)))
+
+
+def test_fewer_classes_than_a_batch_wants_is_an_error(make: Make) -> None:
+    with pytest.raises(ConfigError, match="classes_per_batch is 7, but only 6 of 6"):
+        training.fit(make(batch=PKConfig(classes_per_batch=7, samples_per_class=2, seed=1)))
+
+
+def test_a_batch_smaller_than_the_workers_is_an_error(make: Make) -> None:
+    with pytest.raises(ConfigError, match="num_workers is 9 and a batch has 8"):
+        make(workers=WorkersConfig(num_workers=9))
+
+
+def test_held_out_classes_are_never_learnt_and_all_examined(make: Make) -> None:
+    config = make()
+    lesson = make_lessons(config)
+    assert (lesson.num_classes, len(lesson.validation_ids)) == (6, 10)
+    learnt = set(lesson.classes.rows.tolist())
+    assert learnt.isdisjoint(lesson.validation_ids.tolist())
+    built = model.build(config.model, seed=0)
+    labels = [y for _, y in lesson.batches(built, first_step=0, num_steps=6, augment=None)]
+    assert set(torch.cat(labels).tolist()) == set(range(6))
+
+
+def test_features_and_images_give_one_examination_and_the_same_batches(make: Make) -> None:
+    config = make()
+    built = model.build(config.model, seed=0).eval()
+    of_images, of_features = make_lessons(config), make_lessons(config)
+    of_features.prepare(built)
+    ways = lessons.validation.ways("l2")
+    assert of_features.examine(built, ways) == of_images.examine(built, ways)
+    arguments = {"first_step": 1, "num_steps": 2, "augment": None}
+    with torch.no_grad():
+        for (pixels, labels), (features, same) in zip(
+            of_images.batches(built, **arguments), of_features.batches(built, **arguments), strict=True
+        ):
+            assert torch.equal(labels, same)
+            torch.testing.assert_close(built.features(pixels), features, rtol=1e-4, atol=1e-4)
+
+
+def make_lessons(config: TrainJobConfig) -> Lessons:
+    train = datasets.open_version(config.data.uri)
+    return Lessons(train, None, data=config.data, batch=config.batch, loader=config.loader)
+
+
+def test_a_validation_dataset_leaves_all_classes_to_training(
+    make: Make, data_uri: str, tmp_path: Path
+) -> None:
+    config = make()
+    unseen = datasets.open_version(make_dataset(tmp_path / "unseen", num_classes=2))
+    train = datasets.open_version(data_uri)
+    lesson = Lessons(train, unseen, data=config.data, batch=config.batch, loader=config.loader)
+    assert (lesson.num_classes, len(lesson.validation_ids)) == (8, 10)
