@@ -173,7 +173,7 @@ def awkward_points(draw: st.DrawFn) -> Points:
 
 
 @given(awkward_points(), st.integers(1, 60), st.sampled_from(SIDES), st.sampled_from(["l2", "cosine"]))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_blocks_equal_one_shot_exactly(points: Points, block_rows: int, side: Side, metric: Metric) -> None:
     options: dict[str, Any] = {"side": side, "metric": metric, "depth": 7, "ks": (1, 2, 5)}
     whole = points.retrieval(block_rows=1000, **options)

@@ -57,6 +57,7 @@ def test_an_index_by_hand() -> None:
 
 
 @given(settings_of_batches(), st.integers(0, 10**6))
+@settings(deadline=None)
 def test_a_batch_holds_k_of_each_of_p_distinct_classes(batch: tuple[list[int], PKConfig], step: int) -> None:
     sizes, config = batch
     index, labels = index_of(sizes)
@@ -76,7 +77,7 @@ def test_a_batch_holds_k_of_each_of_p_distinct_classes(batch: tuple[list[int], P
 
 
 @given(settings_of_batches())
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_at_every_step_all_classes_were_visited_equally_often(batch: tuple[list[int], PKConfig]) -> None:
     sizes, config = batch
     index, labels = index_of(sizes)
@@ -89,6 +90,7 @@ def test_at_every_step_all_classes_were_visited_equally_often(batch: tuple[list[
 
 
 @given(settings_of_batches(), st.integers(0, 1000), st.integers(1, 9))
+@settings(deadline=None)
 def test_the_union_over_ranks_is_the_global_batch(
     batch: tuple[list[int], PKConfig], first_step: int, world_size: int
 ) -> None:
@@ -110,6 +112,7 @@ def test_the_union_over_ranks_is_the_global_batch(
 
 
 @given(st.integers(0, 10_000), st.integers(1, 300))
+@settings(deadline=None)
 def test_slices_are_contiguous_and_even(num: int, world_size: int) -> None:
     slices = [slice_of_rank(num, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert slices[0].start == 0 and slices[-1].stop == num
