@@ -106,7 +106,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side_px: int | None
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image.size, max_pixels)
-        if min_side_px is not None and image.format == "JPEG":
+        if min_side_px is not None and image.format in ("JPEG", "MPO"):  # MPO: two JPEGs, as phones write
             image.draft(None, (min_side_px, min_side_px))
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -40,7 +40,7 @@ _PARAM_LENGTH = 6000
 # Read by MLflow at each request; whoever set them already is right.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute: a server that restarts is waited for
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
@@ -75,7 +75,7 @@ def connect(uri: str | None) -> "Registry":
         os.environ.setdefault(name, value)  # before MLflow is imported: telemetry begins there
     resolved = tracking_uri(uri)
     _check_reachable(resolved)
-    with _explained(resolved, "connect to"), _quiet():
+    with _explained(resolved, "answer"), _quiet():
         from mlflow import MlflowClient
 
         if resolved.startswith("sqlite:///"):

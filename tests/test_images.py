@@ -271,9 +271,11 @@ def test_prepare_squashes_or_crops() -> None:
     assert (images.prepare(to_bytes(wide), preprocessing(30, "crop")) == np.array(GREEN)[:, None, None]).all()
 
 
-def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
+@pytest.mark.parametrize("format", ["JPEG", "MPO"])
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(format: str) -> None:
     picture = natural(1600, 1200)
-    data = to_bytes(picture, "JPEG", quality=95)
+    more = {"save_all": True, "append_images": [picture]} if format == "MPO" else {}
+    data = to_bytes(picture, format, quality=95, **more)
     assert images.decode(data, min_side_px=96).size == (200, 150)
     prep = preprocessing(32)
     whole = picture.resize((32, 32), Image.Resampling.BICUBIC)

@@ -1,9 +1,12 @@
 """Runs and model versions, on SQLite here and against a real server with S3 artifacts."""
 
+import http.server
 import io
 import os
 import socket
+import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -181,6 +184,28 @@ def test_a_server_that_is_not_there_is_told_within_seconds_and_without_the_passw
         with pytest.raises(StorageError, match=r"no MLflow server answers at http://\*\*\*@127") as caught:
             registry.connect(f"http://user:hunter2@127.0.0.1:{port}")
     assert time.monotonic() - started < 8 and "hunter2" not in str(caught.value)
+
+
+def test_a_server_that_refuses_is_told_without_the_password_in_message_or_traceback() -> None:
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    password = "hunter2"
+    with http.server.HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(
+            StorageError, match=r"MLflow at http://\*\*\*@127.* could not answer.* 401"
+        ) as caught:
+            registry.connect(f"http://user:{password}@127.0.0.1:{server.server_port}")
+        server.shutdown()
+    told = "".join(traceback.format_exception(caught.value))
+    assert "user:hunter2" not in told
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns"])
