@@ -20,9 +20,10 @@ FLOORS: dict[int, set[str]] = {
     1: {"storage", "tables", "collectives", "distances", "sampling", "images", "backbones"}
     | {"index_files", "progress"},
     # one thing each: a manifest, a model, a loss, an index, a shard
-    2: {"manifests", "model", "losses", "metrics", "ranking", "ivf", "shards", "items", "report"},
+    2: {"manifests", "model", "losses", "metrics", "ranking", "ivf", "shards", "items", "report"}
+    | {"ranges"},
     # what is stored and has versions; learning without a cluster
-    3: {"datasets", "embedding_files", "releases", "pyfunc", "planning", "sources"}
+    3: {"datasets", "embedding_files", "releases", "pyfunc", "planning", "sources", "sample_index"}
     | {"features", "learning", "validation"},
     # how stored things are read, found and registered
     4: {"reading", "embeddings", "build_tasks", "receipts", "registry", "search", "telemetry", "engine"},
@@ -43,7 +44,7 @@ DOORS: dict[str, set[str]] = {
     "s3fs": {"buckets"},
     "pyarrow": {"tables", "storage"},
     "torch.distributed": {"collectives"},
-    "torchvision": {"images", "sources"},
+    "torchvision": {"sources"},
     "PIL": {"images"},
     "pydantic": {"manifests"},
     "timm": {"backbones"},
