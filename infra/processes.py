@@ -126,6 +126,11 @@ class Program:
                 time.sleep(0.05)
         self._process.wait(5)
 
+    def kill(self) -> None:
+        """End the program and all that it started at once and unasked, as a power cut would."""
+        self._signal_all(signal.SIGKILL)
+        self._process.wait(5)
+
     def _signal_all(self, signal_number: signal.Signals) -> None:
         if self.is_running():
             os.killpg(self.pid, signal_number)

@@ -14,9 +14,10 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 from botocore.config import Config
@@ -52,9 +53,9 @@ class ObjectStore:
             "AWS_DEFAULT_REGION": REGION,
         }
 
-    def create_bucket(self, name: str) -> str:
-        """Make the bucket if it isn't there; its URI."""
-        client = boto3.client(
+    def client(self) -> Any:
+        """A boto3 client of this store; the caller closes it."""
+        return boto3.client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=self.access_key,
@@ -62,12 +63,13 @@ class ObjectStore:
             region_name=REGION,
             config=Config(s3={"addressing_style": "path"}),
         )
-        try:
-            client.create_bucket(Bucket=name)
-        except (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
-            pass  # a store that is started again on its folder
-        finally:
-            client.close()
+
+    def create_bucket(self, name: str) -> str:
+        """Make the bucket if it isn't there; its URI."""
+        with closing(self.client()) as client:
+            there = (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists)
+            with suppress(*there):
+                client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
 
@@ -85,16 +87,6 @@ class RayNode:
     host: str = "127.0.0.1"
     object_store_bytes: int = 200_000_000
     prefix: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayCluster:
-    """A running Ray: `address` for ray.init and RAY_ADDRESS, `dashboard_url` for `ray job submit`."""
-
-    address: str
-    dashboard_url: str
-    programs: tuple[Program, ...]
-    """One per node, the head first. Stopping one of the others is how a test takes a node away."""
 
 
 def http_status(url: str) -> int | None:
@@ -175,43 +167,72 @@ def mlflow_server(
         yield MlflowServer(tracking_uri=tracking_uri)
 
 
-def ray_start(
-    node: RayNode, *, head: RayNode, gcs_port: int, dashboard_port: int, temporary_path: Path
-) -> list[str]:
-    """The `ray start --block` of one node, on free ports."""
-    ports = zip(
-        (
-            *("node-manager-port", "object-manager-port", "metrics-export-port"),
-            *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
-        ),
-        free_ports(6),
-        strict=True,
-    )
-    command = [
-        *(*node.prefix, str(SCRIPTS_PATH / "ray"), "start", "--block", "--disable-usage-stats"),
-        f"--node-ip-address={node.host}",
-        f"--num-cpus={node.num_cpus:g}",
-        f"--num-gpus={node.num_gpus}",
-        f"--object-store-memory={node.object_store_bytes}",
-        *(f"--{option}={port}" for option, port in ports),
-    ]
-    if node is not head:
-        return [*command, f"--address={head.host}:{gcs_port}", "--include-log-monitor=false"]
-    return [
-        *(*command, "--head", f"--port={gcs_port}", f"--temp-dir={temporary_path}"),
-        *("--include-dashboard=true", f"--dashboard-host={node.host}", f"--dashboard-port={dashboard_port}"),
-        f"--ray-client-server-port={free_ports(1)[0]}",
-    ]
-
-
-def num_ray_nodes(dashboard_url: str) -> int:
-    """How many nodes the dashboard counts as alive; 0 while it does not answer."""
+def ray_node_ports(dashboard_url: str) -> set[int]:
+    """The ports of the raylets that the dashboard counts as alive; empty while it does not answer."""
     try:
         with urllib.request.urlopen(f"{dashboard_url}/nodes?view=summary", timeout=5) as answer:
-            nodes = json.load(answer)["data"]["summary"]
+            raylets = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
     except (OSError, http.client.HTTPException, ValueError):
-        return 0
-    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+        return set()
+    return {int(raylet["nodeManagerPort"]) for raylet in raylets if raylet.get("state") == "ALIVE"}
+
+
+class RayCluster:
+    """A running Ray: `address` for ray.init and RAY_ADDRESS, `dashboard_url` for `ray job submit`.
+
+    Made by `ray_cluster`. Nodes can be added, and killed as a power cut would.
+    """
+
+    def __init__(self, head: RayNode, *, folder: Path, environment: Mapping[str, str]) -> None:
+        gcs_port, dashboard_port = free_ports(2)
+        self.address = f"{head.host}:{gcs_port}"
+        self.dashboard_url = f"http://{head.host}:{dashboard_port}"
+        self._folder = folder
+        path = f"{SCRIPTS_PATH}:/usr/local/bin:/usr/bin:/bin:/usr/sbin"  # `python` is this environment's
+        self._environment = {"PATH": path, **RAY_ENVIRONMENT, **environment}
+        self._head_options = [
+            *("--head", f"--port={gcs_port}", "--include-dashboard=true"),
+            *(f"--dashboard-host={head.host}", f"--dashboard-port={dashboard_port}"),
+            f"--ray-client-server-port={free_ports(1)[0]}",
+        ]
+        self.programs: list[Program] = []
+        """One per node, the head first."""
+        self._session_paths: list[Path] = []
+
+    def add(self, node: RayNode) -> Program:
+        """Start one more node and wait until it is counted; the first one is the head."""
+        names = (
+            *("node-manager-port", "object-manager-port", "metrics-export-port"),
+            *("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
+        )
+        ports = free_ports(len(names))
+        joining = [f"--address={self.address}", "--include-log-monitor=false"]
+        # A node that shares the folder of another's session removes job files that the other still uses.
+        session_path = Path(tempfile.mkdtemp(prefix="namr-ray-", dir="/tmp"))
+        self._session_paths.append(session_path)
+        command = [
+            *(*node.prefix, str(SCRIPTS_PATH / "ray"), "start", "--block", "--disable-usage-stats"),
+            f"--node-ip-address={node.host}",
+            f"--temp-dir={session_path}",
+            f"--num-cpus={node.num_cpus:g}",
+            f"--num-gpus={node.num_gpus}",
+            f"--object-store-memory={node.object_store_bytes}",
+            *(f"--{name}={port}" for name, port in zip(names, ports, strict=True)),
+            *(joining if self.programs else self._head_options),
+        ]
+        number = len(self.programs)
+        log_path = self._folder / f"ray-{number}.log"
+        program = Program(f"node {number} of Ray", command, log_path=log_path, environment=self._environment)
+        self.programs.append(program)
+        program.wait_until(lambda: ports[0] in ray_node_ports(self.dashboard_url), timeout_s=120)
+        return program
+
+    def stop(self) -> None:
+        """End all nodes, the head last."""
+        for program in reversed(self.programs):
+            program.stop()
+        for session_path in self._session_paths:
+            shutil.rmtree(session_path, ignore_errors=True)
 
 
 @contextmanager
@@ -221,33 +242,13 @@ def ray_cluster(
     """A Ray of `nodes`, the first its head with dashboard and job API.
 
     `environment` reaches every job and worker (say AWS_* and MLFLOW_TRACKING_URI). Logs of `ray start` go to
-    `folder`. Ray's session lies in a short-named temporary folder, since its unix sockets may not have more
-    than 107 characters, and is removed at the end.
+    `folder`. Each node's session lies in a short-named temporary folder of its own, as its unix sockets may
+    not have more than 107 characters, and is removed at the end.
     """
-    head = nodes[0]
-    gcs_port, dashboard_port = free_ports(2)
-    dashboard_url = f"http://{head.host}:{dashboard_port}"
-    path = f"{SCRIPTS_PATH}:/usr/local/bin:/usr/bin:/bin:/usr/sbin"  # a job's `python` is this environment's
-    temporary_path = Path(tempfile.mkdtemp(prefix="namr-ray-", dir="/tmp"))
-    with ExitStack() as exits:
-        exits.callback(shutil.rmtree, temporary_path, ignore_errors=True)
-        programs: list[Program] = []
-        for number, node in enumerate(nodes):
-            command = ray_start(
-                node,
-                head=head,
-                gcs_port=gcs_port,
-                dashboard_port=dashboard_port,
-                temporary_path=temporary_path,
-            )
-            program = Program(
-                f"node {number} of Ray",
-                command,
-                log_path=folder / f"ray-{number}.log",
-                environment={"PATH": path, **RAY_ENVIRONMENT, **(environment or {})},
-            )
-            programs.append(exits.enter_context(program))
-            program.wait_until(lambda: num_ray_nodes(dashboard_url) == len(programs), timeout_s=120)
-        yield RayCluster(
-            address=f"{head.host}:{gcs_port}", dashboard_url=dashboard_url, programs=tuple(programs)
-        )
+    cluster = RayCluster(nodes[0], folder=folder, environment=environment or {})
+    try:
+        for node in nodes:
+            cluster.add(node)
+        yield cluster
+    finally:
+        cluster.stop()

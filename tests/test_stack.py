@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
-import boto3
 import pytest
 
 from infra import services
@@ -91,24 +91,14 @@ def test_a_program_that_never_answers_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.s3
 def test_the_object_store_keeps_its_objects_over_a_restart(tmp_path: Path) -> None:
-    def client(store: services.ObjectStore):  # type: ignore[no-untyped-def]
-        return boto3.client(
-            "s3",
-            endpoint_url=store.endpoint,
-            aws_access_key_id=store.access_key,
-            aws_secret_access_key=store.secret_key,
-            region_name=services.REGION,
-        )
-
     for number in range(3):
         with services.object_store(tmp_path) as store:
             assert store.create_bucket("kept") == "s3://kept"
-            session = client(store)
-            session.put_object(Bucket="kept", Key=f"night-{number}", Body=bytes([number]) * 5000)
-            for earlier in range(number + 1):
-                body = session.get_object(Bucket="kept", Key=f"night-{earlier}")["Body"].read()
-                assert body == bytes([earlier]) * 5000
-            session.close()
+            with closing(store.client()) as client:
+                client.put_object(Bucket="kept", Key=f"night-{number}", Body=bytes([number]) * 5000)
+                for earlier in range(number + 1):
+                    body = client.get_object(Bucket="kept", Key=f"night-{earlier}")["Body"].read()
+                    assert body == bytes([earlier]) * 5000
     assert services.http_status(store.endpoint) is None
 
 
