@@ -22,7 +22,8 @@ from namr.errors import ConfigError
 from namr.features import Computed, Values
 from namr.images import AugmentConfig
 from namr.model import NamrModel, SearchDefaults
-from namr.reading import LoaderConfig, SampleIndex
+from namr.reading import LoaderConfig
+from namr.sample_index import SampleIndex
 from namr.sampling import PKConfig, slice_of_rank
 
 _BLOCK_ROWS = 64
@@ -34,9 +35,9 @@ Ints = npt.NDArray[np.int64]
 class DataConfig:
     """The images to learn from, and the classes to be examined on."""
 
-    uri: str
+    dataset_uri: str
     """Dataset to learn from; only its labelled images count."""
-    version: int | None = None
+    dataset_version: int | None = None
     """Its version; none = the current one when the run begins."""
     validation_uri: str | None = None
     """Dataset of other classes for validation; none = hold out some of the training dataset's classes."""

@@ -14,7 +14,6 @@ Foreign WebDataset shards ("webdataset:<folder of tars>") are read, checked and 
 are. On a cluster every node must see the source under the same path or URI.
 """
 
-import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -26,15 +25,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from namr import datasets, engine, storage
+from namr import datasets, engine, progress, storage
 from namr.datasets import Dataset, Head, ShardEntry, SourceRecord
 from namr.errors import ConfigError, ImageRefused, ManifestError, ObjectMissing
 from namr.manifests import StoredObject
 from namr.receipts import Receipt, RefusedImage, ShardPlan, run_plan
 from namr.sources import Classes, SourceImage, open_source
 
-_LOG = logging.getLogger(__name__)
-_LOG_EVERY_S = 30.0
 _NUM_READERS = 16
 _NUM_SIZES_ASKED = 256
 _TAR_BYTES_PER_SAMPLE = 2048
@@ -259,17 +256,13 @@ def _run(work: _Work, max_bad_fraction: float) -> list[Receipt]:
     engine.connect()
     receipts: dict[int, Receipt] = {}
     refused: list[RefusedImage] = []
-    said = time.monotonic()
-    for place, receipt in engine.map_tasks(run_plan, work.plans):
-        receipts[place] = receipt
-        refused += receipt.refused
-        if work.num_found:
-            _check_refused(refused, work.num_found, max_bad_fraction)
-        if time.monotonic() - said > _LOG_EVERY_S:
-            said = time.monotonic()
-            _LOG.info(
-                "packed %d of %d shards, %d images refused", len(receipts), len(work.plans), len(refused)
-            )
+    with progress.shown("packing shards", len(work.plans)) as show:
+        for place, receipt in engine.map_tasks(run_plan, work.plans):
+            receipts[place] = receipt
+            refused += receipt.refused
+            if work.num_found:
+                _check_refused(refused, work.num_found, max_bad_fraction)
+            show(len(receipts), f"({len(refused)} images refused)" if refused else "")
     return [receipts[place] for place in range(len(work.plans))]
 
 

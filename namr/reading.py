@@ -1,12 +1,9 @@
 """Samples out of shards: as a stream, by id, and as the batches that training and evaluation want.
 
 Extraction reads whole shards from front to back (`stream`). Training reads P classes x K samples from
-anywhere: `SampleReader` takes a whole batch at once, joins ranges that lie near each other into one request,
-and fills a bounded cache of whole shards on local disk in the background while it answers from the object
-store. Where the dataset is larger than the cache, the shards that fit are cached and the others stay remote.
-
-What a batch needs to know of a dataset (where each image lies, its class) is written once per node as
-memory-mapped columns of about 24 bytes a sample, and shared by all ranks and loader workers there.
+anywhere: `SampleReader` takes a whole batch at once, and fills a bounded cache of whole shards on local disk
+in the background while it answers from the object store. Where the dataset is larger than the cache, the
+shards that fit are cached and the others stay remote.
 
 A batch is a function of (seed, step) alone: neither rank nor number of loader workers changes a pixel.
 Not covered: shuffled passes over all samples, and reading without labels (`stream` does).
@@ -20,7 +17,6 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,19 +25,16 @@ import numpy.typing as npt
 import torch
 import torch.utils.data
 
-from namr import images, sampling, storage, tables
+from namr import images, ranges, sampling, storage
 from namr.datasets import Dataset, ShardEntry
 from namr.errors import ConfigError, ImageRefused, ManifestError, NamrError
 from namr.images import AugmentConfig, Preprocessing
+from namr.sample_index import SampleIndex, write_sample_index
 from namr.sampling import BatchSampler, ClassIndex, Pick, PKConfig
-from namr.shards import row_of, shard_of
+from namr.shards import shard_of
 
 Ints = npt.NDArray[np.int64]
 
-_REMOTE_GAP_BYTES = 256 << 10
-"""what a request's latency is worth: reading over a gap of this size is cheaper than asking twice"""
-_LOCAL_GAP_BYTES = 16 << 10
-_MAX_RANGE_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
 
 
@@ -123,62 +116,6 @@ def _take(file: BinaryIO, num_bytes: int, digest: "hashlib._Hash", uri: str) -> 
     return data
 
 
-@dataclass(frozen=True, eq=False)
-class SampleIndex:
-    """Where the images of a dataset version lie, and their classes; memory-mapped.
-
-    Class numbers are places in the sorted distinct labels of live samples. N rows of all shards in order of
-    id, n live and labelled ones, C classes, S shards.
-    """
-
-    folder: Path
-
-    @cached_property
-    def _columns(self) -> dict[str, npt.NDArray[Any]]:
-        return tables.open_columns(self.folder)
-
-    @cached_property
-    def class_index(self) -> ClassIndex:
-        """For `sampling`: its rows are sample ids, (n,) sorted by class and id."""
-        return ClassIndex(rows=self._columns["ids_by_class"], starts=self._columns["class_starts"])
-
-    @cached_property
-    def class_names(self) -> list[str]:
-        """The label of each class, (C,)."""
-        return [str(name) for name in self._columns["class_names"]]
-
-    @property
-    def num_classes(self) -> int:
-        """C, classes with one image included."""
-        return self.class_index.num_classes
-
-    @cached_property
-    def labelled_ids(self) -> Ints:
-        """(n,) ids of live samples with a label, ascending."""
-        return np.sort(self.class_index.rows)
-
-    def places(self, ids: Ints) -> Ints:
-        """(b,) rows of the columns for ids."""
-        shards = np.searchsorted(self._columns["shard_numbers"], shard_of(ids))
-        found: Ints = self._columns["shard_starts"][shards] + row_of(ids)
-        return found
-
-    def offsets(self, places: Ints) -> Ints:
-        """(b,) of the image's first byte in its tar."""
-        return np.asarray(self._columns["offsets"][places], np.int64)
-
-    def sizes(self, places: Ints) -> Ints:
-        """(b,) bytes of the image."""
-        return np.asarray(self._columns["sizes"][places], np.int64)
-
-    def classes(self, places: Ints) -> Ints:
-        """(b,) class numbers, -1 for samples that are tombstoned or have no label."""
-        return np.asarray(self._columns["classes"][places], np.int64)
-
-    def __reduce__(self) -> tuple[type["SampleIndex"], tuple[Path]]:
-        return SampleIndex, (self.folder,)  # another process maps the files itself
-
-
 def build_class_index(dataset: Dataset, folder: Path) -> SampleIndex:
     """The sample index of a dataset version in `folder`, written by the first process of a node to ask.
 
@@ -189,39 +126,9 @@ def build_class_index(dataset: Dataset, folder: Path) -> SampleIndex:
     with (target.parent / f".{dataset.digest}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            tables.write_columns(target, _columns_of(dataset))
+            with_live = ((table, dataset.live(table.ids)) for table in dataset.all_samples())
+            write_sample_index(target, with_live)
     return SampleIndex(target)
-
-
-def _columns_of(dataset: Dataset) -> dict[str, npt.NDArray[Any]]:
-    numbers: dict[str, int] = {}
-    offsets, sizes, classes, all_ids = [], [], [], []
-    for table in dataset.all_samples():
-        live = dataset.live(table.ids) & (table.sizes > 0)
-        numbers_here = [
-            numbers.setdefault(label, len(numbers)) if label is not None and is_live else -1
-            for label, is_live in zip(table.labels, live, strict=True)
-        ]
-        classes.append(np.array(numbers_here, np.int32))
-        offsets.append(table.offsets)
-        sizes.append(table.sizes.astype(np.uint32))
-        all_ids.append(table.ids)
-    names = sorted(numbers)
-    renumbered = np.full(len(names) + 1, -1, np.int32)  # the last, for -1, stays -1
-    renumbered[[numbers[name] for name in names]] = np.arange(len(names))
-    class_of_row = renumbered[np.concatenate([np.empty(0, np.int32), *classes])]
-    by_class = ClassIndex.from_labels(class_of_row)
-    ids = np.concatenate([np.empty(0, np.int64), *all_ids])
-    return {
-        "shard_numbers": np.array([entry.number for entry in dataset.shards], np.int64),
-        "shard_starts": np.cumsum([0, *(entry.num_samples for entry in dataset.shards)], dtype=np.int64),
-        "offsets": np.concatenate([np.empty(0, np.int64), *offsets]),
-        "sizes": np.concatenate([np.empty(0, np.uint32), *sizes]),
-        "classes": class_of_row,
-        "ids_by_class": ids[by_class.rows],
-        "class_starts": by_class.starts,
-        "class_names": np.array(names, np.str_),
-    }
 
 
 class SampleReader:
@@ -239,33 +146,14 @@ class SampleReader:
 
     def read(self, ids: Ints, offsets: Ints, sizes: Ints) -> list[bytes]:
         """The images' bytes, in the order asked; (b,) each. A sample may be asked for twice."""
-        shards = shard_of(ids)
-        uris = {number: self._uri(number) for number in set(shards.tolist())}
+        numbers = shard_of(ids).tolist()
+        uris = {number: self._uri(number) for number in set(numbers)}
         self._fill(uris)
-        order = np.lexsort((offsets, shards))
-        joined: list[storage.Range] = []
-        range_of = np.empty(len(ids), np.int64)
-        for place in order.tolist():
-            start, uri = int(offsets[place]), uris[int(shards[place])]
-            stop = start + int(sizes[place])
-            gap = _LOCAL_GAP_BYTES if storage.is_local(uri) else _REMOTE_GAP_BYTES
-            last = joined[-1] if joined else None
-            if (
-                last
-                and last.uri == uri
-                and start <= last.stop + gap
-                and stop - last.start <= _MAX_RANGE_BYTES
-            ):
-                joined[-1] = last._replace(stop=max(last.stop, stop))
-            else:
-                joined.append(storage.Range(uri, start, stop))
-            range_of[place] = len(joined) - 1
-        found = self._read_ranges(joined)
-        images_read = []
-        for place, within in enumerate(range_of.tolist()):
-            start = int(offsets[place]) - joined[within].start
-            images_read.append(found[within][start : start + int(sizes[place])])
-        return images_read
+        wanted = [
+            storage.Range(uris[number], start, start + size)
+            for number, start, size in zip(numbers, offsets.tolist(), sizes.tolist(), strict=True)
+        ]
+        return ranges.read_near(wanted)
 
     def _uri(self, number: int) -> str:
         try:
@@ -277,14 +165,6 @@ class SampleReader:
         cached = self.cache.get(entry.tar.sha256) if self.cache else None
         return str(cached) if cached else self.dataset.shard_uri(entry)
 
-    def _read_ranges(self, ranges: list[storage.Range]) -> list[bytes]:
-        """Local and remote ones each in one call."""
-        found: dict[int, bytes] = {}
-        for local in (True, False):
-            places = [place for place, r in enumerate(ranges) if storage.is_local(r.uri) == local]
-            found |= zip(places, storage.read_ranges([ranges[place] for place in places]), strict=True)
-        return [found[place] for place in range(len(ranges))]
-
     def _fill(self, uris: dict[int, str]) -> None:
         if self._filler:
             self._filler.check()
@@ -293,12 +173,6 @@ class SampleReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reader, (self.dataset, self.cache)
-
-
-def _is_near(before: storage.Range, uri: str, start: int, stop: int) -> bool:
-    """Whether one request for both is cheaper than two; `start` is not before that of `before`."""
-    gap = _LOCAL_GAP_BYTES if storage.is_local(uri) else _REMOTE_GAP_BYTES
-    return before.uri == uri and start <= before.stop + gap and stop <= before.start + _MAX_RANGE_BYTES
 
 
 def _reader(dataset: Dataset, cache: storage.Cache | None) -> SampleReader:

@@ -13,7 +13,8 @@ from namr.datasets import Dataset, ShardEntry
 from namr.errors import ConfigError, ImageRefused, ManifestError, StorageError
 from namr.images import AugmentConfig, Preprocessing
 from namr.reading import Batch, LoaderConfig
-from namr.sampling import PKConfig
+from namr.sample_index import SampleIndex
+from namr.sampling import ClassIndex, PKConfig
 from namr.shards import Sample
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
@@ -82,20 +83,6 @@ def test_a_stream_of_a_damaged_or_truncated_tar_is_a_named_error(tmp_path: Path)
         list(reading.stream(dataset, entry))
 
 
-def test_the_sample_index_knows_classes_and_places(dataset: Dataset, tmp_path: Path) -> None:
-    index = reading.build_class_index(dataset, tmp_path)
-    assert index.class_names == ["ant", "bee", "cat", "dog", "eel"]
-    assert index.num_classes == 5
-    assert index.class_index.num_excluded == 1  # one dog; the second ant is gone, two are left
-    expected = {id_of(n): label for n, label in enumerate(LABELS) if label and n != 6}
-    assert dict(zip(index.labelled_ids.tolist(), expected.values(), strict=True)) == expected
-    names = [index.class_names[c] for c in index.classes(index.places(index.labelled_ids))]
-    assert names == list(expected.values())
-    starts = index.class_index.starts
-    cats = index.class_index.rows[starts[2] : starts[3]]
-    assert cats.tolist() == [shards.make_id(2, 2), shards.make_id(2, 3), shards.make_id(3, 4)]
-
-
 def test_the_sample_index_is_written_once(dataset: Dataset, tmp_path: Path) -> None:
     reading.build_class_index(dataset, tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
@@ -103,7 +90,7 @@ def test_the_sample_index_is_written_once(dataset: Dataset, tmp_path: Path) -> N
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
 
 
-def read_all(index: reading.SampleIndex, reader: reading.SampleReader) -> None:
+def read_all(index: SampleIndex, reader: reading.SampleReader) -> None:
     """Every sample, in an order of no pattern and one of them twice, as it was packed."""
     order = np.random.default_rng(0).permutation(14)
     order = np.concatenate([order, order[:1]])
@@ -113,22 +100,9 @@ def read_all(index: reading.SampleIndex, reader: reading.SampleReader) -> None:
     assert found == [image(n) for n in order]
 
 
-@pytest.mark.parametrize("gap", [0, 1 << 20])
-def test_samples_come_back_in_the_order_asked_however_ranges_are_joined(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: int
-) -> None:
-    monkeypatch.setattr(reading, "_LOCAL_GAP_BYTES", gap)
+def test_samples_come_back_in_the_order_asked(dataset: Dataset, tmp_path: Path) -> None:
     index = reading.build_class_index(dataset, tmp_path)
-    asked: list[storage.Range] = []
-
-    def read_ranges(ranges: list[storage.Range]) -> list[bytes]:
-        asked.extend(ranges)
-        return storage_read_ranges(ranges)
-
-    storage_read_ranges = storage.read_ranges
-    monkeypatch.setattr(storage, "read_ranges", read_ranges)
     read_all(index, reading.SampleReader(dataset, cache=None))
-    assert len(asked) == (3 if gap else 14)
 
 
 def test_a_shard_that_the_dataset_has_not_is_a_named_error(dataset: Dataset) -> None:
@@ -235,6 +209,24 @@ def test_evaluation_sees_each_labelled_sample_once_as_search_would(
     assert torch.cat([b.labels for b in batches]).tolist() == [names.index(LABELS[n] or "") for n in numbers]
     expected = np.stack([images.prepare(image(n), PREP) for n in numbers])
     assert np.array_equal(torch.cat([b.pixels for b in batches]).numpy(), expected)
+
+
+def test_batches_and_passes_can_be_of_some_classes_and_samples(dataset: Dataset, tmp_path: Path) -> None:
+    index = reading.build_class_index(dataset, tmp_path)
+    config = LoaderConfig(num_workers=0, cache_folder=tmp_path)
+    whole = index.class_index
+    some = ClassIndex(rows=whole.rows, starts=whole.starts[[0, 1, 2, 3]])  # ants, bees, cats
+    loader = reading.make_loader(
+        dataset, config, batches=BATCHES, rank=0, world_size=1, first_step=0, num_steps=4, prep=PREP,
+        augment=None, classes=some,
+    )  # fmt: skip
+    for batch in loader:
+        assert set(batch.labels.tolist()) == {0, 1, 2}
+    ids = index.labelled_ids[[4, 2]]
+    (batch,) = reading.make_evaluation_loader(
+        dataset, config, batch_size_per_worker=9, rank=0, world_size=1, prep=PREP, ids=ids
+    )
+    assert batch.ids.tolist() == ids.tolist()
 
 
 def test_an_image_that_does_not_decode_is_named(tmp_path: Path) -> None:
