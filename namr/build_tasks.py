@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from namr import distances, embedding_files, ivf, manifests, releases, storage
+from namr import distances, embedding_files, held_out, ivf, manifests, releases, storage
 from namr.distances import Metric
 from namr.embedding_files import EmbeddingFile
 from namr.errors import ManifestError
@@ -64,16 +64,28 @@ class IndexFile:
     info: IndexInfo
 
 
+class HeldOut(NamedTuple):
+    """Which ids the template must not see: see `held_out.mask`."""
+
+    share: float
+    seed: int
+
+
 class SampleTask(NamedTuple):
     """Some rows of some files."""
 
     source: Source
+    held: HeldOut
     picks: list[tuple[EmbeddingFile, Ids]]
 
 
 def sample(task: SampleTask) -> Floats:
-    """The vectors (n, D) of the live ones among these rows."""
-    return np.concatenate([task.source.read(file, rows)[0] for file, rows in task.picks])
+    """The vectors (n, D) of these rows that are live and not held out."""
+    found = []
+    for file, rows in task.picks:
+        x, ids = task.source.read(file, rows)
+        found.append(x[~held_out.mask(ids, share=task.held.share, seed=task.held.seed)])
+    return np.concatenate(found)
 
 
 class TrainTask(NamedTuple):

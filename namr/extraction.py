@@ -27,7 +27,7 @@ import numpy.typing as npt
 import ray
 import torch
 
-from namr import datasets, embeddings, engine, images, model, progress, reading, storage
+from namr import embeddings, engine, images, model, progress, reading, storage
 from namr.datasets import Dataset, ShardEntry
 from namr.embedding_files import EmbeddingFile
 from namr.embeddings import EmbeddingSet
@@ -45,14 +45,8 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionConfig:
-    """What to embed, and where to."""
+    """How to embed."""
 
-    dataset_uri: str
-    """the dataset: a folder or s3://bucket/name"""
-    embeddings_uri: str
-    """root of all embeddings: files lie below it by model and shard"""
-    dataset_version: int | None = None
-    """the current one where none is named"""
     batch_size_per_worker: int = 64
     """images that go through the model at once; a file's last bits depend on it"""
     num_workers: int | None = None
@@ -105,17 +99,23 @@ class ModelFiles(NamedTuple):
     files: Mapping[str, bytes]
 
 
-def extract(config: ExtractionConfig, model_uri: str, *, expected_digest: str | None = None) -> ExtractReport:
+def extract(
+    dataset: Dataset,
+    embeddings_uri: str,
+    model_uri: str,
+    config: ExtractionConfig,
+    *,
+    expected_digest: str | None = None,
+) -> ExtractReport:
     """Embed every shard of a dataset version that this model has not embedded yet.
 
-    model_uri: the folder of a saved model, local to this process or s3://. Raises ModelMismatch if it is
-    not the one of expected_digest, ImageRefused above max_bad_fraction (the files stay, no set is
-    published), ShapeError for NaN embeddings, ManifestError for a damaged shard or file.
+    embeddings_uri: root of all embeddings. model_uri: the folder of a saved model, local to this process or
+    s3://. Raises ModelMismatch if it is not the one of expected_digest, ImageRefused above max_bad_fraction
+    (the files stay, no set is published), ShapeError for NaN embeddings, ManifestError for a damaged shard.
     """
     started = time.monotonic()
-    storage.check_writable(config.embeddings_uri)
-    dataset = datasets.open_version(storage.absolute(config.dataset_uri), config.dataset_version)
-    root = storage.absolute(config.embeddings_uri)
+    root = storage.absolute(embeddings_uri)
+    storage.check_writable(root)
     shipped = read_model(model_uri, expected_digest=expected_digest)
     known = embeddings.known_files(root, shipped.digest, dataset)
     to_do = [entry for entry in dataset.shards if entry.number not in known]

@@ -26,9 +26,9 @@ import numpy.typing as npt
 
 from namr import (
     build_tasks,
-    datasets,
     embeddings,
     engine,
+    held_out,
     ivf,
     planning,
     progress,
@@ -37,6 +37,7 @@ from namr import (
     tables,
 )
 from namr.build_tasks import (
+    HeldOut,
     MergeTask,
     PartTask,
     SampleTask,
@@ -70,16 +71,8 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class IndexingConfig:
-    """Which embeddings to index, how, and where to."""
+    """How to index."""
 
-    dataset_uri: str
-    """the dataset: a folder or s3://bucket/name"""
-    embeddings_uri: str
-    """root of all embeddings, as extraction filled it"""
-    releases_uri: str
-    """root of all releases; segments and vectors are stored below it"""
-    dataset_version: int | None = None
-    """the current one where none is named"""
     index_key: str = "auto"
     """auto, or Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<bytes>x8"""
     num_parts: int = 4
@@ -108,24 +101,33 @@ class BuildReport:
     vectors: tuple[VectorShard, ...]
     items: StoredObject
     num_parts: int
-    num_training_vectors: int
     imbalance: float
     """1 for lists of equal length; a search takes about that many times as long"""
     seconds: float
 
 
-def build(config: IndexingConfig, *, model_digest: str, metric: Metric) -> BuildReport:
+def build(
+    dataset: Dataset,
+    embeddings_uri: str,
+    releases_uri: str,
+    config: IndexingConfig,
+    *,
+    model_digest: str,
+    metric: Metric,
+    num_held_out: int = 0,
+    held_out_seed: int = 0,
+) -> BuildReport:
     """Build the index of a dataset version from the embeddings of one model.
 
-    Raises ManifestError if the dataset version is not embedded, if anything stored is damaged, or if the ids
-    in the segment are not those of the live embeddings; ConfigError for a key that is not offered;
-    ShapeError where there are too few vectors for the key.
+    About num_held_out samples, chosen by their ids (`held_out`), are kept out of the template's training;
+    they are in the index. Raises ManifestError if the dataset version is not embedded, if anything stored is
+    damaged, or if the ids in the segment are not those of the live embeddings; ConfigError for a key that is
+    not offered; ShapeError where there are too few vectors for the key.
     """
     started = time.monotonic()
-    root = storage.absolute(config.releases_uri)
+    root = storage.absolute(releases_uri)
     storage.check_writable(root)
-    dataset = datasets.open_version(storage.absolute(config.dataset_uri), config.dataset_version)
-    embedding_set = embeddings.open_set(storage.absolute(config.embeddings_uri), model_digest, dataset)
+    embedding_set = embeddings.open_set(storage.absolute(embeddings_uri), model_digest, dataset)
     described = embedding_set.manifest
     plan = planning.plan(
         described.num_embedded,
@@ -134,14 +136,15 @@ def build(config: IndexingConfig, *, model_digest: str, metric: Metric) -> Build
         num_parts=config.num_parts,
         max_index_bytes=config.max_index_bytes,
     )
+    held = HeldOut(held_out.share(num_held_out, dataset.version.num_samples), held_out_seed)
     work = storage.join(
         storage.absolute(config.work_uri or storage.join(root, "building")),
-        _digest_of(dataset.digest, model_digest, metric, config.seed, plan),
+        _digest_of(dataset.digest, model_digest, metric, config.seed, plan, held),
     )
     engine.connect()
     files = described.files
     source = Source(embeddings_uri=embedding_set.root_uri, dead=dataset.tombstones, metric=metric)
-    template = _template(work, source, described, plan, config.seed)
+    template = _template(work, source, described, plan, held, config.seed)
     stored_template = releases.store(root, "template.faiss", template.data)
     part_tasks = [
         PartTask(source, template, slices, work, number)
@@ -170,7 +173,6 @@ def build(config: IndexingConfig, *, model_digest: str, metric: Metric) -> Build
         vectors=tuple(shard.stored for shard in shards),
         items=items,
         num_parts=len(parts),
-        num_training_vectors=plan.num_training_vectors,
         imbalance=segment.info.imbalance,
         seconds=time.monotonic() - started,
     )
@@ -206,7 +208,9 @@ def _digest_of(*decisive: object) -> str:
     return storage.sha256(json.dumps(decisive, default=vars).encode())[:32]
 
 
-def _template(work: str, source: Source, described: SetManifest, plan: IndexPlan, seed: int) -> Template:
+def _template(
+    work: str, source: Source, described: SetManifest, plan: IndexPlan, held: HeldOut, seed: int
+) -> Template:
     """The template in the work folder, trained now if there is none."""
     uri, files = storage.join(work, "template.faiss"), described.files
     if not storage.exists(uri):
@@ -223,7 +227,7 @@ def _template(work: str, source: Source, described: SetManifest, plan: IndexPlan
             if cuts[at] < cuts[at + 1]
         ]
         tasks = [
-            SampleTask(source, picks[start : start + _FILES_PER_SAMPLE_TASK])
+            SampleTask(source, held, picks[start : start + _FILES_PER_SAMPLE_TASK])
             for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
         ]
         nothing = np.empty((0, described.embedding_dim), np.float32)

@@ -1,6 +1,5 @@
 """Every row of a shard comes out, interruptions change no byte, and bad models and images are told."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -44,13 +43,7 @@ def dataset(tmp_path: Path) -> Dataset:
     return small_release.make_dataset(tmp_path, Recipe(num_shards=4, rows_per_shard=NUM_ROWS))
 
 
-def config_of(dataset: Dataset, folder: Path | str, **changes: object) -> ExtractionConfig:
-    return replace(
-        ExtractionConfig(
-            dataset_uri=dataset.uri, embeddings_uri=str(folder), batch_size_per_worker=BATCH, num_workers=2
-        ),
-        **changes,
-    )
+CONFIG = ExtractionConfig(batch_size_per_worker=BATCH, num_workers=2)
 
 
 def add_shard(dataset: Dataset, tmp_path: Path, pictures: dict[str, bytes], *, erased: str = "") -> Dataset:
@@ -77,7 +70,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_shard_comes_out_as_the_model_says(net: NamrModel, dataset: Dataset) -> None:
-    config = config_of(dataset, "unused", storage_dtype="float32")
+    config = replace(CONFIG, storage_dtype="float32")
     entry = dataset.shards[1]
     found = extraction.embed_shard(net, dataset, entry, config)
     pictures = [small_release.digit(NUM_ROWS + row) for row in range(NUM_ROWS)]
@@ -88,7 +81,7 @@ def test_a_shard_comes_out_as_the_model_says(net: NamrModel, dataset: Dataset) -
     samples = dataset.samples(entry)
     assert found.ids.tolist() == samples.ids.tolist()
     assert (found.keys, found.labels) == (samples.keys, samples.labels)
-    half = extraction.embed_shard(net, dataset, entry, config_of(dataset, "unused"))
+    half = extraction.embed_shard(net, dataset, entry, CONFIG)
     np.testing.assert_array_equal(half.embeddings, x.astype(np.float16))
 
 
@@ -99,7 +92,7 @@ def test_what_is_no_image_is_refused_with_its_reason(
     pictures = {"a": b"no image", "b": good, "c": good[:-40], "d": good, "e": good}
     more = add_shard(dataset, tmp_path, pictures, erased="d")
     entry = more.shards[-1]
-    table = extraction.embed_shard(net, more, entry, config_of(more, "unused"))
+    table = extraction.embed_shard(net, more, entry, CONFIG)
     assert table.keys == ["b", "e"]
     reasons = dict(zip(table.refused_keys, table.refused_reasons, strict=True))
     assert reasons.keys() == {"a", "c", "d"}
@@ -110,9 +103,9 @@ def test_what_is_no_image_is_refused_with_its_reason(
 
 def test_tombstones_do_not_change_a_file(net: NamrModel, dataset: Dataset) -> None:
     entry = dataset.shards[0]
-    before = extraction.embed_shard(net, dataset, entry, config_of(dataset, "unused"))
+    before = extraction.embed_shard(net, dataset, entry, CONFIG)
     dead = datasets.tombstone(dataset.uri, dataset.samples(entry).keys[:3], now=NOW)
-    after = extraction.embed_shard(net, dead, entry, config_of(dataset, "unused"))
+    after = extraction.embed_shard(net, dead, entry, CONFIG)
     assert tables.encode_embeddings(after) == tables.encode_embeddings(before)
 
 
@@ -126,7 +119,7 @@ def test_embeddings_that_are_no_numbers_are_an_error(
     broken = model.build(net.config, seed=0).eval()
     with torch.no_grad():
         broken.heads.sample.bias.fill_(bias)
-    config = config_of(dataset, "unused", storage_dtype=dtype)
+    config = replace(CONFIG, storage_dtype=dtype)
     with pytest.raises(ShapeError, match=f"embedding of sample 'digit/0' {reason}.*21 of 21"):
         extraction.embed_shard(broken, dataset, dataset.shards[0], config)
 
@@ -147,7 +140,7 @@ def test_the_model_is_verified_before_any_worker_starts(model_folder: str, tmp_p
 )
 def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        ExtractionConfig(dataset_uri="a", embeddings_uri="b", **wrong)
+        ExtractionConfig(**wrong)
 
 
 @pytest.mark.ray
@@ -155,24 +148,24 @@ def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
 def test_a_dataset_is_embedded_once_and_then_what_is_new(
     model_folder: str, dataset: Dataset, tmp_path: Path
 ) -> None:
-    config = config_of(dataset, tmp_path / "out")
-    first = extraction.extract(config, model_folder)
+    out = str(tmp_path / "out")
+    first = extraction.extract(dataset, out, model_folder, CONFIG)
     assert (first.num_samples, first.num_embedded, first.num_refused) == (84, 84, 0)
     assert (first.num_new, first.num_new_files) == (84, 4)
-    again = extraction.extract(config, model_folder)
+    again = extraction.extract(dataset, out, model_folder, CONFIG)
     assert again.embedding_set == first.embedding_set
     assert again.num_new == 0
     before = files_of(tmp_path / "out")
     more = add_shard(dataset, tmp_path, {"late": small_release.digit(5), "bad": b"no image"})
     with pytest.raises(ImageRefused, match=r"1 of 2 images, more than max_bad_fraction 0.01.*'bad' \(not an"):
-        extraction.extract(config, model_folder)
+        extraction.extract(more, out, model_folder, CONFIG)
     with pytest.raises(ManifestError, match="is missing"):
-        embeddings.open_set(str(tmp_path / "out"), extraction.read_model(model_folder).digest, more)
-    night = extraction.extract(replace(config, max_bad_fraction=0.5), model_folder)
+        embeddings.open_set(out, extraction.read_model(model_folder).digest, more)
+    night = extraction.extract(more, out, model_folder, replace(CONFIG, max_bad_fraction=0.5))
     assert (night.num_samples, night.num_embedded, night.num_refused) == (86, 85, 1)
     assert [row.key for row in night.refused] == ["bad"]
-    datasets.tombstone(dataset.uri, ["bad"], now=NOW)
-    assert extraction.extract(config, model_folder).num_refused == 1
+    dead = datasets.tombstone(dataset.uri, ["bad"], now=NOW)
+    assert extraction.extract(dead, out, model_folder, CONFIG).num_refused == 1
     assert before.items() <= files_of(tmp_path / "out").items()
 
 
@@ -184,11 +177,11 @@ def test_a_workers_error_is_raised_as_it_was_there(
     tar = Path(dataset.shard_uri(dataset.shards[2]))
     whole = tar.read_bytes()
     tar.write_bytes(whole[: len(whole) // 2])
-    config = config_of(dataset, tmp_path / "out")
+    out = str(tmp_path / "out")
     with pytest.raises(ManifestError, match="truncated"):
-        extraction.extract(config, model_folder)
+        extraction.extract(dataset, out, model_folder, CONFIG)
     tar.write_bytes(whole)
-    assert extraction.extract(config, model_folder).num_embedded == 84
+    assert extraction.extract(dataset, out, model_folder, CONFIG).num_embedded == 84
 
 
 @pytest.mark.ray
@@ -199,10 +192,10 @@ def test_everything_may_lie_on_s3(model_folder: str, dataset: Dataset, tmp_path:
         storage.upload(Path(dataset.uri, name), storage.join(s3, "dataset", name))
     for name in (model.DESCRIPTION_FILE, model.WEIGHTS_FILE):
         storage.upload(Path(model_folder, name), storage.join(s3, "model", name))
-    config = config_of(dataset, storage.join(s3, "out"), dataset_uri=storage.join(s3, "dataset"))
-    remote = extraction.extract(config, storage.join(s3, "model"))
+    copy = datasets.open_version(storage.join(s3, "dataset"))
+    remote = extraction.extract(copy, storage.join(s3, "out"), storage.join(s3, "model"), CONFIG)
     assert remote.num_embedded == 84
-    extraction.extract(config_of(dataset, tmp_path / "out"), model_folder)
+    extraction.extract(dataset, str(tmp_path / "out"), model_folder, CONFIG)
     local = files_of(tmp_path / "out")
     names = [file.stored.name for file in remote.embedding_set.files]
     assert {Path(name).name: storage.read(storage.join(s3, "out", name)) for name in names} == local
@@ -213,15 +206,15 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str
     """A real kill -9 of the process that runs the extraction; its Ray ends with it."""
     dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=4, rows_per_shard=250))
     program = (
-        "import json, sys\nfrom namr import engine, extraction\n"
-        "config = extraction.ExtractionConfig(**json.loads(sys.argv[1]))\n"
+        "import sys\nfrom namr import datasets, engine, extraction\n"
+        "config = extraction.ExtractionConfig(num_workers=1, batch_size_per_worker=1)\n"
         "engine.connect(None, num_cpus=2)\n"
-        "print(extraction.extract(config, sys.argv[2]).num_new_files)\n"
+        "dataset = datasets.open_version(sys.argv[1])\n"
+        "print(extraction.extract(dataset, sys.argv[2], sys.argv[3], config).num_new_files)\n"
     )
 
     def start(folder: Path) -> subprocess.Popen[str]:
-        settings = vars(config_of(dataset, folder, num_workers=1, batch_size_per_worker=1))
-        words = [sys.executable, "-c", program, json.dumps(settings), model_folder]
+        words = [sys.executable, "-c", program, dataset.uri, str(folder), model_folder]
         return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
 
     whole = start(tmp_path / "whole")

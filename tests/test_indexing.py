@@ -16,6 +16,7 @@ from namr import (
     datasets,
     distances,
     embeddings,
+    held_out,
     indexing,
     ivf,
     manifests,
@@ -23,11 +24,11 @@ from namr import (
     storage,
     tables,
 )
-from namr.build_tasks import MergeTask, PartTask, Slice, Source
+from namr.build_tasks import HeldOut, MergeTask, PartTask, SampleTask, Slice, Source
 from namr.datasets import Dataset
 from namr.embedding_files import EmbeddingFile
 from namr.errors import ConfigError, ManifestError, ShapeError
-from namr.indexing import IndexingConfig
+from namr.indexing import BuildReport, IndexingConfig
 from namr.manifests import StoredObject
 from namr.tables import EmbeddingTable
 
@@ -85,14 +86,16 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config_of(gallery: Path, folder: Path | str, **changes: object) -> IndexingConfig:
-    return replace(
-        IndexingConfig(
-            dataset_uri=str(gallery / "dataset"),
-            embeddings_uri=str(gallery / "embeddings"),
-            releases_uri=str(folder),
-        ),
-        **changes,
+def built(gallery: Path, releases_uri: Path, **config: object) -> BuildReport:
+    """The index of the gallery, by metric L2 unless config has another."""
+    metric = config.pop("metric", "l2")
+    return indexing.build(
+        datasets.open_version(str(gallery / "dataset")),
+        str(gallery / "embeddings"),
+        str(releases_uri),
+        IndexingConfig(**config),
+        model_digest=MODEL,
+        metric=metric,
     )
 
 
@@ -153,6 +156,18 @@ def test_a_part_that_was_built_is_not_built_again(gallery: Path, tmp_path: Path)
         build_tasks.merge(MergeTask(template, [part], str(tmp_path), str(tmp_path / "releases")))
 
 
+def test_the_template_sees_no_held_out_and_no_dead_image(gallery: Path) -> None:
+    dataset = datasets.open_version(str(gallery / "dataset"))
+    found = embeddings.open_set(str(gallery / "embeddings"), MODEL, dataset)
+    source = Source(embeddings_uri=found.root_uri, dead=dataset.tombstones, metric="l2")
+    picks = [(file, np.arange(file.num_embedded)) for file in found.files]
+    sample = build_tasks.sample(SampleTask(source, HeldOut(0.2, 5), picks))
+    x, ids = live_vectors(gallery, "l2")
+    held = held_out.mask(ids, share=0.2, seed=5)
+    assert 0 < held.sum() < len(ids)
+    np.testing.assert_array_equal(sample, x[~held])
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize(
@@ -162,15 +177,15 @@ def test_a_part_that_was_built_is_not_built_again(gallery: Path, tmp_path: Path)
 def test_the_segment_is_the_one_index_over_all_live_vectors(
     key: str, metric: distances.Metric, num_parts: int, gallery: Path, tmp_path: Path
 ) -> None:
-    config = config_of(gallery, tmp_path / "releases", index_key=key, num_parts=num_parts)
-    report = indexing.build(config, model_digest=MODEL, metric=metric)
+    releases_uri = tmp_path / "releases"
+    report = built(gallery, releases_uri, index_key=key, num_parts=num_parts, metric=metric)
     x, ids = live_vectors(gallery, metric)
     assert report.num_parts == num_parts
     assert (report.counts.num_samples, report.counts.num_indexed) == (600, len(ids))
     assert (report.counts.num_refused, report.counts.num_tombstoned) == (1, 4)
     (segment,) = report.segments
-    path = Path(config.releases_uri, segment.file.name)
-    template = ivf.load_template(Path(config.releases_uri, report.template.name).read_bytes())
+    path = releases_uri / segment.file.name
+    template = ivf.load_template((releases_uri / report.template.name).read_bytes())
     assert template.hash == report.template_hash
     ivf.build_part(template, [(x, ids)], tmp_path / "whole", num_threads=1)
     assert path.read_bytes() == (tmp_path / "whole").read_bytes()
@@ -184,19 +199,18 @@ def test_the_segment_is_the_one_index_over_all_live_vectors(
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_vectors_and_items_are_those_of_live_samples(gallery: Path, tmp_path: Path) -> None:
-    config = config_of(gallery, tmp_path / "releases")
-    report = indexing.build(config, model_digest=MODEL, metric="cosine")
+    report = built(gallery, tmp_path, metric="cosine")
     x, ids = live_vectors(gallery, "cosine")
     rows = shards.row_of(ids)
     assert [shard.num_rows for shard in report.vectors] == ROWS
     for shard in report.vectors:
-        data = storage.read(storage.join(config.releases_uri, shard.embedding.name))
+        data = (tmp_path / shard.embedding.name).read_bytes()
         stored = np.load(io.BytesIO(data))
         mine = shards.shard_of(ids) == shard.number
         np.testing.assert_array_equal(stored[rows[mine]], x[mine].astype(np.float16))
         assert np.isnan(np.delete(stored, rows[mine], axis=0)).all()
         assert 0.5 <= shard.min_structure < 1
-    items = tables.decode_samples(storage.read(storage.join(config.releases_uri, report.items.name)))
+    items = tables.decode_samples((tmp_path / report.items.name).read_bytes())
     assert items.ids.tolist() == ids.tolist()
     samples = [report.dataset.samples(entry) for entry in report.dataset.shards]
     key_of = {i: key for table in samples for i, key in zip(table.ids.tolist(), table.keys, strict=True)}
@@ -208,23 +222,20 @@ def test_vectors_and_items_are_those_of_live_samples(gallery: Path, tmp_path: Pa
 def test_a_build_that_was_killed_goes_on_to_the_same_release(
     gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = indexing.build(config_of(gallery, tmp_path / "whole"), model_digest=MODEL, metric="l2")
-    config = config_of(gallery, tmp_path / "killed")
-    calls = []
+    whole = built(gallery, tmp_path / "whole")
 
-    def dies(*arguments: object) -> None:
-        calls.append(arguments)
+    def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(indexing, "_reconcile", dies)
         with pytest.raises(KeyboardInterrupt):
-            indexing.build(config, model_digest=MODEL, metric="l2")
-    work = next(Path(config.releases_uri, "building").iterdir())
+            built(gallery, tmp_path / "killed")
+    work = next((tmp_path / "killed" / "building").iterdir())
     (work / "segment.json").unlink()
     (work / "part-00002.json").unlink()
     untouched = {path: path.stat().st_mtime_ns for path in work.glob("part-00001*")}
-    resumed = indexing.build(config, model_digest=MODEL, metric="l2")
+    resumed = built(gallery, tmp_path / "killed")
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
     assert replace(resumed, seconds=0.0) == replace(whole, seconds=0.0)
 
@@ -232,30 +243,35 @@ def test_a_build_that_was_killed_goes_on_to_the_same_release(
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_part_that_lost_vectors_stops_the_build(gallery: Path, tmp_path: Path) -> None:
-    config = config_of(gallery, tmp_path / "releases")
-    report = indexing.build(config, model_digest=MODEL, metric="l2")
-    work = next(Path(config.releases_uri, "building").iterdir())
+    report = built(gallery, tmp_path)
+    work = next((tmp_path / "building").iterdir())
     segment = manifests.read_manifest(str(work / "segment.json"), build_tasks.IndexFile)
     lossy = replace(segment, info=replace(segment.info, num_vectors=segment.info.num_vectors - 1))
     storage.write(str(work / "segment.json"), manifests.encode_manifest(lossy))
     with pytest.raises(ManifestError, match=f"holds {report.counts.num_indexed - 1} vectors"):
-        indexing.build(config, model_digest=MODEL, metric="l2")
+        built(gallery, tmp_path)
     swapped = replace(segment, info=replace(segment.info, ids_sum=segment.info.ids_sum ^ 1))
     storage.write(str(work / "segment.json"), manifests.encode_manifest(swapped))
     with pytest.raises(ManifestError, match="or their ids differ"):
-        indexing.build(config, model_digest=MODEL, metric="l2")
+        built(gallery, tmp_path)
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_what_cannot_be_built_is_told(gallery: Path, tmp_path: Path) -> None:
-    config = config_of(gallery, tmp_path / "releases")
     with pytest.raises(ManifestError, match="is missing, so there is no namr-embeddings here"):
-        indexing.build(config, model_digest="b" * 64, metric="l2")
+        indexing.build(
+            datasets.open_version(str(gallery / "dataset")),
+            str(tmp_path / "elsewhere"),
+            str(tmp_path),
+            IndexingConfig(),
+            model_digest=MODEL,
+            metric="l2",
+        )
     with pytest.raises(ConfigError, match="HNSW32' is not offered"):
-        indexing.build(replace(config, index_key="HNSW32"), model_digest=MODEL, metric="l2")
+        built(gallery, tmp_path, index_key="HNSW32")
     with pytest.raises(ShapeError, match="trained on 4096 vectors or more, the sample has 59"):
-        indexing.build(replace(config, index_key="IVF4096,Flat"), model_digest=MODEL, metric="l2")
+        built(gallery, tmp_path, index_key="IVF4096,Flat")
 
 
 @pytest.mark.ray
@@ -265,20 +281,16 @@ def test_a_build_on_s3_is_the_same(gallery: Path, tmp_path: Path, s3: str) -> No
     for part in ("dataset", "embeddings"):
         for name in storage.list_names(str(gallery / part)):
             storage.upload(gallery / part / name, storage.join(s3, part, name))
-    local = indexing.build(
-        config_of(gallery, tmp_path / "releases", index_key="IVF8,SQ8"), model_digest=MODEL, metric="l2"
-    )
+    local = built(gallery, tmp_path, index_key="IVF8,SQ8")
     remote = indexing.build(
-        IndexingConfig(
-            dataset_uri=storage.join(s3, "dataset"),
-            embeddings_uri=storage.join(s3, "embeddings"),
-            releases_uri=storage.join(s3, "releases"),
-            index_key="IVF8,SQ8",
-        ),
+        datasets.open_version(storage.join(s3, "dataset")),
+        storage.join(s3, "embeddings"),
+        storage.join(s3, "releases"),
+        IndexingConfig(index_key="IVF8,SQ8"),
         model_digest=MODEL,
         metric="l2",
     )
     assert replace(remote, dataset=local.dataset, seconds=local.seconds) == local
     (segment,) = remote.segments
     data = storage.read(storage.join(s3, "releases", segment.file.name))
-    assert data == Path(tmp_path, "releases", segment.file.name).read_bytes()
+    assert data == (tmp_path / segment.file.name).read_bytes()

@@ -62,17 +62,11 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         begun = time.perf_counter()
         x = bare_loop(net, rows[:additional], cores)
         bare = additional / (time.perf_counter() - begun)
-        config = ExtractionConfig(
-            dataset_uri=whole.uri,
-            embeddings_uri=str(folder / f"out-{number}"),
-            batch_size_per_worker=BATCH,
-            num_workers=cores,
-            decode_threads_per_worker=options.decode_threads,
-        )
-        start_up_s = seconds_of(config, short, folder)
-        ours = additional / (seconds_of(config, whole, folder) - start_up_s)
+        root = folder / f"out-{number}"
+        start_up_s = seconds_of(short, root / "short", folder, options)
+        ours = additional / (seconds_of(whole, root / "long", folder, options) - start_up_s)
         if number == 0:
-            compare(config, whole, model.digest(net), x)
+            compare(str(root / "long"), whole, model.digest(net), x)
         ratios.append(ours / bare)
         print(
             f"round {number + 1}: bare loop {bare:.1f} images/s, extraction {ours:.1f} images/s "
@@ -83,14 +77,15 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     print(f"extraction ratio {statistics.median(ratios):.2f} target {TARGET}")
 
 
-def seconds_of(config: ExtractionConfig, dataset: Dataset, folder: Path) -> float:
+def seconds_of(dataset: Dataset, root: Path, folder: Path, options: argparse.Namespace) -> float:
     """Wall-clock of a run that has everything to do."""
-    where = str(Path(config.embeddings_uri) / Path(dataset.uri).parent.name)
-    begun = time.perf_counter()
-    report = extraction.extract(
-        ExtractionConfig(**{**vars(config), "dataset_uri": dataset.uri, "embeddings_uri": where}),
-        str(folder / "model"),
+    config = ExtractionConfig(
+        batch_size_per_worker=BATCH,
+        num_workers=options.cores,
+        decode_threads_per_worker=options.decode_threads,
     )
+    begun = time.perf_counter()
+    report = extraction.extract(dataset, str(root), str(folder / "model"), config)
     if report.num_new != dataset.version.num_samples:
         raise SystemExit(f"{report.num_new} of {dataset.version.num_samples} images were embedded")
     return time.perf_counter() - begun
@@ -111,9 +106,8 @@ def bare_loop(net: NamrModel, rows: list[bytes], cores: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-def compare(config: ExtractionConfig, dataset: Dataset, digest: str, x: np.ndarray) -> None:
+def compare(root: str, dataset: Dataset, digest: str, x: np.ndarray) -> None:
     """Both sides must have computed the same embeddings, to float16."""
-    root = str(Path(config.embeddings_uri) / Path(dataset.uri).parent.name)
     tables_found = embeddings.iterate(embeddings.open_set(root, digest, dataset))
     stored = np.concatenate([table.embeddings for table in tables_found])[: len(x)].astype(np.float32)
     worst = float(np.abs(stored - x).max() / np.abs(x).max())
