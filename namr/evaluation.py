@@ -115,9 +115,9 @@ class Comparison:
 class EvaluationConfig:
     """What is compared, and on which images."""
 
-    data_uri: str
+    dataset_uri: str
     """Dataset whose labelled images are the set; best of classes that no model was trained on."""
-    data_version: int | None = None
+    dataset_version: int | None = None
     """Its version; none = the current one."""
     models: tuple[str, ...]
     """The models, each as NAME=REFERENCE, a folder or models:/namr@candidate; NAME becomes the row's."""
@@ -159,7 +159,7 @@ def evaluate(config: EvaluationConfig) -> Comparison:
     """
     if config.report_uri:
         storage.check_writable(config.report_uri)
-    dataset = datasets.open_version(config.data_uri, config.data_version)
+    dataset = datasets.open_version(config.dataset_uri, config.dataset_version)
     labels: Labels | None = None
     entries: list[Entry] = []
     for entry, labels_of_entry in _entries(config, dataset):

@@ -174,7 +174,7 @@ class Learning:
             self._parallel = DistributedDataParallel(
                 self.learner,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=policy == "local",
+                forward_sync_buffers=policy == "local",
                 gradient_as_bucket_view=True,
             )
 

@@ -41,13 +41,13 @@ def _bar(what: str, total: int, out: TextIO) -> Iterator[Show]:
 
 
 def _lines(what: str, total: int, out: TextIO, clock: Callable[[], float]) -> Show:
-    last = clock()
+    last, ended = clock(), False
 
     def show(done: int, words: str) -> None:
-        nonlocal last
-        if done < total and clock() - last < LINE_INTERVAL_S:
+        nonlocal last, ended
+        if ended or (done < total and clock() - last < LINE_INTERVAL_S):
             return
-        last = clock()
+        last, ended = clock(), done >= total
         print(f"{what}: {done} of {total} {words}".rstrip(), file=out, flush=True)
 
     return show

@@ -114,14 +114,17 @@ class FitResult:
     """steps that were done when validation was best"""
     validation: dict[str, float]
     """of the best step: Recall@1 and MAP@R by way of searching"""
+    recall_at_1: float
+    """of the best step, plain by the distance that the base loss works on"""
     search: SearchDefaults
+    """the way of searching that validation recommends"""
     images_per_s: float
     """of all workers, without validation and checkpoints, since the last start"""
     was_finished: bool = False
     """True where `fit` found the run finished and only told of it"""
 
 
-_MAY_CHANGE = ("workers.", "loader.", "tracking_uri", "address", "data.version")
+_MAY_CHANGE = ("workers.", "loader.", "tracking_uri", "address", "data.dataset_version")
 """Fields in which a run that goes on may differ from how it began."""
 
 
@@ -175,7 +178,7 @@ def _absolute(config: TrainJobConfig) -> TrainJobConfig:
         storage_uri=storage.absolute(config.storage_uri),
         data=replace(
             config.data,
-            uri=storage.absolute(config.data.uri),
+            dataset_uri=storage.absolute(config.data.dataset_uri),
             validation_uri=storage.absolute(unseen) if unseen else None,
         ),
         model=replace(
@@ -210,15 +213,17 @@ def _begun(config: TrainJobConfig, uri: str) -> TrainingRun | None:
 
 def _datasets(config: TrainJobConfig, run: TrainingRun | None) -> tuple[Dataset, Dataset | None]:
     """The versions that the run began with, or those it begins with now."""
-    train = datasets.open_version(config.data.uri, run.data_version if run else config.data.version)
+    train = datasets.open_version(
+        config.data.dataset_uri, run.data_version if run else config.data.dataset_version
+    )
     unseen = None
     if config.data.validation_uri:
         unseen = datasets.open_version(config.data.validation_uri, run.validation_version if run else None)
     digests = (train.digest, unseen.digest if unseen else None)
     if run and digests != (run.data_digest, run.validation_digest):
         raise ManifestError(
-            f"{config.data.uri} is not the dataset that run {config.run_name!r} began with: its manifest has "
-            f"another digest; choose another run_name"
+            f"{config.data.dataset_uri} is not the dataset that run {config.run_name!r} began with: the "
+            "manifest of its version has another digest; choose another run_name"
         )
     return train, unseen
 
@@ -321,6 +326,7 @@ def _exported(
         num_steps=config.training.num_steps,
         best_step=numbers["step"],
         validation={name: value for name, value in numbers.items() if name.startswith("validation/")},
+        recall_at_1=numbers[teaching.SCORE],
         search=best.search,
         images_per_s=outcome.value,
     )

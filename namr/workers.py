@@ -160,6 +160,7 @@ def run(
                     max_failures=workers.max_failures, controller_failure_limit=2
                 ),
                 checkpoint_config=_train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=score),
+                logging_config=_train.LoggingConfig(log_level="WARNING"),
             ),
         )
         try:

@@ -1,4 +1,7 @@
-"""One step of learning: its law over 1, 2 and 3 processes, resuming, the schedule, and what it refuses."""
+"""Steps of learning: resuming over 1, 2 and 3 processes, the schedule, and what is refused.
+
+That processes agree in loss and gradients is shown in test_ddp_law.
+"""
 
 import math
 from collections.abc import Iterator
@@ -8,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from namr import learning, model
+from namr import collectives, learning, model
 from namr.errors import ConfigError, NamrError
 from namr.learning import Learning, TrainingConfig, rate_factor
 from namr.losses import JointLoss, LossConfig
 from namr.model import ModelConfig
 from namr.sampling import slice_of_rank
+from tests.ranks import Results, on_ranks
 
-NUM_CLASSES, NUM_STEPS, BATCH = 5, 6, 13  # 13 images are ragged over 2 and over 3 ranks
+NUM_CLASSES, NUM_STEPS, BATCH = 5, 4, 13  # 13 images are ragged over 2 and over 3 ranks
 TINY = ModelConfig(
     backbone="test_efficientnet", weights="none", embedding_dim=8, structure_hidden_dim=16, image_size_px=32
 )
@@ -76,112 +79,43 @@ def uninterrupted(rank: int, world_size: int, **of_learning: Any) -> tuple[dict[
     return flat_state(learned), totals
 
 
-def first_gradient(rank: int, world_size: int) -> dict[str, Tensor]:
-    learned = make_learning(TrainingConfig(**{**vars(TRAINING), "max_gradient_norm": 1e9}))
-    learned.step(*next(batches(0, rank=rank, world_size=world_size)))
-    return {n: p.grad.clone() for n, p in learned.learner.named_parameters() if p.grad is not None}
-
-
-def double_gradient(rank: int, world_size: int) -> dict[str, Tensor]:
-    """Of features that are given, in float64: heads and proxies."""
-    learned = make_learning()
-    learned.learner.double()
-    mine = slice_of_rank(BATCH, rank=rank, world_size=world_size)
-    generator = torch.Generator().manual_seed(3)
-    width = learned.model.heads.sample.in_features
-    features = torch.randn(BATCH, width, generator=generator, dtype=torch.float64)[mine].requires_grad_()
-    labels = (torch.arange(BATCH) % NUM_CLASSES)[mine]
-    learned.learner.model.backbone.requires_grad_(False)
-    parallel = learned.learner
-    if world_size > 1:
-        parallel = torch.nn.parallel.DistributedDataParallel(learned.learner)
-    terms = parallel(features, labels, 0)
-    terms.total.backward()
-    gradients = {n: p.grad.clone() for n, p in learned.learner.named_parameters() if p.grad is not None}
-    return {**gradients, "total": terms.total.detach()}
-
-
-def rank_main(rank: int, folder: Path) -> None:
-    """Everything that the tests below compare, with 3, 2 and 1 processes."""
-    torch.set_num_threads(1)
-    for world_size in (3, 2, 1):
-        if rank >= world_size:
-            return
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size
-        )
-        results = {
-            "gradient": first_gradient(rank, world_size),
-            "double": double_gradient(rank, world_size),
-            "uninterrupted": uninterrupted(rank, world_size)[0],
-            "interrupted": interrupted(rank, world_size, folder / f"state-{rank}-{world_size}.pt"),
-            "plain": uninterrupted(rank, world_size, base="contrastive", weight=0.0, r=0.0)[1],
-        }
-        torch.save(results, folder / f"results-{rank}-{world_size}.pt")
-        dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Any]]:
-    """(rank, world size) -> what `rank_main` found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank_main, args=(folder,), nprocs=3)
+def on_each_rank(folder: Path) -> dict[str, Any]:
+    """Everything that the tests below compare."""
+    rank, world_size = collectives.rank(), collectives.world_size()
     return {
-        (rank, world_size): torch.load(folder / f"results-{rank}-{world_size}.pt")
-        for world_size in (1, 2, 3)
-        for rank in range(world_size)
+        "uninterrupted": uninterrupted(rank, world_size)[0],
+        "interrupted": interrupted(rank, world_size, folder / f"state-{rank}-{world_size}.pt"),
+        "plain": uninterrupted(rank, world_size, base="contrastive", weight=0.0, r=0.0)[1],
     }
 
 
-def as_vector(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_gradient_does_not_depend_on_the_number_of_processes(
-    results: dict[tuple[int, int], dict[str, Any]], world_size: int
-) -> None:
-    one = as_vector(results[0, 1]["gradient"])
-    for rank in range(world_size):
-        several = as_vector(results[rank, world_size]["gradient"])
-        assert (several - one).norm() < 1e-5 * one.norm()
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_in_float64_loss_and_gradients_of_heads_and_proxies_agree_to_1e_9(
-    results: dict[tuple[int, int], dict[str, Any]], world_size: int
-) -> None:
-    one = results[0, 1]["double"]
-    assert any(name.startswith("loss.") for name in one)
-    for rank in range(world_size):
-        torch.testing.assert_close(results[rank, world_size]["double"], one, rtol=1e-9, atol=1e-12)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """By world size and rank, what `on_each_rank` found."""
+    return on_ranks(on_each_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    results: dict[tuple[int, int], dict[str, Any]], world_size: int
-) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(results: Results, world_size: int) -> None:
     for rank in range(world_size):
-        found = results[rank, world_size]
+        found = results[world_size][rank]
         assert found["interrupted"].keys() == found["uninterrupted"].keys()
         for name, value in found["uninterrupted"].items():
             assert torch.equal(found["interrupted"][name], value), name
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_all_ranks_hold_the_same_weights(
-    results: dict[tuple[int, int], dict[str, Any]], world_size: int
-) -> None:
+def test_all_ranks_hold_the_same_weights(results: Results, world_size: int) -> None:
     for rank in range(1, world_size):
         torch.testing.assert_close(
-            results[rank, world_size]["uninterrupted"], results[0, world_size]["uninterrupted"]
+            results[world_size][rank]["uninterrupted"], results[world_size][0]["uninterrupted"]
         )
 
 
 def test_without_structure_and_ranking_loss_ddp_waits_for_nothing(
-    results: dict[tuple[int, int], dict[str, Any]],
+    results: Results,
 ) -> None:
-    np.testing.assert_allclose(results[0, 3]["plain"], results[0, 1]["plain"], rtol=1e-4)
+    np.testing.assert_allclose(results[3][0]["plain"], results[1][0]["plain"], rtol=1e-4)
 
 
 def test_the_loss_falls() -> None:
@@ -224,7 +158,7 @@ def test_a_loss_that_is_not_finite_names_step_and_terms_and_spares_the_weights()
 
 
 def test_batches_that_end_too_soon_are_an_error() -> None:
-    with pytest.raises(NamrError, match="ended after 1 of 6 steps"):
+    with pytest.raises(NamrError, match="ended after 1 of 4 steps"):
         list(make_learning().run([next(batches(0))]))
 
 

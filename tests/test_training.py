@@ -4,6 +4,7 @@ import dataclasses
 import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,35 +62,49 @@ def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 Make = Callable[..., TrainJobConfig]
 
 
+def make_job(
+    data_uri: str, folder: Path, *, training: dict[str, Any] | None = None, **changes: Any
+) -> TrainJobConfig:
+    """A job of 6 steps with a tiny network; `training` and other parts can be overridden."""
+    fields: dict[str, Any] = {
+        "run_name": "run",
+        "storage_uri": str(folder / "runs"),
+        "data": DataConfig(dataset_uri=data_uri, held_out_share=0.3),
+        "batch": PKConfig(classes_per_batch=4, samples_per_class=2, seed=1),
+        "model": ModelConfig(
+            backbone="test_efficientnet",
+            weights="none",
+            embedding_dim=8,
+            structure_hidden_dim=8,
+            image_size_px=32,
+        ),
+        "loss": LossConfig(base="proxy_anchor"),
+        "training": TrainingConfig(
+            **{"num_steps": 6, "evaluation_interval": 2, "checkpoint_interval": 1, "batchnorm": "frozen"}
+            | (training or {})
+        ),
+        "augment": AugmentConfig(color_jitter=0),
+        "loader": LoaderConfig(num_workers=0, cache_folder=folder / "cache"),
+        "workers": WorkersConfig(num_workers=2, max_failures=0, wait_s=60),
+        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+    }
+    return TrainJobConfig(**fields | changes)
+
+
 @pytest.fixture
 def make(data_uri: str, tmp_path: Path) -> Make:
-    """A job of 6 steps with a tiny network; `training` and other parts can be overridden."""
+    return partial(make_job, data_uri, tmp_path)
 
-    def job(
-        *, storage: str | None = None, training: dict[str, Any] | None = None, **changes: Any
-    ) -> TrainJobConfig:
-        fields: dict[str, Any] = {
-            "run_name": "run",
-            "storage_uri": storage or str(tmp_path / "runs"),
-            "data": DataConfig(uri=data_uri, held_out_share=0.3),
-            "batch": PKConfig(classes_per_batch=4, samples_per_class=2, seed=1),
-            "model": ModelConfig(
-                backbone="test_efficientnet", weights="none", embedding_dim=8, structure_hidden_dim=8,
-                image_size_px=32,
-            ),
-            "loss": LossConfig(base="proxy_anchor"),
-            "training": TrainingConfig(
-                **{"num_steps": 6, "evaluation_interval": 2, "checkpoint_interval": 1, "batchnorm": "frozen"}
-                | (training or {})
-            ),
-            "augment": AugmentConfig(color_jitter=0),
-            "loader": LoaderConfig(num_workers=0, cache_folder=tmp_path / "cache"),
-            "workers": WorkersConfig(num_workers=2, max_failures=0, wait_s=60),
-            "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db",
-        }  # fmt: skip
-        return TrainJobConfig(**fields | changes)
 
-    return job
+@pytest.fixture(scope="module")
+def whole(
+    ray_local: None,  # noqa: ARG001  a fixture that is wanted for what it starts
+    data_uri: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[TrainJobConfig, FitResult]:
+    """A run on two workers that nothing interrupted."""
+    config = make_job(data_uri, tmp_path_factory.mktemp("whole"))
+    return config, training.fit(config)
 
 
 def weights_of(result: FitResult) -> dict[str, torch.Tensor]:
@@ -97,10 +112,10 @@ def weights_of(result: FitResult) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_local")
-def test_fit_trains_on_two_workers_and_registers_a_candidate_that_loads(make: Make) -> None:
-    config = make()
-    result = training.fit(config)
+def test_fit_trains_on_two_workers_and_registers_a_candidate_that_loads(
+    whole: tuple[TrainJobConfig, FitResult],
+) -> None:
+    config, result = whole
     assert not result.was_finished
     assert result.num_steps == 6
     assert result.best_step in (2, 4, 6)
@@ -109,45 +124,45 @@ def test_fit_trains_on_two_workers_and_registers_a_candidate_that_loads(make: Ma
         for metric in ("recall_at_1", "map_at_r")
         for way in ("cosine", "l2", "scale-cosine", "query-cosine", "both-cosine")
     }
+    assert result.recall_at_1 == result.validation["validation/recall_at_1/cosine"]
     runs = registry.connect(config.tracking_uri)
     version = runs.version("namr", alias="candidate")
     assert (version.version, version.run_id) == (result.model_version, result.mlflow_run_id)
     loaded = model.load(Path(result.model_uri))
     assert model.digest(loaded) == result.model_digest == version.digest
     assert loaded.search == result.search
-    assert [step for step, _ in runs.history(result.mlflow_run_id, "validation/recall_at_1/cosine")] == [
-        2,
-        4,
-        6,
-    ]
-    assert len(runs.history(result.mlflow_run_id, "train/total")) >= 1
-
-    again = training.fit(config)
-    assert again == dataclasses.replace(result, was_finished=True)
+    history = runs.history(result.mlflow_run_id, "validation/recall_at_1/cosine")
+    assert [step for step, _ in history] == [2, 4, 6]
+    assert [step for step, _ in runs.history(result.mlflow_run_id, "train/total")] == [6]
+    stored = {path.name for path in (Path(config.storage_uri) / "run").iterdir()}
+    assert {"run.json", "result.json", "model", "step-00000006"} <= stored
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_local")
-def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = training.fit(make(storage=str(tmp_path / "whole")))
+def test_a_finished_run_answers_with_its_result(whole: tuple[TrainJobConfig, FitResult]) -> None:
+    config, result = whole
+    assert training.fit(config) == dataclasses.replace(result, was_finished=True)
 
-    config = make(storage=str(tmp_path / "killed"), run_name="run")
+
+@pytest.mark.ray
+def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
+    whole: tuple[TrainJobConfig, FitResult], make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
     with monkeypatch.context() as patch:
         patch.setattr(training, "_work", _killed_at_step_3)
         with pytest.raises(NamrError, match="failed"):
             training.fit(config)
-    assert not (tmp_path / "killed" / "run" / "result.json").exists()
-    assert (tmp_path / "killed" / "run" / "step-00000003").is_dir()
-    resumed = training.fit(config)
+    assert not (tmp_path / "runs" / "run" / "result.json").exists()
+    assert (tmp_path / "runs" / "run" / "step-00000003").is_dir()
+    resumed, uninterrupted = training.fit(config), whole[1]
 
-    assert resumed.best_step == whole.best_step
-    assert resumed.validation == whole.validation
-    expected, found = weights_of(whole), weights_of(resumed)
+    assert resumed.best_step == uninterrupted.best_step
+    assert resumed.validation == uninterrupted.validation
+    expected, found = weights_of(uninterrupted), weights_of(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        assert database.execute("select count(*) from runs").fetchone() == (2,)
+        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
 
 
 def _killed_at_step_3(given: Any, place: workers.Place) -> Any:
@@ -171,10 +186,9 @@ class _PlaceWith:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_local")
-def test_one_worker_comes_to_what_two_come_to(make: Make, tmp_path: Path) -> None:
-    two = training.fit(make(storage=str(tmp_path / "two")))
-    one = training.fit(make(storage=str(tmp_path / "one"), workers=WorkersConfig(num_workers=1)))
+def test_one_worker_comes_to_what_two_come_to(whole: tuple[TrainJobConfig, FitResult], make: Make) -> None:
+    two = whole[1]
+    one = training.fit(make(workers=WorkersConfig(num_workers=1)))
     found, expected = weights_of(one), weights_of(two)
     assert one.best_step == two.best_step
     for name, value in expected.items():
@@ -229,13 +243,13 @@ def test_a_finished_or_begun_run_refuses_another_configuration(make: Make, tmp_p
 def test_storage_that_is_not_there_is_told_before_any_work(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageError, match="file"):
-        training.fit(make(storage=str(tmp_path / "file")))
+        training.fit(make(storage_uri=str(tmp_path / "file")))
 
 
 def test_a_dataset_without_labels_can_not_be_learnt_from(make: Make, tmp_path: Path) -> None:
     uri = make_dataset(tmp_path / "unlabelled", num_classes=3, labelled=False)
     with pytest.raises(ConfigError, match="none of 15 images has a label"):
-        training.fit(make(data=DataConfig(uri=uri)))
+        training.fit(make(data=DataConfig(dataset_uri=uri)))
 
 
 def test_fewer_classes_than_a_batch_wants_is_an_error(make: Make) -> None:
@@ -276,7 +290,7 @@ def test_features_and_images_give_one_examination_and_the_same_batches(make: Mak
 
 
 def make_lessons(config: TrainJobConfig) -> Lessons:
-    train = datasets.open_version(config.data.uri)
+    train = datasets.open_version(config.data.dataset_uri)
     return Lessons(train, None, data=config.data, batch=config.batch, loader=config.loader)
 
 
