@@ -2,8 +2,7 @@
 
     pixels (B, 3, H, W) uint8 --backbone--> features (B, F) --heads--> embedding x (B, D), structure s (B, D)
 
-The heads compute in the type of their own weights (float32) even under autocast, because the losses take
-differences of nearly equal distances. A saved model is a folder: `model.safetensors`, and last `model.json`
+A saved model is a folder: `model.safetensors`, and last `model.json`
 with config, preprocessing, search defaults and the digest that names its embedding space.
 
 Not covered: fine-grained freezing of backbone layers, models whose features are not one vector per image.
@@ -15,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
@@ -26,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from namr import backbones, images, storage
 from namr.distances import Metric, Side
 from namr.errors import ConfigError, ManifestError, ShapeError
+from namr.heads import Embeddings, TwinHeads
 from namr.images import Fit, Preprocessing
 
 BatchNormPolicy = Literal["frozen", "sync", "local"]
@@ -78,15 +78,6 @@ class SearchDefaults:
     structure_side: Side = "none"
 
 
-class Embeddings(NamedTuple):
-    """What the heads make of features."""
-
-    embedding: Tensor
-    """x (B, D), the vector that is indexed."""
-    structure: Tensor
-    """s (B, D) in 1 - r .. 1 + r, how the neighbourhood is stretched along each axis."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """What a saved model says of itself, without its weights being read."""
@@ -97,39 +88,6 @@ class Description:
     digest: str
     weights_sha256: str
     extra: Mapping[str, str] = field(default_factory=dict)
-
-
-class TwinHeads(nn.Module):
-    """x = W f + b and s = 1 + r (2 sigmoid(g(f)) - 1), g = linear - BatchNorm - linear - BatchNorm.
-
-    (NASA, AAAI 2022.) With r = 0 there is no g and s is 1 exactly. In training mode the BatchNorms need two
-    rows or more.
-    """
-
-    def __init__(self, num_features: int, dim: int, *, hidden_dim: int, structure_range: float) -> None:
-        super().__init__()
-        self.structure_range = structure_range
-        self.sample = nn.Linear(num_features, dim)
-        self.structure = (
-            nn.Sequential(
-                nn.Linear(num_features, hidden_dim),
-                nn.BatchNorm1d(hidden_dim),
-                nn.Linear(hidden_dim, dim),
-                nn.BatchNorm1d(dim),
-            )
-            if structure_range
-            else None
-        )
-
-    def forward(self, features: Tensor) -> Embeddings:
-        """(B, F) of any float type -> (B, D) twice, in the type of the weights."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.sample.weight.dtype)
-            embedding = self.sample(features)
-            if self.structure is None:
-                return Embeddings(embedding, torch.ones_like(embedding))
-            stretch = 2 * torch.sigmoid(self.structure(features)) - 1
-            return Embeddings(embedding, 1 + self.structure_range * stretch)
 
 
 class NamrModel(nn.Module):

@@ -8,22 +8,17 @@ for `model.load`. No tracking URI is set globally.
 Not covered: deleting runs and versions (MLflow's own commands do), MLflow's file store.
 """
 
-import logging
 import os
 import re
-import socket
 import tempfile
 import time
-import urllib.parse
-import urllib.request
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from namr import model, pyfunc
+from namr import model, pyfunc, tracking
 from namr.errors import ConfigError, ModelMismatch, ObjectMissing, StorageError
 
 if TYPE_CHECKING:
@@ -35,7 +30,6 @@ DIGEST_TAG = "model_digest"
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
-_REACH_TIMEOUT_S = 5.0
 _PARAM_LENGTH = 6000
 # Read by MLflow at each request; whoever set them already is right.
 _ENVIRONMENT = {
@@ -57,25 +51,13 @@ class ModelVersion:
     aliases: tuple[str, ...] = ()
 
 
-def tracking_uri(given: str | None) -> str:
-    """`given`, else MLFLOW_TRACKING_URI, else SQLite in the current folder; SQLite paths made absolute."""
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().resolve()}"
-    if "://" not in uri or uri.startswith("file:"):
-        raise ConfigError(
-            f"tracking_uri is {uri!r}; expected http(s)://host:port or sqlite:///path/mlflow.db"
-        )
-    return uri
-
-
 def connect(uri: str | None) -> "Registry":
     """A registry that has answered; StorageError within seconds if it doesn't. Makes a SQLite file anew."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # before MLflow is imported: telemetry begins there
-    resolved = tracking_uri(uri)
-    _check_reachable(resolved)
-    with _explained(resolved, "answer"), _quiet():
+    resolved = tracking.resolve(uri)
+    tracking.check_reachable(resolved)
+    with _explained(resolved, "answer"), tracking.quiet():
         from mlflow import MlflowClient
 
         if resolved.startswith("sqlite:///"):
@@ -168,7 +150,7 @@ class Registry:
         place = f"model-{digest[:16]}"  # a run may register several models
         with tempfile.TemporaryDirectory(prefix="namr-register-") as temporary:
             package = Path(temporary) / "model"
-            with _quiet():
+            with tracking.quiet():
                 pyfunc.write(folder, package)
             self.log_folder(run_id, package, place)
         with self._doing(f"register model {name!r}"):
@@ -288,17 +270,12 @@ class Registry:
 
     @property
     def _shown(self) -> str:
-        return without_secrets(self.tracking_uri)
+        return tracking.without_secrets(self.tracking_uri)
 
     @contextmanager
     def _doing(self, what: str) -> Iterator[None]:
         with _explained(self.tracking_uri, what):
             yield
-
-
-def without_secrets(uri: str) -> str:
-    """The URI as it may be shown: user and password replaced."""
-    return re.sub(r"://[^/@\s]*@", "://***@", uri)
 
 
 def _pages(client: "MlflowClient", query: str) -> Iterator[Any]:
@@ -317,23 +294,6 @@ def _quoted(name: str) -> str:
     return name
 
 
-def _check_reachable(uri: str) -> None:
-    """Ask a server's port first: MLflow itself would try for minutes."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname, port), timeout=_REACH_TIMEOUT_S).close()
-    except OSError as error:
-        raise StorageError(
-            f"no MLflow server answers at {without_secrets(uri)}: {error}; check tracking_uri "
-            "(MLFLOW_TRACKING_URI) and that the server runs"
-        ) from error
-
-
 @contextmanager
 def _explained(uri: str, what: str) -> Iterator[None]:
     """Turn what MLflow raises into a StorageError, or ObjectMissing, that names no secrets."""
@@ -344,27 +304,11 @@ def _explained(uri: str, what: str) -> Iterator[None]:
     except MlflowException as error:
         missing = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
         kind = ObjectMissing if missing else StorageError
-        raise kind(_told(uri, what, error)) from None if uri != without_secrets(uri) else error
+        raise kind(_told(uri, what, error)) from None if uri != tracking.without_secrets(uri) else error
     except OSError as error:
         raise StorageError(_told(uri, what, error)) from error
 
 
 def _told(uri: str, what: str, error: Exception) -> str:
-    reason = (without_secrets(str(error)).splitlines() or [type(error).__name__])[0]
-    return f"MLflow at {without_secrets(uri)} could not {what}: {reason}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings and log lines of MLflow's first import and of a new database."""
-    loggers = [logging.getLogger(name) for name in ("alembic", "mlflow.store.db.utils")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    reason = (tracking.without_secrets(str(error)).splitlines() or [type(error).__name__])[0]
+    return f"MLflow at {tracking.without_secrets(uri)} could not {what}: {reason}"

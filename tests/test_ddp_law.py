@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from namr import collectives
+from namr.heads import TwinHeads
 from namr.learning import Learner
 from namr.losses import JointLoss, LossConfig, Mined
-from namr.model import ModelConfig, TwinHeads, build, set_batchnorm_policy
+from namr.model import ModelConfig, build, set_batchnorm_policy
 from namr.sampling import slice_of_rank
 from tests.ranks import Results, on_ranks
 

@@ -208,28 +208,6 @@ def test_a_server_that_refuses_is_told_without_the_password_in_message_or_traceb
     assert "user:hunter2" not in told
 
 
-@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns"])
-def test_the_file_store_is_refused(uri: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected http\(s\)://host:port or sqlite:///path"):
-        registry.connect(uri)
-
-
-def test_the_tracking_uri_comes_from_the_argument_then_the_environment(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert registry.tracking_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert registry.tracking_uri(None) == "http://mlflow:5000"
-    assert registry.tracking_uri("sqlite:///runs/m.db") == f"sqlite:///{tmp_path}/runs/m.db"
-
-
-def test_secrets_are_not_shown() -> None:
-    shown = registry.without_secrets("postgresql://me:s3cret@db/mlflow and http://token@host/x")
-    assert shown == "postgresql://***@db/mlflow and http://***@host/x"
-
-
 def test_the_pyfunc_names_the_row_that_is_no_image(local: Registry, saved: Path) -> None:
     run_id = local.create_run("rows", run_name="r")
     local.register(saved, name="rows", run_id=run_id)
