@@ -9,6 +9,7 @@ Not covered: other object stores (their conditional writes differ), deleting who
 
 import hashlib
 import os
+import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ from namr import buckets
 from namr.buckets import Buckets
 from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
 from namr.folders import Folders, locked, temporary_beside
+
+_ABANDONED_AFTER_S = 24 * 3600.0
 
 
 class Range(NamedTuple):
@@ -276,6 +279,8 @@ class Cache:
                 status = path.stat()
                 if not path.name.startswith("."):
                     files.append((status.st_mtime, status.st_size, path))
+                elif status.st_mtime < time.time() - _ABANDONED_AFTER_S:
+                    path.unlink()  # half a download of a process that was killed
         excess = sum(length for _, length, _ in files) + num_bytes - self.max_bytes
         for _, length, path in sorted(files):
             if excess <= 0:

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,18 @@ def test_the_cache_evicts_what_was_used_least_recently(tmp_path: Path) -> None:
         if number == 1:
             os.utime(tmp_path / "cache" / digests[0], (9, 9))
     assert [cache.get(digest) is not None for digest in digests] == [True, False, True]
+
+
+def test_half_a_download_of_a_killed_process_goes_away(tmp_path: Path) -> None:
+    cache = storage.Cache(tmp_path / "cache", max_bytes=1000)
+    uri = str(tmp_path / "object")
+    storage.write(uri, b"whole")
+    cache.folder.mkdir()
+    for name, age_s in (("old", 2 * 24 * 3600), ("new", 60)):
+        (cache.folder / f".{name}").write_bytes(b"half")
+        os.utime(cache.folder / f".{name}", (time.time() - age_s,) * 2)
+    cache.path(uri, sha256=storage.sha256(b"whole"))
+    assert sorted(path.name for path in cache.folder.iterdir()) == [".new", storage.sha256(b"whole")]
 
 
 def _fetch(cache_folder: Path, uri: str, digest: str, results: "multiprocessing.Queue[bytes]") -> None:
