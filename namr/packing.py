@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from namr import datasets, engine, progress, storage
-from namr.datasets import Dataset, Head, ShardEntry, SourceRecord
+from namr.datasets import Head, ShardEntry, SourceRecord
 from namr.errors import ConfigError, ImageRefused, ManifestError, ObjectMissing
 from namr.manifests import StoredObject
 from namr.receipts import Receipt, RefusedImage, ShardPlan, run_plan
@@ -127,6 +127,7 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
     _check_refused(refused, num_found, config.max_bad_fraction)
     if is_foreign:
         _check_foreign_keys(before, entries)
+    images_of_class = _count_labels(before, entries)
     record = SourceRecord(
         source=config.source,
         num_found=num_found,
@@ -141,7 +142,6 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
         dataset = before.dataset
     else:
         raise ConfigError(f"{config.source}: all {num_found} images were refused, nothing was packed")
-    images_of_class = _count_labels(dataset)
     num_unlabelled = images_of_class.pop(None, 0)
     return PackReport(
         dataset_uri=uri,
@@ -293,10 +293,15 @@ def _check_foreign_keys(before: Head, entries: Sequence[ShardEntry]) -> None:
         raise ConfigError(f"key {key!r} of {places[key]} is in the dataset already; nothing was published")
 
 
-def _count_labels(dataset: Dataset) -> Counter[str | None]:
-    """Live images of each label; None counts those without one."""
+def _count_labels(before: Head, entries: Sequence[ShardEntry]) -> Counter[str | None]:
+    """Live images of each label with these new shards; None counts those without one.
+
+    It is read back before anything is published: a worker node that wrote to a disk of its own is found out.
+    """
     counts: Counter[str | None] = Counter()
-    for table in dataset.all_samples():
-        live = dataset.live(table.ids)
+    for table in before.dataset.all_samples() if before.dataset else ():
+        live = before.dataset.live(table.ids) if before.dataset else ()
         counts.update(label for label, is_live in zip(table.labels, live, strict=True) if is_live)
+    for table in datasets.read_samples(before.uri, entries):
+        counts.update(table.labels)
     return counts

@@ -14,7 +14,9 @@ import hashlib
 import os
 import queue
 import random
+import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from namr.shards import shard_of
 Ints = npt.NDArray[np.int64]
 
 _CHUNK_BYTES = 1 << 20
+_UNUSED_AFTER_S = 7 * 24 * 3600.0
 
 
 class StreamedSample(NamedTuple):
@@ -121,14 +124,23 @@ def build_class_index(dataset: Dataset, folder: Path) -> SampleIndex:
 
     The others wait for it. Labels are taken from the shards' sample indexes.
     """
-    target = folder.expanduser().absolute() / dataset.digest
+    target = folder.expanduser().absolute() / "indexes" / dataset.digest
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{dataset.digest}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
+            _remove_unused(target.parent)
             with_live = ((table, dataset.live(table.ids)) for table in dataset.all_samples())
             write_sample_index(target, with_live)
+        os.utime(target)
     return SampleIndex(target)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Indexes of versions that nobody opened for a week; who has one mapped keeps it."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.stat().st_mtime < time.time() - _UNUSED_AFTER_S:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class SampleReader:

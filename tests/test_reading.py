@@ -1,5 +1,6 @@
 """Reading: every image comes back as it was packed, and a batch depends on (seed, step) alone."""
 
+import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_the_sample_index_is_written_once(dataset: Dataset, tmp_path: Path) -> N
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     reading.build_class_index(dataset, tmp_path)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+
+
+def test_sample_indexes_that_nobody_opens_go_away(dataset: Dataset, tmp_path: Path) -> None:
+    old = tmp_path / "indexes" / "of a version of last month"
+    old.mkdir(parents=True)
+    os.utime(old, (time.time() - 8 * 24 * 3600,) * 2)
+    recent = tmp_path / "indexes" / "of yesterday"
+    recent.mkdir()
+    reading.build_class_index(dataset, tmp_path)
+    assert recent.exists() and not old.exists()
 
 
 def read_all(index: SampleIndex, reader: reading.SampleReader) -> None:
