@@ -7,6 +7,7 @@ or run twice at once, and the first record counts.
 Not covered: which steps there are, and running them in parallel (`indexing`).
 """
 
+import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from namr.errors import ManifestError
 from namr.ivf import IndexInfo, Template
 from namr.manifests import StoredObject
 from namr.releases import VectorShard
+
+_MOST_TRAINING_THREADS = 8
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -94,12 +97,12 @@ class TrainTask(NamedTuple):
     sample: Floats
     key: str
     seed: int
-    num_threads: int
 
 
 def train(task: TrainTask) -> Template:
-    """The template."""
-    return ivf.train_template(task.sample, task.key, seed=task.seed, num_threads=task.num_threads)
+    """The template; the same for any number of threads, so it takes what the node has."""
+    num_threads = min(_MOST_TRAINING_THREADS, len(os.sched_getaffinity(0)))
+    return ivf.train_template(task.sample, task.key, seed=task.seed, num_threads=num_threads)
 
 
 class PartTask(NamedTuple):

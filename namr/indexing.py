@@ -60,7 +60,6 @@ from namr.releases import Counts, Segment, VectorShard
 from namr.shards import row_of
 from namr.tables import SampleTable
 
-_MOST_TRAINING_CPUS = 8
 _FILES_PER_SAMPLE_TASK = 16
 
 A = TypeVar("A")
@@ -232,9 +231,7 @@ def _template(
         ]
         nothing = np.empty((0, described.embedding_dim), np.float32)
         sample = np.concatenate([nothing, *_in_order("sampling embeddings", build_tasks.sample, tasks)])
-        num_cpus = min(_MOST_TRAINING_CPUS, engine.total_cpus())
-        task = TrainTask(sample, plan.key, seed, num_cpus)
-        ((_, trained),) = engine.map_tasks(build_tasks.train, [task], num_cpus=num_cpus)
+        (trained,) = _in_order("training", build_tasks.train, [TrainTask(sample, plan.key, seed)])
         storage.write_if_absent(uri, trained.data)
     return ivf.load_template(storage.read(uri))
 

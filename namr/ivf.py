@@ -1,30 +1,27 @@
 """FAISS indexes: train a template, build parts, merge parts into a segment, search segments.
 
-A template is a trained, empty index. Everything built from it carries its hash: the SHA-256 over the
-bytes of the index with its contents taken out, so that a foreign file is known from the file alone.
-Parts and segments are plain FAISS files (`faiss.read_index` opens them); a segment can be merged again.
+A template is a trained, empty index. Everything built from it carries its hash: the SHA-256 over the bytes
+of the index with its contents taken out, so that a foreign file is known from the file alone. Parts and
+segments are plain FAISS files (`faiss.read_index` opens them); a segment can be merged again.
 
-The law of this module: parts that are merged hold, byte for byte, what one index over all vectors
-holds. FAISS alone does not keep it, for three reasons that are dealt with here:
+The law of this module: parts that are merged are, byte for byte, the one index over all vectors. FAISS alone
+does not keep it, for three reasons that are dealt with here:
 
-- it computes distances to centroids in other last bits for a batch of 50 than for one of 10,000, so
-  that about one vector in 200,000 goes to another list. Vectors are always added in padded batches of
-  the same size.
-- `merge_into` accepts parts of other templates and duplicate ids, and `merge_ondisk(shift_ids=True)`
-  gives wrong ids. Here ids are always explicit, templates are compared, ids are reconciled after.
+- in a batch of 50 it computes other last bits than in one of 10,000, so that about one vector in 200,000
+  goes to another list. Vectors are always added in padded batches of one size.
+- its merges accept parts of other templates, duplicate ids, and ids that it shifts wrongly. Here ids are
+  always explicit, templates are compared, and ids are reconciled after.
 - ties come out in the order of insertion. Parts are merged in the order of their ids.
 
-Everything is squared L2. Not covered: cosine (make the vectors of unit length first), GPU indexes,
-fast-scan and graph indexes, re-ranking.
-
-Legend: N vectors, D dimension, L lists, Q queries, K neighbours. FAISS and fork don't go together:
-start processes by spawn.
+FAISS and fork don't go together: start processes by spawn. Everything is squared L2. Not covered: cosine (make
+the vectors of unit length first), GPU indexes, fast-scan and graph indexes, re-ranking.
+Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 """
 
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +75,8 @@ class IndexInfo:
 def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Template:
     """Trains centroids and codes on x (n, D) float32, a sample of all vectors.
 
-    More than 256 vectors a list are not used. Deterministic for given x, seed and number of threads.
+    More than 256 vectors a list are not used. The same x and seed give the same template, with any number of
+    threads.
     """
     _check_vectors(x, "the training sample")
     parsed = index_files.parse_key(key, dim=x.shape[1])
@@ -108,9 +106,7 @@ def load_template(data: bytes) -> Template:
     try:
         index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
     except RuntimeError as error:
-        raise ManifestError(
-            f"these {len(data)} bytes are no FAISS template: {index_files.first_line(error)}"
-        ) from error
+        raise ManifestError(f"this is no FAISS template: {index_files.first_line(error)}") from error
     key = index_files.key_of(index, "the template")
     if index.ntotal != 0 or not index.is_trained:
         raise ManifestError(f"not a template: it holds {index.ntotal} vectors, trained: {index.is_trained}")
@@ -126,26 +122,16 @@ def build_part(
     """
     index = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
     faiss.omp_set_num_threads(num_threads)
-    last_id, num_vectors, ids_sum = -1, 0, 0
-    for x, ids in blocks:
-        _check_vectors(x, "a block of vectors", dim=template.dim)
-        if ids.shape != (len(x),) or ids.dtype != np.int64:
-            raise ShapeError(f"ids of a block: expected ({len(x)},) int64, got {ids.shape} {ids.dtype}")
-        if not len(x):
-            continue
-        if ids[0] <= last_id or (np.diff(ids) <= 0).any():
-            raise ShapeError(f"ids have to ascend: after {last_id} came {ids[:5].tolist()}...")
-        last_id = int(ids[-1])
-        _add(index, x, ids)
-        num_vectors, ids_sum = num_vectors + len(ids), (ids_sum + index_files.sum_of_ids(ids)) % 2**64
+    num_vectors, ids_sum = 0, 0
+    for rows, ids, num in _batches(blocks, template.dim):
+        _add(index, rows, ids, num)
+        num_vectors, ids_sum = num_vectors + num, (ids_sum + index_files.sum_of_ids(ids[:num])) % 2**64
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     faiss.write_index(index, str(temporary))
     built = inspect(temporary)
     if (built.num_vectors, built.ids_sum) != (num_vectors, ids_sum):
         temporary.unlink()
-        raise ManifestError(
-            f"{path}: {num_vectors} vectors went in, {built.num_vectors} came out, or other ids"
-        )
+        raise ManifestError(f"{path}: {num_vectors} vectors went in, {built.num_vectors} others came out")
     temporary.replace(path)
     return built
 
@@ -287,21 +273,38 @@ def _check_vectors(x: Floats, what: str, *, dim: int | None = None) -> None:
         raise ShapeError(f"{what}: row {int(np.argmin(finite))} holds NaN or infinity")
 
 
-def _add(index: Any, x: Floats, ids: Ids) -> None:
-    """Adds in batches of ADD_ROWS, the last one padded: a vector's list and code depend on it alone."""
+def _batches(blocks: Iterable[tuple[Floats, Ids]], dim: int) -> Iterator[tuple[Floats, Ids, int]]:
+    """The blocks, checked, in batches of ADD_ROWS rows with ids, of which the last one fills only some."""
+    rows, row_ids, num, last_id = np.zeros((ADD_ROWS, dim), np.float32), np.zeros(ADD_ROWS, np.int64), 0, -1
+    for x, ids in blocks:
+        _check_vectors(x, "a block of vectors", dim=dim)
+        if ids.shape != (len(x),) or ids.dtype != np.int64:
+            raise ShapeError(f"ids of a block: expected ({len(x)},) int64, got {ids.shape} {ids.dtype}")
+        if len(ids) and (ids[0] <= last_id or (np.diff(ids) <= 0).any()):
+            raise ShapeError(f"ids have to ascend: after {last_id} came {ids[:5].tolist()}...")
+        last_id = int(ids[-1]) if len(ids) else last_id
+        start = 0
+        while start < len(x):
+            n = min(ADD_ROWS - num, len(x) - start)
+            rows[num : num + n], row_ids[num : num + n] = x[start : start + n], ids[start : start + n]
+            start, num = start + n, num + n
+            if num == ADD_ROWS:
+                yield rows, row_ids, num
+                num = 0
+    if num:
+        yield rows, row_ids, num
+
+
+def _add(index: Any, rows: Floats, ids: Ids, num: int) -> None:
+    """Adds the first num of ADD_ROWS rows, always computing all: a vector's list depends on it alone."""
     if isinstance(index, faiss.IndexIDMap):
-        index.add_with_ids(np.ascontiguousarray(x), ids)
+        index.add_with_ids(rows[:num], ids[:num])
         return
-    rows = np.zeros((ADD_ROWS, x.shape[1]), np.float32)
-    row_ids = np.zeros(ADD_ROWS, np.int64)
-    for start in range(0, len(x), ADD_ROWS):
-        n = min(ADD_ROWS, len(x) - start)
-        rows[:n], row_ids[:n] = x[start : start + n], ids[start : start + n]
-        rows[n:] = 0
-        lists = index.quantizer.search(rows, 1)[1].ravel()
-        lists[n:] = -1  # FAISS leaves these out, and counts them
-        index.add_core(ADD_ROWS, faiss.swig_ptr(rows), faiss.swig_ptr(row_ids), faiss.swig_ptr(lists))
-        index.ntotal -= ADD_ROWS - n
+    rows[num:] = 0
+    lists = index.quantizer.search(rows, 1)[1].ravel()
+    lists[num:] = -1  # FAISS leaves these out, and counts them
+    index.add_core(ADD_ROWS, faiss.swig_ptr(rows), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
+    index.ntotal -= ADD_ROWS - num
 
 
 def _merge(paths: Sequence[Path], template: Template, out_path: Path) -> None:
