@@ -32,19 +32,14 @@ _BLOCK = 256
 class AssessmentConfig:
     """How a release is measured before it is published."""
 
-    num_queries: int = 500
-    """held-out images that query the index"""
     target_recall: float = 0.95
     """lists are probed until this recall@10 of exact search is reached, or all are"""
     depth: int = 100
     """candidates that are re-ranked"""
-    seed: int = 0
-    """chooses the held-out images"""
 
     def __post_init__(self) -> None:
-        for name in ("num_queries", "depth"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.depth < 1:
+            raise ConfigError(f"depth is {self.depth}; expected 1 or more")
         if not 0 < self.target_recall <= 1:
             raise ConfigError(f"target_recall is {self.target_recall}; expected above 0, at most 1")
 
@@ -86,11 +81,11 @@ class Assessment:
         return next(result for result in self.sides if result.side == side)
 
 
-def held_out_keys(searcher: Searcher, config: AssessmentConfig) -> list[str]:
+def held_out_keys(searcher: Searcher, num: int, *, seed: int) -> list[str]:
     """Keys of the items that the template was not trained on; of all items where the gallery has too few."""
-    items, num = searcher.release.items(), config.num_queries
+    items = searcher.release.items()
     share = held_out.share(num, searcher.manifest.counts.num_samples)
-    rows = np.flatnonzero(held_out.mask(items.ids, share=share, seed=config.seed))
+    rows = np.flatnonzero(held_out.mask(items.ids, share=share, seed=seed))
     if not len(rows):
         rows = np.arange(len(items))
     return [items.keys[row] for row in rows[:num].tolist()]

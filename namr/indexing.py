@@ -51,7 +51,7 @@ from namr.datasets import Dataset
 from namr.distances import Metric
 from namr.embedding_files import EmbeddingFile
 from namr.embeddings import SetManifest
-from namr.errors import ManifestError
+from namr.errors import ConfigError, ManifestError
 from namr.index_files import sum_of_ids
 from namr.ivf import IndexInfo, Template
 from namr.manifests import StoredObject
@@ -79,9 +79,15 @@ class IndexingConfig:
     max_index_bytes: int = 16 << 30
     """what the index may take in the memory of a serving node; decides the codes of "auto\""""
     seed: int = 0
-    """of the sample and of the template's training"""
+    """of the sample, of the template's training, and of what is held out"""
+    num_held_out: int = 500
+    """images that the template is not trained on, to measure the index with; never more than a fifth"""
     work_uri: str | None = None
     """where parts are kept until they are merged; <releases_uri>/building where none is named"""
+
+    def __post_init__(self) -> None:
+        if self.num_held_out < 0:
+            raise ConfigError(f"num_held_out is {self.num_held_out}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +119,11 @@ def build(
     *,
     model_digest: str,
     metric: Metric,
-    num_held_out: int = 0,
-    held_out_seed: int = 0,
 ) -> BuildReport:
     """Build the index of a dataset version from the embeddings of one model.
 
-    About num_held_out samples, chosen by their ids (`held_out`), are kept out of the template's training;
-    they are in the index. Raises ManifestError if the dataset version is not embedded, if anything stored is
+    The samples that `held_out` chooses by their ids are kept out of the template's training; they are in the
+    index. Raises ManifestError if the dataset version is not embedded, if anything stored is
     damaged, or if the ids in the segment are not those of the live embeddings; ConfigError for a key that is
     not offered; ShapeError where there are too few vectors for the key.
     """
@@ -135,7 +139,7 @@ def build(
         num_parts=config.num_parts,
         max_index_bytes=config.max_index_bytes,
     )
-    held = HeldOut(held_out.share(num_held_out, dataset.version.num_samples), held_out_seed)
+    held = HeldOut(held_out.share(config.num_held_out, dataset.version.num_samples), config.seed)
     work = storage.join(
         storage.absolute(config.work_uri or storage.join(root, "building")),
         _digest_of(dataset.digest, model_digest, metric, config.seed, plan, held),

@@ -143,15 +143,13 @@ def _run(
         config.indexing,
         model_digest=digest,
         metric=query_model.search.metric,
-        num_held_out=config.assessment.num_queries,
-        held_out_seed=config.assessment.seed,
     )
     draft = _draft(found, query_model, built, config.assessment, clock())
     with tempfile.TemporaryDirectory(prefix="namr-assess-") as folder:
         cache = storage.Cache(Path(folder), max_bytes=1 << 40)
         searcher = Searcher.of(Release(root, draft), cache=cache, query_model=None)
-        manifest, measured = _measured(searcher, draft, built, config.assessment)
-    _check_gate(config.gate, measured, manifest, current)
+        manifest, measured = _measured(searcher, draft, built, config)
+    check_gate(config.gate, measured, manifest, current)
     published = releases.publish(root, manifest, expected=expected)
     return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured)
 
@@ -201,11 +199,11 @@ def _draft(
 
 
 def _measured(
-    searcher: Searcher, draft: ReleaseManifest, built: BuildReport, config: AssessmentConfig
+    searcher: Searcher, draft: ReleaseManifest, built: BuildReport, config: ReleaseConfig
 ) -> tuple[ReleaseManifest, ReleaseReport]:
     """The manifest with what was measured, its reports stored."""
-    keys = assessment.held_out_keys(searcher, config)
-    assessed = assessment.assess(searcher, keys, config)
+    keys = assessment.held_out_keys(searcher, config.indexing.num_held_out, seed=config.indexing.seed)
+    assessed = assessment.assess(searcher, keys, config.assessment)
     found = ReleaseReport(
         counts=built.counts,
         index_key=built.index_key,
@@ -225,7 +223,7 @@ def _measured(
     ), found
 
 
-def _check_gate(
+def check_gate(
     config: GateConfig, found: ReleaseReport, manifest: ReleaseManifest, current: Release | None
 ) -> None:
     """NamrError, with every reason, unless the release may replace the current one."""

@@ -103,8 +103,9 @@ class ReleaseManifest:
     vectors: tuple[VectorShard, ...]
     items: StoredObject
     """a SampleTable of what can be found, ascending ids"""
-    report_json: StoredObject
-    report_html: StoredObject
+    report_json: StoredObject | None
+    """None only in a draft, which is measured before it is published; so for report_html"""
+    report_html: StoredObject | None
     nprobe: int
     depth: int
     recall_at_10: float
@@ -119,10 +120,9 @@ class ReleaseManifest:
 
     def objects(self) -> Iterator[StoredObject]:
         """Everything that has to be there for the release to work."""
-        yield from (self.template, self.items, self.report_json, self.report_html)
+        yield from (self.template, self.items)
         yield from (segment.file for segment in self.segments)
-        if self.tombstones:
-            yield self.tombstones
+        yield from filter(None, (self.tombstones, self.report_json, self.report_html))
         for shard in self.vectors:
             yield from (shard.embedding, shard.structure)
 
@@ -312,6 +312,8 @@ def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
         for _ in pool.map(lambda stored: _check_object(releases_uri, stored), manifest.objects()):
             pass
     what = f"release {manifest.release_id} is not published"
+    if manifest.report_json is None or manifest.report_html is None:
+        raise ManifestError(f"{what}: it was not measured, so it has no report")
     counts, dead = manifest.counts, Release(releases_uri, manifest).tombstones()
     items = Release(releases_uri, manifest).items()
     went = {"indexed": counts.num_indexed, "refused": counts.num_refused, "tombstoned": counts.num_tombstoned}

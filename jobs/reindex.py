@@ -1,0 +1,30 @@
+"""The night: embed what is missing, build, measure, gate and publish, for the champion model.
+
+    ray job submit --working-dir . -- python jobs/reindex.py --config jobs/configs/reindex.toml \
+        --dataset-uri s3://bucket/datasets/photos --embeddings-uri s3://bucket/embeddings \
+        --releases-uri s3://bucket/releases
+
+Where nothing is new it says so and ends. Killed anywhere, the same command goes on. A release that is not
+good enough stays unpublished, with exit code 2 and the reason. `--help` explains every flag.
+"""
+
+from namr import config, reindexing
+from namr.reindexing import ReindexConfig
+
+
+def main() -> None:
+    """Load the config, reindex, and say what came of it."""
+    done = reindexing.reindex(config.load(ReindexConfig, description=__doc__ or ""))
+    manifest, assessed = done.release.manifest, done.report.assessment
+    extracted = done.extracted.num_new if done.extracted else 0
+    print(
+        f"{'published' if done.is_new else 'nothing is new; current is'} release {manifest.release_id}: "
+        f"{manifest.counts.num_indexed} of {manifest.counts.num_samples} images ({extracted} embedded now, "
+        f"{manifest.counts.num_refused} refused, {manifest.counts.num_tombstoned} taken out), "
+        f"{manifest.index_key}, recall@10 {assessed.recall_at_10:.3f} at {assessed.nprobe} lists; model "
+        f"{manifest.model_name} {manifest.model_version}, dataset version {manifest.dataset_version}"
+    )
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,139 @@
+"""The `namr` command: thin words over the library.
+
+    namr demo                       the whole chain on one machine, then a search page
+    namr submit train --config ...  a job of jobs/ on a running Ray cluster
+    namr releases list|export       what was published; a release as one plain FAISS file
+    namr promote                    make a model version the champion
+    namr rollback                   make an earlier release current again
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from namr import config, demo, registry, releases
+from namr.demo import DemoConfig
+from namr.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListCommand:
+    """List the releases, oldest first, and mark the current one."""
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write a release as one file that plain FAISS reads."""
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases"""
+    out: Path
+    """the file to write"""
+    release: str | None = None
+    """the release; the current one unless said"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromoteCommand:
+    """Give a registered model version the alias that the nightly re-index follows."""
+
+    model_name: str = "namr"
+    """the registered model"""
+    version: str | None = None
+    """the version; the candidate unless said"""
+    tracking_uri: str | None = None
+    """MLflow: a server or sqlite:///file; MLFLOW_TRACKING_URI, else the local default, unless said"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackCommand:
+    """Make an earlier release current again."""
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases"""
+    to: str | None = None
+    """the release; the one before the current one unless said"""
+
+
+class _Command(NamedTuple):
+    words: tuple[str, ...]
+    kind: type[Any]
+    act: Callable[[Any], None]
+
+
+def main() -> None:
+    """Entry point of the `namr` command."""
+    config.run(lambda: run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> None:
+    """Run one command; ConfigError for a word that is none."""
+    if argv[:1] == ["submit"]:
+        _submit(argv[1:])
+        return
+    for words, kind, act in _COMMANDS:
+        if tuple(argv[: len(words)]) == words:
+            act(config.load(kind, argv[len(words) :], description=kind.__doc__ or ""))
+            return
+    if argv[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        return
+    known = ", ".join(sorted({*(" ".join(command.words) for command in _COMMANDS), "submit"}))
+    raise ConfigError(f"{' '.join(argv[:2])!r} is no command of namr; expected one of: {known}")
+
+
+def _submit(argv: list[str]) -> None:
+    """Hand this folder and one of its jobs to `ray job submit`; RAY_API_SERVER_ADDRESS says to which cluster."""
+    jobs = sorted(path.stem for path in Path("jobs").glob("*.py"))
+    if not jobs:
+        raise ConfigError(f"there is no folder jobs in {Path.cwd()}; submit from a checkout of namr")
+    if not argv or argv[0] not in jobs:
+        raise ConfigError(f"namr submit {' '.join(argv[:1])}: expected one of {', '.join(jobs)}")
+    ray = shutil.which("ray", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if ray is None:
+        raise ConfigError("the program `ray` is not there; run `make install`")
+    sys.stdout.flush()
+    os.execv(ray, [ray, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{argv[0]}.py", *argv[1:]])
+
+
+def _list(command: ListCommand) -> None:
+    pointer = releases.read_pointer(command.releases_uri)
+    for manifest in releases.list_releases(command.releases_uri):
+        mark = "*" if pointer and pointer.target == manifest.release_id else " "
+        print(
+            f"{mark} {manifest.release_id}  {manifest.created}  model {manifest.model_name} "
+            f"{manifest.model_version}  dataset version {manifest.dataset_version}  "
+            f"{manifest.counts.num_indexed} images  recall@10 {manifest.recall_at_10:.3f}"
+        )
+
+
+def _export(command: ExportCommand) -> None:
+    release = releases.open_release(command.releases_uri, command.release)
+    info = releases.export(release, command.out)
+    print(f"wrote {command.out}: {release.manifest.release_id}, {info.num_vectors} vectors")
+
+
+def _promote(command: PromoteCommand) -> None:
+    version = registry.connect(command.tracking_uri).promote(command.model_name, version=command.version)
+    print(f"{version.name} {version.version} is the champion")
+
+
+def _rollback(command: RollbackCommand) -> None:
+    release = releases.roll_back(command.releases_uri, command.to)
+    print(f"{release.manifest.release_id} is current")
+
+
+_COMMANDS = (
+    _Command(("demo",), DemoConfig, demo.run),
+    _Command(("releases", "list"), ListCommand, _list),
+    _Command(("releases", "export"), ExportCommand, _export),
+    _Command(("promote",), PromoteCommand, _promote),
+    _Command(("rollback",), RollbackCommand, _rollback),
+)

@@ -1,0 +1,336 @@
+"""The whole chain on one machine: pack, train, extract, build, publish, evaluate, report, serve.
+
+The default data set is scikit-learn's handwritten digits, which every installation has: digits 0 to 4 to
+learn from, 5 to 9 as the gallery that training never saw. It shows the flow and not accuracy. Everything lies
+below one folder; a second run goes on from what is there.
+"""
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from namr import (
+    datasets,
+    engine,
+    evaluation,
+    packing,
+    registry,
+    reindexing,
+    release_report,
+    report,
+    serving,
+    storage,
+    training,
+)
+from namr.evaluation import Comparison, EvaluationConfig
+from namr.images import AugmentConfig
+from namr.indexing import IndexingConfig
+from namr.learning import TrainingConfig
+from namr.lessons import DataConfig
+from namr.losses import LossConfig
+from namr.model import ModelConfig
+from namr.packing import PackingConfig
+from namr.reading import LoaderConfig
+from namr.reindexing import GateConfig, ReindexConfig, ReindexReport
+from namr.sampling import PKConfig
+from namr.search import Searcher
+from namr.serving import ServeConfig
+from namr.training import FitResult, TrainJobConfig
+from namr.workers import WorkersConfig
+
+_CORES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole chain on one machine, from images to a search page."""
+
+    data: str = "digits"
+    """digits, a folder of class folders (or with train/ and test/ folders of those), torchvision:<Name>, or
+    a table of paths and labels"""
+    folder: Path = Path("demo-data")
+    """where everything is kept"""
+    serve: bool = True
+    """open the search service and the MLflow UI, until Ctrl-C"""
+    weights: str | None = None
+    """the backbone's: timm downloads them, none starts untrained, else a .safetensors file; unless said,
+    none for digits and timm for other images"""
+    backbone: str | None = None
+    """a timm model; unless said, a tiny one for digits and tf_efficientnet_lite0 for other images"""
+    num_steps: int = 60
+    """of each of the two trainings"""
+    port: int = 0
+    """of the search page; 0 chooses a free one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What is packed: classes to learn from, and classes that training never sees."""
+
+    train: PackingConfig
+    gallery: PackingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained, and how the index is built."""
+
+    model: ModelConfig
+    batch: PKConfig
+    training: TrainingConfig
+    augment: AugmentConfig
+    indexing: IndexingConfig
+
+
+def run(config: DemoConfig) -> None:
+    """Run every stage, say what came of it, write the report, and serve if asked to."""
+    console = Console()
+    folder = config.folder.absolute() / _name_of(config.data)
+    tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"[bold]namr demo[/bold] on {config.data}, everything below {folder}")
+    engine.connect(num_cpus=_CORES)
+    try:
+        with _stage(console, "1/5 pack"):
+            sources = _sources(config.data, folder)
+            packed = packing.pack(sources.train)
+            gallery = packing.pack(sources.gallery)
+        console.print(
+            f"    {packed.num_classes} classes to learn from, {gallery.num_classes} never seen; "
+            f"{packed.num_packed + gallery.num_packed} images packed now, "
+            f"{packed.num_known + gallery.num_known} were there"
+        )
+        recipe = _recipe(config, num_classes=packed.num_classes - packed.num_single_classes)
+        with _stage(console, "2/5 train, with 2 workers"):
+            plain = _fit(recipe, folder, tracking_uri, ranking_weight=0.0)
+            namr = _fit(recipe, folder, tracking_uri, ranking_weight=2.0)
+            registry.connect(tracking_uri).promote(namr.model_name, version=namr.model_version)
+        console.print(
+            f"    {namr.num_steps} steps without and with the ranking loss, {namr.images_per_s:.0f} images a "
+            f"second; {namr.model_name} version {namr.model_version} is the champion"
+        )
+        with _stage(console, "3/5 extract, build, measure, publish"):
+            night = reindexing.reindex(
+                ReindexConfig(
+                    dataset_uri=str(folder / "gallery"),
+                    embeddings_uri=str(folder / "embeddings"),
+                    releases_uri=str(folder / "releases"),
+                    model=f"models:/{namr.model_name}@champion",
+                    tracking_uri=tracking_uri,
+                    indexing=recipe.indexing,
+                    gate=GateConfig(max_recall_at_1_drop=1.0),  # a second demo may train with fewer steps
+                )
+            )
+        _tell_release(console, night)
+        with _stage(console, "4/5 evaluate"):
+            comparison = evaluation.evaluate(
+                EvaluationConfig(
+                    dataset_uri=str(folder / "gallery"),
+                    models=(f"lambda 0={plain.model_uri}", f"NAMR={namr.model_uri}"),
+                    raw_pixels=True,
+                    untrained=True,
+                    loader=_loader(folder),
+                )
+            )
+        console.print(_table(comparison))
+        if config.data == "digits":
+            console.print("    [dim]handwritten digits show the flow, not the accuracy: they are easy[/dim]")
+        with _stage(console, "5/5 report"):
+            report_path = folder / "report.html"
+            report_path.write_text(_report(config, tracking_uri, night, comparison, (plain, namr)))
+        console.print(f"    {report_path.as_uri()}")
+    finally:
+        engine.disconnect()
+    if config.serve:
+        _serve(console, config, folder, tracking_uri)
+
+
+def _name_of(data: str) -> str:
+    """A folder for each data set, so that trying another one mixes nothing."""
+    tail = "".join(c if c.isalnum() else "-" for c in data.rstrip("/").rpartition("/")[2]).strip("-")
+    return data if data == "digits" else f"{tail[:40]}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
+
+
+def _sources(data: str, folder: Path) -> Sources:
+    split = Path(data) / "train", Path(data) / "test"
+    train, gallery = str(folder / "train"), str(folder / "gallery")
+    if all(path.is_dir() for path in split):
+        return Sources(
+            train=PackingConfig(source=str(split[0]), dataset_uri=train),
+            gallery=PackingConfig(source=str(split[1]), dataset_uri=gallery),
+        )
+    return Sources(
+        train=PackingConfig(source=data, dataset_uri=train, classes="first_half"),
+        gallery=PackingConfig(source=data, dataset_uri=gallery, classes="second_half"),
+    )
+
+
+def _recipe(config: DemoConfig, *, num_classes: int) -> Recipe:
+    """A tiny network from scratch for digits; heads on a frozen, pre-trained backbone for photographs."""
+    digits = config.data == "digits"
+    weights = config.weights or ("none" if digits else "timm")
+    from_scratch = weights == "none"
+    rate = 1e-3
+    return Recipe(
+        model=ModelConfig(
+            backbone=config.backbone or ("test_resnet" if digits else "tf_efficientnet_lite0"),
+            weights=weights,
+            embedding_dim=64 if digits else 256,
+            image_size_px=32 if digits else 128,
+        ),
+        batch=PKConfig(
+            classes_per_batch=max(2, min(num_classes, 32)), samples_per_class=12 if digits else 4, seed=0
+        ),
+        training=TrainingConfig(
+            num_steps=config.num_steps,
+            learning_rate=rate,
+            backbone_learning_rate=rate if from_scratch else 0.0,
+            augment=from_scratch,
+            evaluation_interval=max(1, config.num_steps // 3),
+            checkpoint_interval=config.num_steps,
+        ),
+        augment=AugmentConfig(min_area=0.6, horizontal_flip=not digits),
+        indexing=IndexingConfig(index_key="IVF16,Flat" if digits else "auto", num_parts=4),
+    )
+
+
+def _loader(folder: Path) -> LoaderConfig:
+    return LoaderConfig(num_workers=0, cache_folder=folder / "cache")
+
+
+def _fit(recipe: Recipe, folder: Path, tracking_uri: str, *, ranking_weight: float) -> FitResult:
+    digest = hashlib.sha256(repr((recipe, ranking_weight)).encode()).hexdigest()[:8]
+    name = "namr" if ranking_weight else "namr-without-structure"
+    return training.fit(
+        TrainJobConfig(
+            run_name=f"{name}-{digest}",
+            storage_uri=str(folder / "runs"),
+            data=DataConfig(dataset_uri=str(folder / "train"), validation_uri=str(folder / "gallery")),
+            batch=recipe.batch,
+            model=recipe.model,
+            loss=LossConfig(base="triplet", ranking_weight=ranking_weight, num_clusters=4),
+            training=recipe.training,
+            augment=recipe.augment,
+            loader=_loader(folder),
+            workers=WorkersConfig(num_workers=_CORES),
+            model_name=name,
+            tracking_uri=tracking_uri,
+        )
+    )
+
+
+def _tell_release(console: Console, night: ReindexReport) -> None:
+    manifest, assessed = night.release.manifest, night.report.assessment
+    console.print(
+        f"    release {manifest.release_id}{'' if night.is_new else ' (was there)'}: "
+        f"{manifest.counts.num_indexed} images in {night.report.num_parts} merged parts of "
+        f"{manifest.index_key}; "
+        f"recall@10 {assessed.recall_at_10:.3f} with {assessed.nprobe} of {assessed.num_lists} lists"
+    )
+
+
+def _table(comparison: Comparison) -> Table:
+    header, *rows = comparison.ways_table()
+    table = Table(*header, title=comparison.title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _report(
+    config: DemoConfig,
+    tracking_uri: str,
+    night: ReindexReport,
+    comparison: Comparison,
+    runs: tuple[FitResult, FitResult],
+) -> str:
+    """The release's own report, with the comparison and the curves of both trainings before it."""
+    header, *rows = comparison.ways_table()
+    ways = report.Table(title=comparison.title, columns=header, rows=rows)
+    recalls = {
+        row.name: {column: 100 * found.recall_at_1 for column, found in row.by_column.items()}
+        for row in comparison.rows
+    }
+    runs_registry = registry.connect(tracking_uri)
+    losses = {run.run_name: runs_registry.history(run.mlflow_run_id, "train/metric") for run in runs}
+    manifest = night.release.manifest
+    with tempfile.TemporaryDirectory(prefix="namr-demo-") as temporary:
+        cache = storage.Cache(Path(temporary), max_bytes=1 << 30)
+        searcher = Searcher.of(night.release, cache=cache, query_model=None)
+        dataset = datasets.open_version(manifest.dataset_uri, manifest.dataset_version)
+        keys = [item.key for item in searcher.items.draw(8, seed=0)]
+        grid = release_report.retrieval_grid(searcher, dataset, keys)
+    page = release_report.page(f"namr on {config.data}", manifest, night.report, [grid])
+    return report.render(
+        replace(
+            page,
+            tables=[ways, *page.tables],
+            plots=[
+                report.bars("Recall@1 on unseen classes", recalls, x_label="per cent"),
+                report.curves("Base loss while training", losses, x_label="step", y_label="loss"),
+                *page.plots,
+            ],
+        )
+    )
+
+
+@contextmanager
+def _stage(console: Console, title: str) -> Iterator[None]:
+    """A line for a stage, and how long it took."""
+    console.print(f"[bold]{title}[/bold]")
+    began = time.monotonic()
+    yield
+    console.print(f"    [dim]{time.monotonic() - began:.1f} s[/dim]")
+
+
+def _serve(console: Console, config: DemoConfig, folder: Path, tracking_uri: str) -> None:
+    """The search page and the MLflow UI, until Ctrl-C; what was started is ended."""
+    with _mlflow_ui(folder, tracking_uri) as address:
+        console.print(f"MLflow UI:    [link]{address}[/link]")
+        serve_config = ServeConfig(
+            releases_uri=str(folder / "releases"),
+            tracking_uri=tracking_uri,
+            cache_folder=folder / "cache",
+            port=config.port,
+        )
+        console.print("[dim]Ctrl-C ends both[/dim]")
+        with suppress(KeyboardInterrupt):
+            serving.serve(serve_config, announce=lambda line: console.print(f"search page:  {line}"))
+
+
+@contextmanager
+def _mlflow_ui(folder: Path, tracking_uri: str) -> Iterator[str]:
+    """An MLflow server over the demo's runs, as a process of its own; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--backend-store-uri", tracking_uri, "--workers", "1"),
+    ]
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with (folder / "mlflow-ui.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True
+        )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=20)
