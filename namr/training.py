@@ -14,6 +14,7 @@ while a run lasts, and may differ when it goes on).
 """
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import ClassVar
 from namr import config as configuration
 from namr import datasets, engine, manifests, model, registry, report, storage, teaching, validation, workers
 from namr.datasets import Dataset
-from namr.errors import ConfigError, ManifestError, NamrError
+from namr.errors import ConfigError, ManifestError, NamrError, StorageError
 from namr.images import AugmentConfig
 from namr.learning import NotFinite, TrainingConfig
 from namr.lessons import DataConfig, Lessons
@@ -162,7 +163,8 @@ def fit(config: TrainJobConfig) -> FitResult:
         fitted = _exported(config, run, uri, runs, train, outcome)
         _draw(runs, run.mlflow_run_id, search_metric_of(config.loss))
     except BaseException:
-        runs.end_run(run.mlflow_run_id, "FAILED")
+        with suppress(StorageError):  # what failed is worth more than that MLflow doesn't know
+            runs.end_run(run.mlflow_run_id, "FAILED")
         raise
     manifests.write_manifest(storage.join(uri, "result.json"), fitted)
     runs.end_run(run.mlflow_run_id, "FINISHED")

@@ -19,10 +19,11 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.queue import Queue
 
 from namr import engine, storage
 from namr.errors import ConfigError, NamrError
-from namr.progress import shown
+from namr.progress import Show, shown
 
 _train: Any = ray.train  # its annotations are those of the API before V2
 
@@ -141,10 +142,10 @@ def run(
     what a worker said, after the failures that `workers` allows.
     """
     filesystem, path = storage.arrow_filesystem(storage_uri)
-    with _board(name, num_steps) as board:
+    with _shown(name, num_steps) as said:
         trainer = _train.torch.TorchTrainer(
             _work,
-            train_loop_config={"work": work, "given": given, "board": board, "workers": workers},
+            train_loop_config={"work": work, "given": given, "said": said, "workers": workers},
             # Features and validation are gathered on CPUs, gradients where they are.
             torch_config=_train.torch.TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo"
@@ -182,7 +183,7 @@ def _work(config: dict[str, Any]) -> Any:
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         device=ray.train.torch.get_device(),
-        say=config["board"].say.remote,
+        say=lambda done, words: config["said"].put_nowait((done, words)),
     )
     return config["work"](config["given"], place)
 
@@ -200,37 +201,28 @@ def _explained(name: str, error: Any) -> NamrError:
     )
 
 
-class _Board:
-    """A small actor: how far rank 0 has come."""
-
-    def __init__(self) -> None:
-        self._said = (0, "")
-
-    def say(self, done: int, words: str) -> None:
-        self._said = (done, words)
-
-    def read(self) -> tuple[int, str]:
-        return self._said
-
-
 @contextmanager
-def _board(name: str, num_steps: int) -> Iterator[Any]:
-    """A board for rank 0, and a thread of the driver that shows what it says."""
-    actor: Any = ray.remote(num_cpus=0)(_Board)
-    board = actor.remote()
+def _shown(name: str, num_steps: int) -> Iterator[Queue]:
+    """A queue for what rank 0 says, and a thread of the driver that shows it."""
+    said = Queue(actor_options={"num_cpus": 0})
     ended = threading.Event()
 
     def watch() -> None:
         with shown(f"train {name}", num_steps) as show:
             while not ended.wait(0.5):
-                show(*ray.get(board.read.remote()))
-            show(*ray.get(board.read.remote()))
+                _drain(said, show)
+            _drain(said, show)
 
     watcher = threading.Thread(target=watch, name="namr-progress", daemon=True)
     watcher.start()
     try:
-        yield board
+        yield said
     finally:
         ended.set()
         watcher.join(timeout=10)
-        ray.kill(board)
+        said.shutdown(force=True)
+
+
+def _drain(said: Queue, show: Show) -> None:
+    for done, words in said.get_nowait_batch(said.qsize()):
+        show(done, words)

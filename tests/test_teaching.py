@@ -1,0 +1,50 @@
+"""What a worker tells while it learns: nothing is lost while MLflow is away, and a pause costs no speed."""
+
+import pytest
+
+from namr import teaching
+from namr.errors import StorageError
+
+
+class Away:
+    """A tracking server that is away for a while."""
+
+    def __init__(self) -> None:
+        self.is_there = False
+        self.got: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, run_id: str, numbers: dict[str, float], *, step: int) -> None:
+        if not self.is_there:
+            raise StorageError(f"run {run_id}: nobody answers")
+        self.got.append((step, numbers))
+
+
+def test_numbers_are_kept_until_mlflow_takes_them() -> None:
+    server, said = Away(), []
+    diary = teaching.Diary(server, "r", lambda step, words: said.append((step, words)))  # type: ignore[arg-type]
+    diary.write({"loss": 3.0}, step=10)
+    diary.write({"loss": 2.0}, step=20)
+    assert said[-1] == (20, "(MLflow: run r: nobody answers; kept 2 entries)")
+    with pytest.raises(StorageError, match="nobody answers"):
+        diary.close()
+    server.is_there = True
+    diary.write({"loss": 1.0}, step=30)
+    assert server.got == [(10, {"loss": 3.0}), (20, {"loss": 2.0}), (30, {"loss": 1.0})]
+    diary.close()
+    assert len(server.got) == 3
+
+
+def test_speed_counts_steady_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(teaching.time, "perf_counter", lambda: now[0])
+    speed = teaching._Speed(num_images=8)
+    for number in range(9):
+        now[0] += 10.0 if number < 5 else 0.5
+        speed.step()
+    assert speed.images_per_s == 16.0
+    speed.pause()
+    now[0] += 100.0
+    speed.step()
+    now[0] += 0.5
+    speed.step()
+    assert speed.images_per_s == 16.0
