@@ -1,10 +1,10 @@
 """The `namr` command: thin words over the library.
 
-    namr demo                       the whole chain on one machine, then a search page
-    namr submit train --config ...  a job of jobs/ on a running Ray cluster
-    namr releases list|export       what was published; a release as one plain FAISS file
-    namr promote                    make a model version the champion
-    namr rollback                   make an earlier release current again
+namr demo                       the whole chain on one machine, then a search page
+namr submit train --config ...  a job of jobs/ on a running Ray cluster
+namr releases list|export       what was published; a release as one plain FAISS file
+namr promote                    make a model version the champion
+namr rollback                   make an earlier release current again
 """
 
 import os
@@ -90,7 +90,7 @@ def run(argv: list[str]) -> None:
 
 
 def _submit(argv: list[str]) -> None:
-    """Hand this folder and one of its jobs to `ray job submit`; RAY_API_SERVER_ADDRESS says to which cluster."""
+    """Hand this folder and a job to `ray job submit`; RAY_API_SERVER_ADDRESS says to which cluster."""
     jobs = sorted(path.stem for path in Path("jobs").glob("*.py"))
     if not jobs:
         raise ConfigError(f"there is no folder jobs in {Path.cwd()}; submit from a checkout of namr")
@@ -100,7 +100,8 @@ def _submit(argv: list[str]) -> None:
     if ray is None:
         raise ConfigError("the program `ray` is not there; run `make install`")
     sys.stdout.flush()
-    os.execv(ray, [ray, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{argv[0]}.py", *argv[1:]])
+    words = [ray, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{argv[0]}.py", *argv[1:]]
+    os.execv(ray, words)
 
 
 def _list(command: ListCommand) -> None:

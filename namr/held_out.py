@@ -16,7 +16,7 @@ def share(num: int, num_samples: int) -> float:
 
 
 def mask(ids: npt.NDArray[np.int64], *, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """(n,) True where held out: the SplitMix64 hash of id and seed lies in the lowest `share` of its range."""
+    """(n,) True where held out: SplitMix64 of id and seed lies in the lowest `share` of its range."""
     with np.errstate(over="ignore"):
         mixed = ids.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

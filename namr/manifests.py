@@ -94,7 +94,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(uri: str, kind: type[M]) -> M:
-    """The manifest at a URI; ManifestError if it is missing, damaged, of another format or from the future."""
+    """The manifest at a URI; ManifestError if missing, damaged, of another format or from the future."""
     try:
         data = storage.read(uri)
     except ObjectMissing as error:
@@ -110,8 +110,8 @@ def decode_manifest(data: bytes, kind: type[M], uri: str) -> M:
     version = body.pop("format_version", None)
     if version != kind.FORMAT_VERSION:
         raise ManifestError(
-            f"{uri} has format version {version}, and this namr reads {kind.FORMAT_VERSION} of {kind.FORMAT}; "
-            "use the namr that wrote it, or a newer one"
+            f"{uri} has format version {version}, and this namr reads {kind.FORMAT_VERSION} of "
+            f"{kind.FORMAT}; use the namr that wrote it, or a newer one"
         )
     try:
         return pydantic.TypeAdapter(kind).validate_python(body)

@@ -110,6 +110,9 @@ def good_release(config: ReindexConfig) -> ReleaseConfig:
 
 
 def a_report(*, indexed: int = 1000, tombstoned: int = 0, recall: float = 0.96, right: float = 0.8):
+    counts = Counts(
+        num_samples=indexed + tombstoned, num_indexed=indexed, num_refused=0, num_tombstoned=tombstoned
+    )
     sides = tuple(SideResult(side=side, recall_at_1=right, recall_at_10=1.0, proved=0.0) for side in SIDES)
     return ReleaseReport(
         counts=counts,
