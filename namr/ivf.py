@@ -13,8 +13,8 @@ does not keep it, for three reasons that are dealt with here:
   always explicit, templates are compared, and ids are reconciled after.
 - ties come out in the order of insertion. Parts are merged in the order of their ids.
 
-FAISS and fork don't go together: start processes by spawn. Everything is squared L2. Not covered: cosine (make
-the vectors of unit length first), GPU indexes, fast-scan and graph indexes, re-ranking.
+FAISS and fork don't go together: start processes by spawn. All is squared L2. Not covered: cosine (make the
+vectors of unit length first), GPU indexes, fast-scan and graph indexes, re-ranking.
 Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 """
 
