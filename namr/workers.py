@@ -20,6 +20,7 @@ import ray.train.torch
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from namr import engine, storage
 from namr.errors import ConfigError, NamrError
@@ -203,8 +204,12 @@ def _explained(name: str, error: Any) -> NamrError:
 
 @contextmanager
 def _shown(name: str, num_steps: int) -> Iterator[Queue]:
-    """A queue for what rank 0 says, and a thread of the driver that shows it."""
-    said = Queue(actor_options={"num_cpus": 0})
+    """A queue for what rank 0 says, and a thread of the driver that shows it.
+
+    The queue lives on the driver's node: on a worker's it would die with that node, and the run with it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    said = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     ended = threading.Event()
 
     def watch() -> None:
