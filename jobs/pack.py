@@ -18,7 +18,7 @@ def main() -> None:
     print(
         f"packed {report.num_packed} of {report.num_found} images ({report.num_known} known before, "
         f"{report.num_refused} refused) into {report.num_new_shards} new shards; {report.dataset_uri} is at "
-        f"version {report.version}: {report.num_classes} classes, {report.num_single_classes} with one image, "
+        f"version {report.version}: {report.num_classes} classes, {report.num_single_classes} of one image, "
         f"{report.num_unlabelled} images without a label, {report.seconds:.1f} s"
     )
 
