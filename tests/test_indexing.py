@@ -270,7 +270,7 @@ def test_what_cannot_be_built_is_told(gallery: Path, tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="HNSW32' is not offered"):
         built(gallery, tmp_path, index_key="HNSW32")
-    with pytest.raises(ShapeError, match="trained on 4096 vectors or more, the sample has 59"):
+    with pytest.raises(ShapeError, match="trained on 4096 vectors or more, the sample has"):
         built(gallery, tmp_path, index_key="IVF4096,Flat")
 
 
