@@ -36,7 +36,7 @@ from namr.errors import ConfigError, ManifestError, ShapeError
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-ADD_ROWS = 8192
+ADD_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
