@@ -21,7 +21,8 @@ R = TypeVar("R")
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     """Connect to the Ray at `address`; None is RAY_ADDRESS where a submitted job has it, else a local Ray.
 
-    num_cpus: of a local Ray; None takes the cores of this machine. Connecting again does nothing.
+    num_cpus: of a local Ray; None takes the cores of this machine. What workers of a local Ray print stays in
+    Ray's own logs; their exceptions come here. Connecting again does nothing.
     ConfigError if nothing answers at the address.
     """
     if ray.is_initialized():
@@ -33,7 +34,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     _check_answers(chosen)
     local: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False} if chosen == "local" else {}
     try:
-        ray.init(address=chosen, log_to_driver=True, logging_level=logging.WARNING, **local)
+        ray.init(address=chosen, log_to_driver=chosen != "local", logging_level=logging.WARNING, **local)
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray answers at {chosen!r}: {error}; start one, or leave the address out"

@@ -1,0 +1,72 @@
+"""`namr demo` as a person runs it: the whole chain, then again with the search page until Ctrl-C."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from infra import services
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+NAMR = str(services.SCRIPTS_PATH / "namr")
+
+
+def answers(url: str) -> bytes:
+    """What an address says, waiting half a minute for a server that is starting."""
+    for _ in range(60):
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return bytes(answer.read())
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"{url} does not answer")
+
+
+def said_line(log_path: Path, pattern: str, process: subprocess.Popen[bytes]) -> str:
+    """The first group of a pattern, once it stands in a log."""
+    for _ in range(600):
+        text = re.sub(r"\s+", " ", log_path.read_text())
+        if found := re.search(pattern, text):
+            return found[1]
+        assert process.poll() is None, text[-3000:]
+        time.sleep(0.5)
+    raise AssertionError(f"{pattern!r} was not said in 300 s: {log_path.read_text()[-3000:]}")
+
+
+def test_the_demo_runs_goes_on_serves_and_ends(tmp_path: Path) -> None:
+    command = [NAMR, "demo", "--folder", str(tmp_path), "--num-steps", "12"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    first = subprocess.run(
+        [*command, "--no-serve"], capture_output=True, text=True, timeout=600, env=environment, check=False
+    )
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    said = re.sub(r"\s+", " ", first.stdout)
+    for wanted in ("1797 images packed now", "namr version 1 is the champion", "4 merged parts", "recall@10"):
+        assert wanted in said
+    for row in ("raw pixels", "untrained", "lambda 0", "NAMR"):
+        assert row in (tmp_path / "digits" / "report.html").read_text()
+
+    log_path = tmp_path / "second.log"
+    with log_path.open("wb") as log:
+        second = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        page = said_line(log_path, r"search page: .*? on ?(http://[\d.:]+)", second)
+        mlflow = said_line(log_path, r"MLflow UI: (http://[\d.:]+)", second)
+        assert b"<title>" in answers(page)
+        assert b'"key"' in answers(f"{page}/items?num=1")
+        assert b"MLflow" in answers(mlflow)
+        text = re.sub(r"\s+", " ", log_path.read_text())
+        assert "0 images packed now" in text
+        assert "(was there)" in text
+    finally:
+        second.send_signal(signal.SIGINT)
+        code = second.wait(60)
+    assert code == 0, log_path.read_text()[-3000:]
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(mlflow, timeout=5)

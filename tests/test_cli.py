@@ -1,0 +1,78 @@
+"""The words of the `namr` command, on real releases and a real registry."""
+
+from pathlib import Path
+
+import faiss
+import pytest
+import small_release
+from small_release import Recipe
+
+from namr import cli, model, registry, releases
+from namr.errors import ConfigError, ManifestError
+from namr.model import ModelConfig
+
+
+def test_releases_are_listed_and_rolled_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = small_release.publish(tmp_path, Recipe(), release_id="first")
+    uri = first.releases_uri
+    second = small_release.renamed(first.manifest, "second", created="2026-11-02T02:00:00+00:00")
+    releases.publish(uri, second, expected=releases.read_pointer(uri))
+    cli.run(["releases", "list", "--releases-uri", uri])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["first", lines[0].split()[1]], ["*", "second"]]
+    cli.run(["rollback", "--releases-uri", uri])
+    assert capsys.readouterr().out == "first is current\n"
+    cli.run(["rollback", "--releases-uri", uri, "--to", "second"])
+    assert releases.current(uri).manifest.release_id == "second"
+
+
+def test_a_release_is_exported_as_plain_faiss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    release = small_release.publish(tmp_path, Recipe())
+    out = tmp_path / "index.faiss"
+    cli.run(["releases", "export", "--releases-uri", release.releases_uri, "--out", str(out)])
+    assert faiss.read_index(str(out)).ntotal == release.manifest.counts.num_indexed
+    assert f"{release.manifest.counts.num_indexed} vectors" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    net = model.build(
+        ModelConfig(backbone="test_resnet", weights="none", embedding_dim=4, structure_hidden_dim=4), seed=0
+    )
+    model.save(net, tmp_path / "model")
+    runs = registry.connect(uri)
+    run_id = runs.create_run("tests", run_name="one")
+    runs.register(tmp_path / "model", name="photos", run_id=run_id)
+    cli.run(["promote", "--model-name", "photos", "--tracking-uri", uri])
+    assert capsys.readouterr().out == "photos 1 is the champion\n"
+    assert registry.connect(uri).version("photos", alias="champion").version == "1"
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "expected"),
+    [
+        (["relases"], ConfigError, "'relases' is no command of namr; expected one of: demo, promote"),
+        (["releases"], ConfigError, "releases export, releases list"),
+        (["submit", "fly"], ConfigError, "namr submit fly: expected one of build_index, evaluate"),
+        (["submit"], ConfigError, "expected one of build_index"),
+        (["rollback", "--releases-uri", "nowhere"], ConfigError, "no current release"),
+        (
+            ["releases", "export", "--releases-uri", "nowhere", "--out", "x"],
+            ManifestError,
+            "no current release",
+        ),
+        (["rollback", "--release-uri", "x"], ConfigError, "Perhaps you meant|required"),
+    ],
+)
+def test_a_wrong_word_is_one_clear_error(
+    words: list[str], error: type[Exception], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(error, match=expected):
+        cli.run(words)
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["--help"])
+    assert "namr rollback" in capsys.readouterr().out
