@@ -12,10 +12,11 @@ import pytest
 
 from infra import network, services
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 BUCKET = "namr"
+ROOT = Path(__file__).parents[2]
 
 
 class TwoNodes(NamedTuple):
@@ -46,22 +47,25 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
 class Job:
     """`python <words>` submitted with `folder` as its working directory."""
 
-    def __init__(self, two_nodes: TwoNodes, folder: Path, *words: str) -> None:
-        self.log_path = folder.parent / f"{'-'.join(words[-1:]).replace('/', '-')}.log"
+    def __init__(self, two_nodes: TwoNodes, folder: Path, log_path: Path, *words: str) -> None:
+        self._log_path = log_path
         ray = [str(services.SCRIPTS_PATH / "ray"), "job", "submit"]
         ray += ["--address", two_nodes.cluster.dashboard_url, "--working-dir", str(folder), "--", "python"]
-        with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen([*ray, *words], stdout=log, stderr=subprocess.STDOUT)
+        with log_path.open("wb") as log:
+            self._process = subprocess.Popen([*ray, *words], stdout=log, stderr=subprocess.STDOUT)
 
-    def result(self, *, timeout_s: float) -> Any:
-        """What the job printed as JSON after the word SAID; it has to succeed."""
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def log(self, *, timeout_s: float) -> str:
+        """The log of the whole job, which has to succeed."""
         try:
-            status = self.process.wait(timeout_s)
+            status = self._process.wait(timeout_s)
         finally:
-            self.process.kill()
-        log = self.log_path.read_text()
+            self._process.kill()
+            log = self._log_path.read_text()
         assert status == 0, log[-6000:]
-        return json.loads(next(line.partition("SAID ")[2] for line in log.splitlines() if "SAID " in line))
+        return log
 
 
 DDP_OVER_GLOO = """
@@ -92,43 +96,12 @@ ray.train.torch.TorchTrainer(
 def test_gradients_are_averaged_over_a_network(two_nodes: TwoNodes, tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "ddp.py").write_text(DDP_OVER_GLOO)
-    found = Job(two_nodes, tmp_path / "job", "ddp.py", str(tmp_path)).result(timeout_s=240)
+    job = Job(two_nodes, tmp_path / "job", tmp_path / "log", "ddp.py", str(tmp_path))
+    said = next(line for line in job.log(timeout_s=240).splitlines() if "SAID " in line)
+    found = json.loads(said.partition("SAID ")[2])
     assert {address for address, _, _ in found} == {node.host for node in two_nodes.nodes}
     assert [gradient for _, gradient, _ in found] == [[[1.5, 1.5, 1.5]]] * 2  # the mean of 1 and 2
     assert {backend for _, _, backend in found} == {"gloo"}
-
-
-PACK_AND_FIT = """
-import json, sys
-from pathlib import Path
-from namr import packing, training
-from namr.learning import TrainingConfig
-from namr.lessons import DataConfig
-from namr.losses import LossConfig
-from namr.model import ModelConfig
-from namr.packing import PackingConfig
-from namr.reading import LoaderConfig
-from namr.sampling import PKConfig
-from namr.workers import WorkersConfig
-
-bucket, folder, run_name = sys.argv[1:]
-packing.pack(PackingConfig(source="digits", dataset_uri=f"{bucket}/digits", shard_bytes=200_000))
-fitted = training.fit(
-    training.TrainJobConfig(
-        run_name=run_name,
-        storage_uri=f"{bucket}/runs",
-        data=DataConfig(uri=f"{bucket}/digits", held_out_share=0.4),
-        batch=PKConfig(classes_per_batch=4, samples_per_class=4, seed=1),
-        model=ModelConfig(backbone="test_resnet", weights="none", embedding_dim=16, image_size_px=32),
-        loss=LossConfig(base="contrastive"),
-        training=TrainingConfig(num_steps=60, evaluation_interval=60, checkpoint_interval=10, seed=3),
-        loader=LoaderConfig(num_workers=0, cache_folder=Path(folder) / "cache"),
-        workers=WorkersConfig(num_workers=2),
-        tracking_uri=f"sqlite:///{folder}/mlflow.db",
-    )
-)
-print("SAID " + json.dumps([fitted.model_digest, fitted.num_steps, fitted.validation]), flush=True)
-"""
 
 
 def names_in_store(two_nodes: TwoNodes, prefix: str) -> list[str]:
@@ -137,22 +110,56 @@ def names_in_store(two_nodes: TwoNodes, prefix: str) -> list[str]:
     return [each["Key"] for each in listed.get("Contents", [])]
 
 
+def train(two_nodes: TwoNodes, folder: Path, run_name: str) -> Job:
+    """60 steps on 6 of the 10 digits, 2 workers: one on each node, as a node has one core."""
+    flags = {
+        "run-name": run_name,
+        "storage-uri": f"s3://{BUCKET}/runs",
+        "tracking-uri": f"sqlite:///{folder}/mlflow.db",
+        "data.dataset-uri": f"s3://{BUCKET}/digits",
+        "data.held-out-share": "0.4",
+        "batch.classes-per-batch": "4",
+        "batch.samples-per-class": "4",
+        "batch.seed": "1",
+        "model.backbone": "test_resnet",
+        "model.weights": "none",
+        "model.embedding-dim": "16",
+        "model.image-size-px": "32",
+        "loss.base": "contrastive",
+        "training.num-steps": "60",
+        "training.evaluation-interval": "60",
+        "training.checkpoint-interval": "10",
+        "loader.num-workers": "0",
+        "loader.cache-folder": str(folder / "cache"),
+        "workers.num-workers": "2",
+    }
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    return Job(two_nodes, ROOT, folder / f"{run_name}.log", "jobs/train.py", *words)
+
+
+def result_of(two_nodes: TwoNodes, run_name: str) -> dict[str, Any]:
+    with closing(two_nodes.store.client()) as client:
+        stored = client.get_object(Bucket=BUCKET, Key=f"runs/{run_name}/result.json")["Body"].read()
+    return {
+        name: json.loads(stored)[name] for name in ("model_digest", "validation", "best_step", "num_steps")
+    }
+
+
 def test_a_node_that_dies_in_training_and_comes_back_changes_nothing(
     two_nodes: TwoNodes, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "job"
-    folder.mkdir()
-    (folder / "fit.py").write_text(PACK_AND_FIT)
-    arguments = ("fit.py", f"s3://{BUCKET}", str(tmp_path))
-    undisturbed = Job(two_nodes, folder, *arguments, "undisturbed").result(timeout_s=300)
+    pack = ("jobs/pack.py", "--source", "digits", "--dataset-uri", f"s3://{BUCKET}/digits")
+    Job(two_nodes, ROOT, tmp_path / "pack.log", *pack).log(timeout_s=200)
+    train(two_nodes, tmp_path, "undisturbed").log(timeout_s=300)
 
-    job = Job(two_nodes, folder, *arguments, "disturbed")
+    job = train(two_nodes, tmp_path, "disturbed")
     deadline = time.monotonic() + 200
     while not names_in_store(two_nodes, "runs/disturbed/step-"):
-        assert job.process.poll() is None, job.log_path.read_text()[-6000:]
+        assert job.is_running(), job.log(timeout_s=1)
         assert time.monotonic() < deadline
         time.sleep(0.1)
     two_nodes.cluster.programs[-1].kill()
     assert names_in_store(two_nodes, "runs/disturbed/result.json") == []
     two_nodes.cluster.add(two_nodes.nodes[1])
-    assert job.result(timeout_s=300) == undisturbed
+    job.log(timeout_s=300)
+    assert result_of(two_nodes, "disturbed") == result_of(two_nodes, "undisturbed")
