@@ -9,6 +9,7 @@ import commands
 import pytest
 
 from infra import stack
+from namr import cli, config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[ci]*/README.md")])
@@ -76,6 +77,23 @@ def test_every_target_of_make_that_is_told_exists() -> None:
     }
     helped = set(re.findall(r"echo 'make ([a-z-]+)", (ROOT / "Makefile").read_text()))
     assert told | helped <= rules
+
+
+def made(*words: str) -> list[commands.Command]:
+    """What make would run."""
+    ran = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return list(commands.split("Makefile", ran.stdout))
+
+
+def test_every_command_of_namr_that_is_told_parses() -> None:
+    told = [*COMMANDS, *made("demo", "DATA=some photos", "SERVE=0"), *made("demo")]
+    told = [command for command in told if re.search(r"(^|/)namr$", command.words[0]) and not command.job()]
+    assert len(told) >= 2
+    for command in told:
+        known = [each for each in cli._COMMANDS if command.words[1 : len(each.words) + 1] == each.words]
+        assert known, f"{command.source}: {' '.join(command.words)} is no command of namr"
+        if "..." not in command.words:
+            config.load(known[0].kind, command.words[len(known[0].words) + 1 :])
 
 
 def test_every_module_that_is_told_to_run_exists() -> None:
