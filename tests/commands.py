@@ -27,7 +27,7 @@ class Command(NamedTuple):
     words: tuple[str, ...]
 
     def job(self) -> tuple[str, list[str]] | None:
-        """(`jobs/train.py`, its arguments) where the command runs a job: directly, by Ray or `namr submit`."""
+        """(`jobs/train.py`, its arguments) of a command that runs a job: directly, by Ray, `namr submit`."""
         if self.words[1:2] == ("submit",) and self.words[0].endswith("namr"):
             return f"jobs/{self.words[2]}.py", list(self.words[3:])
         for at, word in enumerate(self.words):
