@@ -15,9 +15,12 @@ The base losses are pytorch-metric-learning's, on distances that are said explic
     multi_similarity               cosine                                        its own miner
     proxy_anchor                   cosine                                        none: proxies
 
-L_mcr sees the same view of x as the base loss. All is computed in float32 at full precision (float64 stays)
-on the global batch, on every rank alike; gathering is not done here (`collectives`). Nothing draws from the
-global generator.
+L_mcr sees the same view of x as the base loss, and one of unit length divided by its mean pairwise distance.
+Without that it is shrunk away by drawing all x into one direction: on Cars-196 with frozen features and
+lambda = 2, Recall@1 of contrastive fell from 47 to 20 % and of multi-similarity from 50 to 14 %.
+
+All is computed in float32 at full precision (float64 stays) on the global batch, on every rank alike;
+gathering is not done here (`collectives`). Nothing draws from the global generator.
 
 Legend: B images in the batch, D dimension, C clusters.
 """
@@ -187,7 +190,7 @@ class JointLoss(nn.Module):
                 total = metric + nothing
                 return LossTerms(total, metric.detach(), nothing.detach(), mean_distance.detach())
             ranking = multi_cluster_ranking(
-                x,
+                x if scaled else x / distances.mean_pairwise(x),
                 structure,
                 num_clusters=self.config.num_clusters,
                 structure_side=self.config.structure_side,
