@@ -6,6 +6,7 @@ checkpoint; the best by score and the last are kept in storage, under the run's 
 Not covered: what the function does (`training`); groups that change their size while they run.
 """
 
+import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -177,6 +178,7 @@ def run(
 
 def _work(config: dict[str, Any]) -> Any:
     """What Ray Train calls on each worker."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells each checkpoint with all its numbers
     context = ray.train.get_context()
     torch.set_num_threads(config["workers"].cpus_per_worker)
     place = Place(
