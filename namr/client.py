@@ -8,6 +8,7 @@ What the service refuses is raised as the error that it names (ImageRefused, Sha
 A connection that can't be made is tried again; a request that was sent is not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import Any, Literal, Self
 import httpx
 
 from namr import errors
-from namr.errors import ConfigError, ImageRefused, NamrError, ObjectMissing, StorageError
+from namr.errors import ConfigError, ImageRefused, NamrError, ObjectMissing, ShapeError, StorageError
 
 Side = Literal["none", "query", "both", "scale"]
 
@@ -162,9 +163,9 @@ class Client:
     ) -> list[Answer]:
         """The items nearest to each embedding (rows of numpy arrays do too); up to 256 at once."""
         body = _given(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
-        body["embeddings"] = [[float(value) for value in row] for row in embeddings]
+        body["embeddings"] = _rows("embeddings", embeddings)
         if structures is not None:
-            body["structures"] = [[float(value) for value in row] for row in structures]
+            body["structures"] = _rows("structures", structures)
         return [_answer(one) for one in self._post("/search/vector", json=body)["answers"]]
 
     def item(self, item_id: int) -> Item:
@@ -211,6 +212,14 @@ class Client:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _rows(name: str, vectors: Sequence[Sequence[float]]) -> list[list[float]]:
+    rows = [[float(value) for value in row] for row in vectors]
+    for number, row in enumerate(rows):
+        if not all(math.isfinite(value) for value in row):  # JSON has no word for them
+            raise ShapeError(f"{name}: row {number} holds NaN or infinity")
+    return rows
 
 
 def _answer(body: dict[str, Any]) -> Answer:

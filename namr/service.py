@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +41,7 @@ _log = logging.getLogger("namr.service")
 _PAGES = Path(__file__).parent / "pages"
 _MAX_EXACT_ITEMS = 200_000
 _MAX_QUERIES = 256
+_LINGER_S = 2.0
 _MEGABYTE = 1 << 20
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'",
@@ -392,32 +393,58 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         began, status, num_bytes = time.perf_counter(), 500, 0
-        too_large = f"the request is larger than {self._max / _MEGABYTE:.3g} MB; send a smaller picture"
 
         async def counted_receive() -> Any:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max:
-                raise StarletteHTTPException(413, too_large)
+                raise StarletteHTTPException(413)
             return message
 
         async def noted_send(message: Any) -> None:
             nonlocal status
+            if num_bytes > self._max:
+                return  # the app's word about a body that it was not given; `_refuse` says it
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
             said = dict(scope["headers"]).get(b"content-length", b"0")
-            if said.isdigit() and int(said) > self._max:
-                await _error(413, "TooLarge", too_large)(scope, receive, noted_send)
-            else:
+            num_bytes = int(said) if said.isdigit() and int(said) > self._max else 0
+            if num_bytes == 0:
                 await self._app(scope, counted_receive, noted_send)
+            if num_bytes > self._max:
+                status = 413
+                await self._refuse(receive, send)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - began)
+
+    async def _refuse(self, receive: Any, send: Any) -> None:
+        """Answers 413 while the body is on its way, and closes.
+
+        A server that closes at once makes the client's system throw the answer away; one that doesn't close
+        reads the body to its end. So: answer, leave the client a moment to see it, close.
+        """
+        reply = _error(
+            413,
+            "TooLarge",
+            f"the request is larger than {self._max / _MEGABYTE:.3g} MB; send a smaller picture",
+        )
+        headers = [*reply.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": reply.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                num_bytes = 0
+                while num_bytes < self._max and (message := await receive()).get("more_body", False):
+                    num_bytes += len(message.get("body", b""))
+                if num_bytes >= self._max:
+                    await asyncio.sleep(_LINGER_S)  # reading no more: the client has to wait, and look
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _error(status: int, kind: str, message: str) -> JSONResponse:

@@ -63,13 +63,13 @@ function card(item, { rank, distance, moved } = {}) {
   }
 
   const words = element("span", "words");
-  const first = element("span", "first");
   const label = element("span", "label", item.label ?? "no label");
   if (item.label === null) label.classList.add("none");
   if (item.label !== null && query?.label === item.label) label.classList.add("same");
-  first.append(label);
-  if (distance !== undefined) first.append(element("span", "distance", distance.toFixed(3)));
-  words.append(first, element("span", "key", item.key));
+  const second = element("span", "second");
+  second.append(element("span", "key", item.key));
+  if (distance !== undefined) second.append(element("span", "distance", distance.toFixed(3)));
+  words.append(label, second);
 
   button.append(picture, words);
   const spoken = [rank ? `Number ${rank}:` : "", item.label ?? "no label", item.key];

@@ -1,0 +1,225 @@
+"""The search page in a real browser, against a real service with real pictures."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from namr import storage
+from namr.items import Items
+from namr.search import Searcher
+from namr.service import create_app
+from tests import small_release
+from tests.running import running
+
+pytestmark = pytest.mark.browser
+
+NASTY = '<img src=x onerror="window.broken = true">'
+
+
+@pytest.fixture(scope="module")
+def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+    root = tmp_path_factory.mktemp("page")
+    folder = small_release.publish_with_model(root)
+    cache = storage.Cache(root / "cache", 10**9)
+    return Searcher.open(str(root / "releases"), cache=cache, model_folder=folder, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def url(searcher: Searcher) -> Iterator[str]:
+    with running(create_app(searcher, max_upload_bytes=1 << 20)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        launched = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    """The page, opened; at the end nothing may have gone wrong in it, and no other host been asked."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    opened = context.new_page()
+    opened.set_default_timeout(20_000)
+    complaints: list[str] = []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on(
+        "request", lambda request: request.url.startswith((url, "blob:")) or complaints.append(request.url)
+    )
+    opened.goto(url)
+    expect(opened.locator("#items .card")).to_have_count(20)
+    yield opened
+    context.close()
+    assert complaints == []
+
+
+def keys(page: Page, name: str) -> list[str]:
+    return page.locator(f"#{name} .key").all_text_contents()
+
+
+def picture(tmp_path: Path, number: int) -> Path:
+    path = tmp_path / f"digit-{number}.png"
+    path.write_bytes(small_release.digit(number))
+    return path
+
+
+def test_an_uploaded_picture_shows_its_neighbours_side_by_side(
+    page: Page, searcher: Searcher, tmp_path: Path
+) -> None:
+    page.locator("#file").set_input_files(picture(tmp_path, 17))
+    expect(page.locator("#plain .card")).to_have_count(12)
+    expect(page.locator("#adaptive .card")).to_have_count(12)
+    for name, side in (("plain", "none"), ("adaptive", "both")):
+        answer = searcher.search(images=[small_release.digit(17)], k=12, side=side, depth=50)[0]
+        assert keys(page, name) == [hit.key for hit in answer.hits]
+        distances = page.locator(f"#{name} .distance").all_text_contents()
+        assert distances == [f"{hit.distance:.3f}" for hit in answer.hits]
+        expect(page.locator(f"#{name}-time")).to_have_text(re.compile(r"^[\d.]+ ms$"))
+        wanted = "proved" if answer.certainty == "proved" else "not proved"
+        expect(page.locator(f"#{name}-badge")).to_have_text(wanted)
+    expect(page.locator("#about")).to_contain_text("digit-17.png")
+    expect(page.locator("#preview")).to_be_visible()
+    shown = page.locator("#plain img").first
+    expect(shown).to_have_js_property("complete", True)
+    assert shown.evaluate("image => image.naturalWidth") == 32
+
+
+def test_what_moved_is_marked(page: Page, searcher: Searcher) -> None:
+    page.goto(f"{page.url}#id={searcher.items.by_key('digit/33').id}")
+    page.reload()
+    expect(page.locator("#adaptive .card")).to_have_count(12)
+    before, after = keys(page, "plain"), keys(page, "adaptive")
+    for rank, key in enumerate(after):
+        if key not in before:
+            wanted = ["new"]
+        elif (steps := before.index(key) - rank) == 0:
+            wanted = []
+        else:
+            wanted = [f"{'▲' if steps > 0 else '▼'} {abs(steps)}"]
+        assert page.locator("#adaptive .card").nth(rank).locator(".moved").all_text_contents() == wanted
+    assert page.locator("#plain .moved").count() == 0
+
+
+def test_a_click_on_a_neighbour_searches_on_and_back_goes_back(page: Page) -> None:
+    first = page.locator("#items .card").first
+    key = first.locator(".key").text_content()
+    first.click()
+    expect(page.locator("#about")).to_contain_text(f"{key}From the gallery")
+    expect(page.locator("#plain .card")).to_have_count(12)
+    assert key not in keys(page, "plain")
+    neighbour = keys(page, "plain")[2]
+    page.locator("#plain .card").nth(2).click()
+    expect(page.locator("#about")).to_contain_text(f"{neighbour}From the gallery")
+    page.go_back()
+    expect(page.locator("#about")).to_contain_text(f"{key}From the gallery")
+
+
+def test_controls_change_the_answer(page: Page, searcher: Searcher) -> None:
+    page.goto(f"{page.url}#id={searcher.items.by_key('digit/33').id}")
+    page.reload()
+    expect(page.locator("#plain .card")).to_have_count(12)
+    page.locator("#k").fill("5")
+    page.locator("#k").press("Enter")
+    expect(page.locator("#plain .card")).to_have_count(5)
+    page.locator("#side").select_option("query")
+    page.locator("#exact").check()
+    expect(page.locator("#depth")).to_be_disabled()
+    expect(page.locator("#adaptive-badge")).to_have_text("proved")
+    answer = searcher.search(keys=["digit/33"], k=5, side="query", exact=True)[0]
+    expect(page.locator("#adaptive .key")).to_have_text([hit.key for hit in answer.hits])
+
+
+def test_everything_is_reached_by_keyboard(page: Page) -> None:
+    reached = []
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert reached == ["", "file", "k", "side", "depth", "exact", "others", "card"]
+    label = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert label.endswith("Search with this image")
+    page.keyboard.press("Enter")
+    expect(page.locator("#plain .card")).to_have_count(12)
+
+
+def test_other_items_are_shown_on_request(page: Page) -> None:
+    before = keys(page, "items")
+    page.locator("#others").click()
+    expect(page.locator("#items .key").first).not_to_have_text(before[0])
+    assert len(keys(page, "items")) == 20
+
+
+def test_what_went_wrong_is_said(page: Page, tmp_path: Path) -> None:
+    text = tmp_path / "notes.png"
+    text.write_text("no picture")
+    page.locator("#file").set_input_files(text)
+    expect(page.locator("#problem")).to_contain_text("image refused: not an image")
+    expect(page.locator("#results")).to_be_hidden()
+    large = tmp_path / "large.png"
+    large.write_bytes(b"\0" * (8 << 20))
+    page.locator("#file").set_input_files(large)
+    expect(page.locator("#problem")).to_contain_text("larger than 1 MB")
+    page.locator("#file").set_input_files(picture(tmp_path, 3))
+    expect(page.locator("#plain .card")).to_have_count(12)
+    expect(page.locator("#problem")).to_be_hidden()
+
+
+def test_a_service_that_went_away_is_said(page: Page, url: str) -> None:
+    page.route(f"{url}/search/**", lambda route: route.abort())
+    page.locator("#items .card").first.click()
+    expect(page.locator("#problem")).to_contain_text("The service doesn't answer")
+
+
+def test_a_dropped_picture_is_searched(page: Page) -> None:
+    page.evaluate(
+        """async (bytes) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "dropped.png", { type: "image/png" }));
+            document.querySelector("#drop").dispatchEvent(
+                new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+        }""",
+        list(small_release.digit(8)),
+    )
+    expect(page.locator("#about")).to_contain_text("dropped.png")
+    expect(page.locator("#plain .key").first).to_have_text("digit/8")
+
+
+def test_keys_and_labels_are_text_and_never_markup(browser: Browser, tmp_path: Path) -> None:
+    small_release.publish(tmp_path, small_release.Recipe(num_shards=1))
+    nasty = Searcher.open(str(tmp_path / "releases"), cache=storage.Cache(tmp_path / "cache", 10**9))
+    table = nasty.release.items()
+    keys_of_markup = [f"{NASTY}{row}" for row in range(len(table))]
+    nasty.items = Items(replace(table, keys=keys_of_markup, labels=[NASTY] * len(table)))
+    context = browser.new_context()
+    with running(create_app(nasty)) as url:
+        page = context.new_page()
+        page.goto(url)
+        page.locator("#items .card").first.click()
+        expect(page.locator("#plain .label")).to_have_text([NASTY] * 12)
+        expect(page.locator("#plain .key").first).to_contain_text(NASTY)
+        expect(page.locator("#about")).to_contain_text(NASTY)
+        assert page.locator("img[src=x]").count() == 0
+        assert page.evaluate("window.broken") is None
+        page.locator("#file").set_input_files(picture(tmp_path, 1))
+        expect(page.locator("#problem")).to_contain_text("no model")
+    context.close()
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_any_screen(browser: Browser, url: str, searcher: Searcher, width: int, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(f"{url}/#id={searcher.items.by_key('digit/7').id}")
+    expect(page.locator("#adaptive .card")).to_have_count(12)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == (scheme == "dark")
+    context.close()
