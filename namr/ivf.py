@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Template:
 
     key: str
     dim: int
-    data: bytes
+    data: bytes = field(repr=False)
 
     @property
     def hash(self) -> str:
