@@ -18,6 +18,7 @@ cached and cold.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -173,7 +174,7 @@ def webdataset_loader(setting: Setting) -> Iterator[torch.Tensor]:
         wds.shuffle(1000),
         wds.map(partial(prepared, prep=setting.prep)),
         wds.batched(setting.batches.num_samples, collation_fn=collated),
-    )
+    ).with_epoch(math.ceil(setting.num_batches / max(1, setting.num_workers)))  # of each worker
     loader = torch.utils.data.DataLoader(
         pipeline,
         batch_size=None,
@@ -181,12 +182,7 @@ def webdataset_loader(setting: Setting) -> Iterator[torch.Tensor]:
         multiprocessing_context="spawn" if setting.num_workers else None,
         prefetch_factor=2 if setting.num_workers else None,
     )
-    return (pixels for pixels, _, _ in first(loader, setting.num_batches))
-
-
-def first(loader: Any, num: int) -> Iterator[Any]:
-    for _, batch in zip(range(num), loader, strict=False):
-        yield batch
+    return (pixels for pixels, _, _ in loader)
 
 
 def samples_of_shards(sources: Iterator[dict[str, str]]) -> Iterator[dict[str, Any]]:
