@@ -238,10 +238,8 @@ def test_a_dataset_that_is_gone_is_the_operators_error(tmp_path: Path) -> None:
         status, kind, message = error_of(httpx.get(f"{url}/items/5/image"))
         assert (status, kind) == (503, "ObjectMissing")
         assert "shard-000000.tar" in message
-        assert error_of(upload(httpx.Client(base_url=url), small_release.digit(0)))[:2] == (
-            422,
-            "ConfigError",
-        )
+        with httpx.Client(base_url=url) as client:
+            assert error_of(upload(client, small_release.digit(0)))[:2] == (422, "ConfigError")
         assert httpx.post(f"{url}/search/key", json={"key": "digit/5"}).status_code == 200
 
 

@@ -1,0 +1,233 @@
+"""Queries a second of the first stage through `Searcher`, and of raw FAISS on the same file and nprobe.
+
+    python -m tests.benchmarks.search [--vectors 1000000] [--dim 256] [--lists 1024] [--threads 2]
+
+Both answer the same batches of 256 held-out queries, in turns; the fastest of the rounds counts, because what
+disturbs a round only ever makes it slower. nprobe is the smallest power of two with recall@10 >= 0.95 against
+exact search. Before anything is timed, both must have found the same ids at the same distances.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+import torch
+
+from namr import ivf, releases, storage, tables
+from namr.items import Items
+from namr.ranking import GalleryVectors, VectorPaths
+from namr.releases import Counts, Release, ReleaseManifest, Segment, VectorShard
+from namr.search import Searcher
+from namr.tables import EmbeddingTable, SampleTable
+
+TARGET = 0.9
+BATCH, NUM_QUERIES, K = 256, 1024, 10
+ROWS_PER_SHARD = 10_000
+NUM_CENTRES, LATENT_DIM = 5000, 32
+MIN_RECALL = 0.95
+
+
+class Vectors(NamedTuple):
+    """Embeddings and structures, (n, D) float32."""
+
+    x: np.ndarray
+    s: np.ndarray
+
+
+class Gallery(NamedTuple):
+    """A release on disk, opened, with queries that are not in it."""
+
+    searcher: Searcher
+    index_path: Path
+    queries: Vectors
+    nprobe: int
+    recall: float
+
+
+def main() -> None:
+    options = parse(__doc__ or "")
+    with tempfile.TemporaryDirectory(prefix="namr-search-") as folder:
+        gallery = make(Path(folder), options)
+        raw = faiss.read_index(str(gallery.index_path))
+        faiss.omp_set_num_threads(options.threads)
+        how = faiss.SearchParametersIVF(nprobe=gallery.nprobe)
+        x = gallery.queries.x
+
+        def through_faiss(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+            squared, ids = raw.search(x[rows], K, params=how)
+            return np.sqrt(squared), ids
+
+        def through_searcher(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+            found = gallery.searcher.search_arrays(x[rows], k=K, side="none", nprobe=gallery.nprobe)
+            return found.distances, found.ids
+
+        for rows in batches():
+            one, other = through_faiss(rows), through_searcher(rows)
+            np.testing.assert_allclose(one[0], other[0], rtol=1e-6)
+            assert (one[1] == other[1]).mean() > 0.9999, "other ids than raw FAISS"  # ties may be swapped
+        raw_s, own_s = fastest([through_faiss, through_searcher], num_rounds=options.rounds)
+        print(f"raw FAISS {NUM_QUERIES / raw_s:.0f} queries/s, Searcher {NUM_QUERIES / own_s:.0f} queries/s")
+        print(f"search ratio {raw_s / own_s:.2f} target {TARGET}")
+
+
+def parse(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vectors", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--lists", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=5)
+    return parser.parse_args()
+
+
+def batches() -> Iterator[slice]:
+    return (slice(start, start + BATCH) for start in range(0, NUM_QUERIES, BATCH))
+
+
+def fastest(sides: Sequence[Callable[[slice], object]], *, num_rounds: int) -> list[float]:
+    """Seconds for all queries of each side, in turns."""
+    best = [float("inf")] * len(sides)
+    for _ in range(num_rounds):
+        for at, side in enumerate(sides):
+            began = time.perf_counter()
+            for rows in batches():
+                side(rows)
+            best[at] = min(best[at], time.perf_counter() - began)
+    return best
+
+
+def draw(num: int, dim: int, *, seed: int) -> Vectors:
+    """Points around centres on a surface of 32 dimensions, mean distance near 1; weights in (0.5, 1.5).
+
+    Embeddings of images are of few dimensions too; among points that fill all 256, there are no neighbours.
+    """
+    of_all = np.random.default_rng(0)
+    centres = of_all.standard_normal((NUM_CENTRES, LATENT_DIM), dtype=np.float32)
+    spread = of_all.standard_normal((LATENT_DIM, dim), dtype=np.float32) / np.sqrt(2 * LATENT_DIM * dim)
+    rng = np.random.default_rng(seed)
+    latent = centres[rng.integers(0, NUM_CENTRES, num)]
+    latent += 0.6 * rng.standard_normal((num, LATENT_DIM), dtype=np.float32)
+    x = (latent @ spread.astype(np.float32)) + 0.002 * rng.standard_normal((num, dim), dtype=np.float32)
+    return Vectors(x, rng.uniform(0.5, 1.5, (num, dim)).astype(np.float32))
+
+
+def make(folder: Path, options: argparse.Namespace) -> Gallery:
+    """A release of `--vectors` in shards of 10,000, and the nprobe that it needs."""
+    torch.set_num_threads(options.threads)
+    began = time.perf_counter()
+    num_shards = -(-options.vectors // ROWS_PER_SHARD)
+    sizes = [min(ROWS_PER_SHARD, options.vectors - n * ROWS_PER_SHARD) for n in range(num_shards)]
+    key, uri, path = f"IVF{options.lists},Flat", str(folder / "releases"), folder / "index.faiss"
+    sample = np.concatenate(
+        [draw(size, options.dim, seed=n + 1).x for n, size in enumerate(sizes[: -(-num_shards // 10)])]
+    )
+    template = ivf.train_template(sample, key, seed=0, num_threads=options.threads)
+    queries = draw(NUM_QUERIES, options.dim, seed=10**6)
+    exact = faiss.ResultHeap(BATCH, K)
+    vectors: list[VectorShard] = []
+
+    def blocks() -> Iterator[tuple[ivf.Floats, ivf.Ids]]:
+        for number, size in enumerate(sizes):
+            drawn, ids = draw(size, options.dim, seed=number + 1), (number << 32) + np.arange(size)
+            vectors.append(store(uri, drawn, ids, number))
+            x = drawn.x.astype(np.float16).astype(np.float32)
+            exact.add_result(*numbered(faiss.knn(queries.x[:BATCH], x, K), ids))
+            yield x, ids
+
+    info = ivf.build_part(template, blocks(), path, num_threads=options.threads)
+    exact.finalize()
+    manifest = describe(uri, key, template, options.dim, vectors, info.num_vectors)
+    cache = storage.Cache(folder / "cache", 1 << 40)
+    release = Release(uri, manifest)
+    paths = {
+        shard.number: VectorPaths(release.path(shard.embedding, cache), release.path(shard.structure, cache))
+        for shard in vectors
+    }
+    searcher = Searcher(
+        release,
+        index=ivf.open_index(path, num_threads=options.threads),
+        vectors=GalleryVectors(paths, dim=options.dim),
+        items=Items(nothing()),
+        dead=np.empty(0, np.int64),
+        query_model=None,
+        device="cpu",
+    )
+    for nprobe in (2**power for power in range(options.lists.bit_length())):
+        found = searcher.search_arrays(queries.x[:BATCH], k=K, side="none", nprobe=nprobe)
+        recall = np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found.ids, exact.I, strict=True)])
+        if recall >= MIN_RECALL:
+            break
+    print(
+        f"{options.vectors} x {options.dim} in {num_shards} shards, {key}, nprobe {nprobe}, recall@10 "
+        f"{recall:.3f}, batch {BATCH}, {options.threads} threads, FAISS {faiss.__version__}; "
+        f"made in {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+    return Gallery(searcher, path, queries, nprobe, float(recall))
+
+
+def numbered(found: tuple[np.ndarray, np.ndarray], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return found[0], ids[found[1]]
+
+
+def store(uri: str, drawn: Vectors, ids: np.ndarray, number: int) -> VectorShard:
+    table = EmbeddingTable(
+        ids=ids,
+        keys=[""] * len(ids),
+        labels=[None] * len(ids),
+        embeddings=drawn.x,
+        structures=drawn.s,
+        refused_ids=np.empty(0, np.int64),
+        refused_keys=[],
+        refused_reasons=[],
+    )
+    return releases.store_vectors(uri, table, number=number, num_rows=len(ids), metric="l2")
+
+
+def nothing() -> SampleTable:
+    none = np.empty(0, np.int64)
+    return SampleTable(ids=none, keys=[], labels=[], fields=[], offsets=none, sizes=none)
+
+
+def describe(
+    uri: str, key: str, template: ivf.Template, dim: int, vectors: Sequence[VectorShard], num: int
+) -> ReleaseManifest:
+    empty = releases.store(uri, "empty", b"")
+    return ReleaseManifest(
+        release_id="benchmark",
+        created="2026-11-01T00:00:00+00:00",
+        model_name="none",
+        model_version="0",
+        model_digest="0" * 64,
+        dataset_uri=uri,
+        dataset_version=1,
+        dataset_digest="0" * 64,
+        index_key=key,
+        template=empty,
+        template_hash=template.hash,
+        metric="l2",
+        structure_side="both",
+        embedding_dim=dim,
+        counts=Counts(num_samples=num, num_indexed=num, num_refused=0, num_tombstoned=0),
+        segments=(Segment(file=empty, num_entries=num),),
+        tombstones=None,
+        vectors=tuple(vectors),
+        items=releases.store(uri, "items.parquet", tables.encode_samples(nothing())),
+        report_json=empty,
+        report_html=empty,
+        nprobe=1,
+        depth=100,
+        recall_at_10=0.0,
+    )
+
+
+if __name__ == "__main__":
+    main()
