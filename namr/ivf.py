@@ -223,12 +223,14 @@ class Index:
             raise ConfigError(f"k and nprobe have to be at least 1, got k={k} and nprobe={nprobe}")
         faiss.omp_set_num_threads(self._num_threads)
         queries = np.ascontiguousarray(queries)
+        how = None
         if self.num_lists:
             how = faiss.SearchParametersIVF()
             how.nprobe = min(nprobe, self.num_lists)
-            distances, ids = self._index.search(queries, k, params=how)
-        else:
-            distances, ids = self._index.search(queries, k)
+        distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        # Not `search`: other libraries import faiss.contrib.torch_utils, whose own takes no params.
+        outputs = faiss.swig_ptr(distances), faiss.swig_ptr(ids)
+        self._index.search_c(len(queries), faiss.swig_ptr(queries), k, *outputs, how)
         distances[ids < 0] = np.inf
         return distances, ids
 

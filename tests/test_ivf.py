@@ -1,5 +1,6 @@
 """The laws of merging, for every index that is offered, and what a merge refuses."""
 
+import importlib
 import itertools
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_the_list_of_a_vector_does_not_depend_on_its_company(tmp_path: Path) -> 
     x = vectors(6000, dim=64)
     template = ivf.train_template(x, "IVF64,SQ8", seed=0, num_threads=1)
     index = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
-    centroids = index.quantizer.reconstruct_n(0, 64)
+    centroids = np.asarray(index.quantizer.reconstruct_n(0, 64))
     one, other = np.random.default_rng(0).integers(64, size=(2, 6000))
     borders = (centroids[one] + centroids[other]) / 2
     ids = np.arange(6000, dtype=np.int64)
@@ -307,3 +308,13 @@ def test_bad_vectors_are_refused(templates: dict[str, ivf.Template], tmp_path: P
         index.search(holed, 1, 1)
     with pytest.raises(ConfigError, match="k=0"):
         index.search(QUERIES, 0, 1)
+
+
+def test_another_librarys_patch_of_faiss_changes_no_search(
+    templates: dict[str, ivf.Template], tmp_path: Path
+) -> None:
+    """pytorch-metric-learning imports faiss.contrib.torch_utils, which replaces `search`."""
+    build_whole(templates["IVF16,Flat"], tmp_path / "whole")
+    before = found(tmp_path / "whole", nprobe=2)
+    importlib.import_module("faiss.contrib.torch_utils")
+    assert_same(found(tmp_path / "whole", nprobe=2), before)
