@@ -119,7 +119,7 @@ def test_without_structure_and_ranking_loss_ddp_waits_for_nothing(
 
 
 def test_the_loss_falls() -> None:
-    _, totals = uninterrupted(0, 1, base="multi_similarity")
+    _, totals = uninterrupted(0, 1, base="contrastive")
     assert totals[-1] < totals[0]
 
 
