@@ -11,6 +11,7 @@ index key Flat, or IVF<n>,Flat with all lists probed. Items at the same distance
 Not covered: filters on labels or fields, and approximate search over several machines.
 """
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ class Searcher:
         self.items = items
         self._index, self._vectors, self._dead = index, vectors, dead
         self._device = device
+        self._embedding = threading.Lock()  # the model takes all cores, or the device, by itself
 
     @property
     def num_lists(self) -> int:
@@ -257,7 +259,8 @@ class Searcher:
                     raise
                 raise ImageRefused(f"number {number} of {len(pictures)}: {error.reason}") from error
         batch_size = min(len(pixels), _EMBED_ROWS)
-        return model.embed(self.model, np.stack(pixels), batch_size=batch_size, device=self._device)
+        with self._embedding:
+            return model.embed(self.model, np.stack(pixels), batch_size=batch_size, device=self._device)
 
     def _queries(self, embeddings: Floats | None, structures: Floats | None) -> tuple[Tensor, Tensor | None]:
         """As they are searched with: (Q, D) float32, of unit length for cosine."""
