@@ -189,10 +189,15 @@ class _PlaceWith:
 def test_one_worker_comes_to_what_two_come_to(whole: tuple[TrainJobConfig, FitResult], make: Make) -> None:
     two = whole[1]
     one = training.fit(make(workers=WorkersConfig(num_workers=1)))
-    found, expected = weights_of(one), weights_of(two)
     assert one.best_step == two.best_step
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+    found, expected = (
+        model.embed(model.load(Path(result.model_uri)), pixels, batch_size=4, device="cpu")
+        for result in (one, two)
+    )
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-3, atol=1e-3)
+    # A bias before a BatchNorm has no gradient but rounding, which Adam blows up to whole steps.
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-2)
 
 
 @pytest.mark.ray
