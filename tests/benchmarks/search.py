@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.search [--vectors 1000000] [--dim 256] [--lists 1024] [--threads 2]
 
-Both answer the same batches of 256 held-out queries, in turns; of each batch the fastest round counts, because
-what disturbs a round only ever makes it slower. nprobe is the smallest power of two with recall@10 >= 0.95 against
-exact search. Before anything is timed, both must have found the same ids at the same distances.
+Both answer the same batches of 256 held-out queries, in turns; of each batch the fastest round counts,
+because what disturbs a round only ever makes it slower. nprobe is the smallest power of two with recall@10 of
+0.95 or more against exact search. Before anything is timed, both must have found the same ids at the same
+distances.
 """
 
 import argparse
