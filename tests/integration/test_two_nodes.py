@@ -69,7 +69,7 @@ class Job:
 
 
 DDP_OVER_GLOO = """
-import json, sys
+import json, pathlib, sys
 import ray, ray.train, ray.train.torch, torch
 
 def work(config):
@@ -82,11 +82,12 @@ def work(config):
     found = [None, None]
     torch.distributed.all_gather_object(found, (address, gradient.tolist(), torch.distributed.get_backend()))
     if rank == 0:
-        print("SAID " + json.dumps(found), flush=True)
+        pathlib.Path(config["folder"], "said.json").write_text(json.dumps(found))
 
 ray.init()
 ray.train.torch.TorchTrainer(
     work,
+    train_loop_config={"folder": sys.argv[1]},
     scaling_config=ray.train.ScalingConfig(num_workers=2, placement_strategy="STRICT_SPREAD"),
     run_config=ray.train.RunConfig(name="gloo", storage_path=sys.argv[1]),
 ).fit()
@@ -97,8 +98,8 @@ def test_gradients_are_averaged_over_a_network(two_nodes: TwoNodes, tmp_path: Pa
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "ddp.py").write_text(DDP_OVER_GLOO)
     job = Job(two_nodes, tmp_path / "job", tmp_path / "log", "ddp.py", str(tmp_path))
-    said = next(line for line in job.log(timeout_s=240).splitlines() if "SAID " in line)
-    found = json.loads(said.partition("SAID ")[2])
+    job.log(timeout_s=240)
+    found = json.loads((tmp_path / "said.json").read_text())
     assert {address for address, _, _ in found} == {node.host for node in two_nodes.nodes}
     assert [gradient for _, gradient, _ in found] == [[[1.5, 1.5, 1.5]]] * 2  # the mean of 1 and 2
     assert {backend for _, _, backend in found} == {"gloo"}
