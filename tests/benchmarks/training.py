@@ -6,7 +6,9 @@ Both sides take the same P x K batches from the same shards through the same loa
 processes of one thread each, DDP over gloo. The Ray side is `training.fit` as a user runs it, MLflow and
 checkpoints included; validation and the writing of checkpoints are not steady state and not timed on either
 side, nor are the first five steps. Before times are compared, the losses of both sides have to agree in
-every bit. Sides take turns, and each counts with its best round.
+every bit. Sides take turns, and each counts with its best round. Both keep freed memory (glibc's malloc would
+give a step's large tensors back to the kernel and fault them in anew: torchrun lost a third by it, Ray's
+processes don't).
 """
 
 import argparse
@@ -37,6 +39,7 @@ from namr.training import TrainJobConfig
 from namr.workers import WorkersConfig
 
 UNSTEADY_STEPS = 5
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(4 << 30)}
 
 
 def main() -> None:
@@ -47,6 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="namr-benchmark-training-") as temporary:
         folder = Path(temporary)
         make_dataset(folder)
+        os.environ.update(KEEP_FREED_MEMORY)  # for the processes that both sides start
         engine.connect("local", num_cpus=2)
         speeds: dict[str, list[float]] = {"ray": [], "torchrun": []}
         losses = set()
