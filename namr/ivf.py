@@ -7,8 +7,9 @@ segments are plain FAISS files (`faiss.read_index` opens them); a segment can be
 The law of this module: parts that are merged are, byte for byte, the one index over all vectors. FAISS alone
 does not keep it, for three reasons that are dealt with here:
 
-- in a batch of 50 it computes other last bits than in one of 10,000, so that about one vector in 200,000
-  goes to another list. Vectors are always added in padded batches of one size.
+- the last bits of its matrix products depend on how many vectors are added at once and, with the kernels of
+  some processors, on a vector's place among them: a vector on a border goes to another list, or gets another
+  code. Here such close calls are decided pair by pair (`nearest`).
 - its merges accept parts of other templates, duplicate ids, and ids that it shifts wrongly. Here ids are
   always explicit, templates are compared, and ids are reconciled after.
 - ties come out in the order of insertion. Parts are merged in the order of their ids.
@@ -21,7 +22,7 @@ Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ from namr.errors import ConfigError, ManifestError, ShapeError
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-ADD_ROWS = 4096
+_BY_PAIRS = 16
+"""vectors at a time that FAISS compares one by one, without a matrix product (it does so below 20)"""
+_BLAS_DIM = 16
+"""of a product quantiser's pieces: from here on FAISS encodes them by matrix products"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +126,13 @@ def build_part(
     """
     index = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
     faiss.omp_set_num_threads(num_threads)
-    num_vectors, ids_sum = 0, 0
-    for rows, ids, num in _batches(blocks, template.dim):
-        _add(index, rows, ids, num)
-        num_vectors, ids_sum = num_vectors + num, (ids_sum + index_files.sum_of_ids(ids[:num])) % 2**64
+    num_vectors, ids_sum, last_id = 0, 0, -1
+    for x, ids in blocks:
+        _check_block(x, ids, dim=template.dim, last_id=last_id)
+        if len(ids):
+            _add(index, np.ascontiguousarray(x), ids)
+            last_id = int(ids[-1])
+        num_vectors, ids_sum = num_vectors + len(ids), (ids_sum + index_files.sum_of_ids(ids)) % 2**64
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     faiss.write_index(index, str(temporary))
     built = inspect(temporary)
@@ -275,38 +282,51 @@ def _check_vectors(x: Floats, what: str, *, dim: int | None = None) -> None:
         raise ShapeError(f"{what}: row {int(np.argmin(finite))} holds NaN or infinity")
 
 
-def _batches(blocks: Iterable[tuple[Floats, Ids]], dim: int) -> Iterator[tuple[Floats, Ids, int]]:
-    """The blocks, checked, in batches of ADD_ROWS rows with ids, of which the last one fills only some."""
-    rows, row_ids, num, last_id = np.zeros((ADD_ROWS, dim), np.float32), np.zeros(ADD_ROWS, np.int64), 0, -1
-    for x, ids in blocks:
-        _check_vectors(x, "a block of vectors", dim=dim)
-        if ids.shape != (len(x),) or ids.dtype != np.int64:
-            raise ShapeError(f"ids of a block: expected ({len(x)},) int64, got {ids.shape} {ids.dtype}")
-        if len(ids) and (ids[0] <= last_id or (np.diff(ids) <= 0).any()):
-            raise ShapeError(f"ids have to ascend: after {last_id} came {ids[:5].tolist()}...")
-        last_id = int(ids[-1]) if len(ids) else last_id
-        start = 0
-        while start < len(x):
-            n = min(ADD_ROWS - num, len(x) - start)
-            rows[num : num + n], row_ids[num : num + n] = x[start : start + n], ids[start : start + n]
-            start, num = start + n, num + n
-            if num == ADD_ROWS:
-                yield rows, row_ids, num
-                num = 0
-    if num:
-        yield rows, row_ids, num
+def _check_block(x: Floats, ids: Ids, *, dim: int, last_id: int) -> None:
+    _check_vectors(x, "a block of vectors", dim=dim)
+    if ids.shape != (len(x),) or ids.dtype != np.int64:
+        raise ShapeError(f"ids of a block: expected ({len(x)},) int64, got {ids.shape} {ids.dtype}")
+    if len(ids) and (ids[0] <= last_id or (np.diff(ids) <= 0).any()):
+        raise ShapeError(f"ids have to ascend: after {last_id} came {ids[:5].tolist()}...")
 
 
-def _add(index: Any, rows: Floats, ids: Ids, num: int) -> None:
-    """Adds the first num of ADD_ROWS rows, always computing all: a vector's list depends on it alone."""
+def nearest(x: Floats, centroids: Floats) -> Ids:
+    """The row of the nearest centroid (n,) for each of x (n, D); of two as near, the first.
+
+    A function of the vector and the centroids alone, whatever else is in x and on any number of threads. A
+    matrix product gives the two nearest. Where they are closer to each other than it may be wrong, all
+    distances of that vector are computed by difference, pair by pair: few vectors, unless all lie far from
+    the origin and near each other. One distance is off by at most (D + 4) 2^-24 (|x| + |c|)^2, either way it
+    is computed (Higham, Accuracy and Stability, 3.1).
+    """
+    squared, found = faiss.knn(x, centroids, min(2, len(centroids)))
+    rows: Ids = found[:, 0].copy()
+    if len(centroids) == 1:
+        return rows
+    reach = np.linalg.norm(x, axis=1) + np.linalg.norm(centroids, axis=1).max()
+    error = (x.shape[1] + 4) * 2.0**-24 * reach.astype(np.float64) ** 2
+    unsure = np.flatnonzero(squared[:, 1].astype(np.float64) - squared[:, 0] <= 4 * error)
+    for start in range(0, len(unsure), _BY_PAIRS):
+        some = unsure[start : start + _BY_PAIRS]
+        rows[some] = faiss.knn(x[some], centroids, 1)[1][:, 0]
+    return rows
+
+
+def _add(index: Any, x: Floats, ids: Ids) -> None:
+    """Adds vectors as FAISS does, but each in a list, and with a code, that depend on it alone."""
     if isinstance(index, faiss.IndexIDMap):
-        index.add_with_ids(rows[:num], ids[:num])
+        index.add_with_ids(x, ids)
         return
-    rows[num:] = 0
-    lists = index.quantizer.search(rows, 1)[1].ravel()
-    lists[num:] = -1  # FAISS leaves these out, and counts them
-    index.add_core(ADD_ROWS, faiss.swig_ptr(rows), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
-    index.ntotal -= ADD_ROWS - num
+    centroids = np.asarray(index.quantizer.reconstruct_n(0, index.nlist))
+    lists = nearest(x, centroids)
+    if isinstance(index, faiss.IndexIVFPQ) and index.pq.dsub >= _BLAS_DIM:
+        pieces = (x - centroids[lists]).reshape(len(x), index.pq.M, index.pq.dsub)
+        of_pieces = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, -1, index.pq.dsub)
+        codes = [nearest(pieces[:, m], of_pieces[m]).astype(np.uint8) for m in range(index.pq.M)]
+        places = lists.astype("<i8").view(np.uint8).reshape(len(x), 8)[:, : index.coarse_code_size()]
+        index.add_sa_codes(np.concatenate([places, np.stack(codes, axis=1)], axis=1), ids)
+    else:
+        index.add_core(len(x), faiss.swig_ptr(x), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
 
 
 def _merge(paths: Sequence[Path], template: Template, out_path: Path) -> None:

@@ -119,22 +119,53 @@ def test_ties_come_out_as_in_one_index(key: str, templates: dict[str, ivf.Templa
     assert_same(found(parts), found(tmp_path / "whole"))
 
 
-def test_the_list_of_a_vector_does_not_depend_on_its_company(tmp_path: Path) -> None:
-    """FAISS alone puts vectors on a border into other lists when few are added at once."""
+def on_borders(centroids: ivf.Floats, num: int, *, seed: int) -> ivf.Floats:
+    """Points in the middle between two centroids."""
+    one, other = np.random.default_rng(seed).integers(len(centroids), size=(2, num))
+    middle: ivf.Floats = (centroids[one] + centroids[other]) / 2
+    return middle
+
+
+@pytest.mark.parametrize("key", ["IVF64,SQ8", "IVF1,PQ4x8", "IVF4,PQ8x8"])
+def test_list_and_code_of_a_vector_depend_on_it_alone(key: str, tmp_path: Path) -> None:
+    """FAISS alone puts vectors on a border elsewhere when few are added at once."""
     x = vectors(6000, dim=64)
-    template = ivf.train_template(x, "IVF64,SQ8", seed=0, num_threads=1)
+    template = ivf.train_template(x, key, seed=0, num_threads=1)
     index = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
-    centroids = np.asarray(index.quantizer.reconstruct_n(0, 64))
-    one, other = np.random.default_rng(0).integers(64, size=(2, 6000))
-    borders = (centroids[one] + centroids[other]) / 2
-    ids = np.arange(6000, dtype=np.int64)
-    few = [tmp_path / f"{start}.part" for start in range(0, 6000, 50)]
+    if "PQ" in key:
+        pieces = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub)
+        offset = np.asarray(index.quantizer.reconstruct_n(0, 1))[0]
+        borders = offset + np.concatenate(
+            [on_borders(of_piece, 2000, seed=m) for m, of_piece in enumerate(pieces)], axis=1
+        )
+    else:
+        borders = on_borders(np.asarray(index.quantizer.reconstruct_n(0, 64)), 2000, seed=0)
+    ids = np.arange(2000, dtype=np.int64)
+    few = [tmp_path / f"{start}.part" for start in range(0, 2000, 50)]
     for at, path in enumerate(few):
         rows = slice(50 * at, 50 * at + 50)
         ivf.build_part(template, [(borders[rows], ids[rows])], path, num_threads=1)
     ivf.merge_parts(template, few, tmp_path / "few")
-    ivf.build_part(template, [(borders, ids)], tmp_path / "all", num_threads=1)
+    ivf.build_part(template, [(borders, ids)], tmp_path / "all", num_threads=2)
     assert (tmp_path / "few").read_bytes() == (tmp_path / "all").read_bytes()
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_the_nearest_centroid_is_the_same_in_any_company(offset: float) -> None:
+    centroids = vectors(300, dim=48) + np.float32(offset)
+    x = on_borders(centroids, 2000, seed=1)
+    alone = ivf.nearest(x, centroids)
+    shuffled = np.random.default_rng(2).permutation(len(x))
+    np.testing.assert_array_equal(ivf.nearest(x[shuffled], centroids), alone[shuffled])
+    few = np.concatenate([ivf.nearest(x[start : start + 7], centroids) for start in range(0, 2000, 7)])
+    np.testing.assert_array_equal(few, alone)
+    squared = (np.square(x[:, None].astype(np.float64) - centroids)).sum(2)
+    chosen, least = np.take_along_axis(squared, alone[:, None], 1)[:, 0], squared.min(1)
+    assert (chosen <= least * (1 + 1e-6)).all()
+
+
+def test_the_nearest_of_one_centroid_is_that_one() -> None:
+    np.testing.assert_array_equal(ivf.nearest(vectors(30), vectors(1)), np.zeros(30))
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -5,7 +5,8 @@
 Both sides get the same vectors (a .npy file, memory-mapped), the same training sample, the same number of
 threads, and end with an index file on disk: FAISS with `train`, `add_with_ids`, `write_index`; namr with
 `train_template`, one Ray task of one thread for each part, `merge_parts`. Ray and its workers are up before
-the clock runs, as on a cluster. Rounds alternate; the ratio is that of the medians.
+the clock runs, as on a cluster, and the files of the round before are gone: ext4 flushes a file to the disk
+that replaces another. Rounds alternate; the ratio is that of the medians.
 
 Before the times count, both files are compared: the same bytes, or how many vectors lie in another list.
 """
@@ -69,10 +70,13 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     warm_up(path, folder, threads)
     times: dict[str, list[Times]] = {"faiss": [], "namr": []}
     for number in range(options.rounds):
-        times["faiss"].append(monolithic(path, options, folder / "faiss.index"))
-        times["namr"].append(in_parts(path, options, folder))
+        made = folder / str(number)
+        made.mkdir()
+        times["faiss"].append(monolithic(path, options, made / "faiss.index"))
+        times["namr"].append(in_parts(path, options, made))
         if number == 0:
-            compare(folder / "faiss.index", folder / "namr.index", np.load(path, mmap_mode="r"))
+            compare(made / "faiss.index", made / "namr.index", np.load(path, mmap_mode="r"))
+        shutil.rmtree(made)
         for side, found in times.items():
             last = found[-1]
             print(
@@ -124,12 +128,9 @@ def in_parts(path: Path, options: argparse.Namespace, folder: Path) -> Times:
         sample_of(x, options.key), options.key, seed=SEED, num_threads=options.threads
     )
     trained = time.perf_counter()
-    parts = folder / "parts"
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir()
     bounds = [len(x) * number // options.parts for number in range(options.parts + 1)]
     tasks = [
-        PartTask(path, template, bounds[number], bounds[number + 1], parts / f"{number:03d}.part")
+        PartTask(path, template, bounds[number], bounds[number + 1], folder / f"{number:03d}.part")
         for number in range(options.parts)
     ]
     built = [info for _, info in engine.map_tasks(build_part, tasks)]
@@ -157,7 +158,7 @@ def warm_up(path: Path, folder: Path, num_workers: int) -> None:
 
 
 def compare(one: Path, other: Path, x: Floats) -> None:
-    """Both files must give the same answers, but for vectors that FAISS alone put into another list."""
+    """Both files must give the same answers, but for vectors that FAISS alone puts into another list."""
     rng = np.random.default_rng(1)
     queries = np.ascontiguousarray(x[rng.integers(0, len(x), QUERIES)]) + np.float32(0.01)
     answers = [ivf.open_index(path).search(queries, NEIGHBOURS, NPROBE) for path in (one, other)]
