@@ -319,10 +319,11 @@ def _add(index: Any, x: Floats, ids: Ids) -> None:
         return
     centroids = np.asarray(index.quantizer.reconstruct_n(0, index.nlist))
     lists = nearest(x, centroids)
-    if isinstance(index, faiss.IndexIVFPQ) and index.pq.dsub >= _BLAS_DIM:
-        pieces = (x - centroids[lists]).reshape(len(x), index.pq.M, index.pq.dsub)
-        of_pieces = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, -1, index.pq.dsub)
-        codes = [nearest(pieces[:, m], of_pieces[m]).astype(np.uint8) for m in range(index.pq.M)]
+    pq: Any = getattr(index, "pq", None)
+    if pq is not None and pq.dsub >= _BLAS_DIM:
+        pieces = (x - centroids[lists]).reshape(len(x), pq.M, pq.dsub)
+        of_pieces = faiss.vector_to_array(pq.centroids).reshape(pq.M, -1, pq.dsub)
+        codes = [nearest(pieces[:, m], of_pieces[m]).astype(np.uint8) for m in range(pq.M)]
         places = lists.astype("<i8").view(np.uint8).reshape(len(x), 8)[:, : index.coarse_code_size()]
         index.add_sa_codes(np.concatenate([places, np.stack(codes, axis=1)], axis=1), ids)
     else:
