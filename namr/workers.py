@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from namr import engine, storage
 from namr.errors import ConfigError, NamrError
-from namr.progress import Show, shown
+from namr.progress import shown
 
 _train: Any = ray.train  # its annotations are those of the API before V2
 
@@ -212,24 +212,17 @@ def _shown(name: str, num_steps: int) -> Iterator[Queue]:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     said = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    ended = threading.Event()
 
     def watch() -> None:
         with shown(f"train {name}", num_steps) as show:
-            while not ended.wait(0.5):
-                _drain(said, show)
-            _drain(said, show)
+            while (word := said.get()) is not None:  # waits in the queue's actor: asking costs workers' time
+                show(*word)
 
     watcher = threading.Thread(target=watch, name="namr-progress", daemon=True)
     watcher.start()
     try:
         yield said
     finally:
-        ended.set()
+        said.put_nowait(None)
         watcher.join(timeout=10)
         said.shutdown(force=True)
-
-
-def _drain(said: Queue, show: Show) -> None:
-    for done, words in said.get_nowait_batch(said.qsize()):
-        show(done, words)
