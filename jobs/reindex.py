@@ -21,7 +21,7 @@ def main() -> None:
         f"{'published' if done.is_new else 'nothing is new; current is'} release {manifest.release_id}: "
         f"{manifest.counts.num_indexed} of {manifest.counts.num_samples} images ({extracted} embedded now, "
         f"{manifest.counts.num_refused} refused, {manifest.counts.num_tombstoned} taken out), "
-        f"{manifest.index_key}, recall@10 {assessed.recall_at_10:.3f} at {assessed.nprobe} lists; model "
+        f"{manifest.index_key}, recall@10 {assessed.recall_at_10:.3f} with {assessed.probed}; model "
         f"{manifest.model_name} {manifest.model_version}, dataset version {manifest.dataset_version}"
     )
 

@@ -76,19 +76,24 @@ class Assessment:
     queries_per_s: float
     """of the first stage alone at `nprobe`, by key, in batches of 256"""
 
+    @property
+    def probed(self) -> str:
+        """How much of the index a query looks at, in words."""
+        return f"{self.nprobe} of {self.num_lists} lists" if self.num_lists else "all images compared"
+
     def result(self, side: Side) -> SideResult:
         """The result of one side."""
         return next(result for result in self.sides if result.side == side)
 
 
 def held_out_keys(searcher: Searcher, num: int, *, seed: int) -> list[str]:
-    """Keys of the items that the template was not trained on; of all items where the gallery has too few."""
+    """Keys of the items that the template was not trained on, about `num`; of any where that leaves none."""
     items = searcher.release.items()
     share = held_out.share(num, searcher.manifest.counts.num_samples)
     rows = np.flatnonzero(held_out.mask(items.ids, share=share, seed=seed))
     if not len(rows):
-        rows = np.arange(len(items))
-    return [items.keys[row] for row in rows[:num].tolist()]
+        rows = np.arange(min(num, len(items)))
+    return [items.keys[row] for row in rows.tolist()]
 
 
 def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) -> Assessment:

@@ -231,7 +231,7 @@ def check_gate(
     reasons = []
     if assessed.recall_at_10 < config.min_recall_at_10:
         reasons.append(
-            f"recall@10 is {assessed.recall_at_10:.3f} with {assessed.nprobe} lists, the gate wants "
+            f"recall@10 is {assessed.recall_at_10:.3f} with {assessed.probed}, the gate wants "
             f"{config.min_recall_at_10:.3f}: take another indexing.index_key"
         )
     if current:

@@ -40,20 +40,21 @@ def page(title: str, manifest: ReleaseManifest, found: ReleaseReport, grids: Seq
     """The page of a release; `grids` as `retrieval_grid` makes them."""
     measured, counts = found.assessment, found.counts
     without = f"{counts.num_refused} refused, {counts.num_tombstoned} taken out"
-    probed = f"{measured.nprobe} of {max(1, measured.num_lists)} lists"
     recalls = {
         _SIDE_NAMES[side.side]: 100 * side.recall_at_1
         for side in measured.sides
         if side.recall_at_1 is not None
     }
-    plots = [
-        report.curves(
-            "Recall@10 of the index by lists probed",
-            {"recall@10": [(nprobe, recall) for nprobe, recall in measured.recall_by_nprobe]},
-            x_label="lists probed",
-            y_label="share of the true ten that are found",
+    plots = []
+    if measured.num_lists:
+        plots.append(
+            report.curves(
+                "Recall@10 of the index by lists probed",
+                {"recall@10": [(nprobe, recall) for nprobe, recall in measured.recall_by_nprobe]},
+                x_label="lists probed",
+                y_label="share of the true ten that are found",
+            )
         )
-    ]
     if recalls:
         plots.append(
             report.bars(
@@ -84,7 +85,7 @@ def page(title: str, manifest: ReleaseManifest, found: ReleaseReport, grids: Seq
             ),
             Fact(name="dataset version", value=str(manifest.dataset_version), note=manifest.dataset_uri),
             Fact(name="index", value=found.index_key, note=f"{found.num_parts} parts, {found.build_s:.1f} s"),
-            Fact(name="recall@10", value=f"{measured.recall_at_10:.3f}", note=probed),
+            Fact(name="recall@10", value=f"{measured.recall_at_10:.3f}", note=measured.probed),
             Fact(name="lists", value=f"{found.imbalance:.2f}", note="imbalance; 1 is even"),
         ],
         tables=[
@@ -100,8 +101,12 @@ def page(title: str, manifest: ReleaseManifest, found: ReleaseReport, grids: Seq
 
 
 def retrieval_grid(searcher: Searcher, dataset: Dataset, keys: Sequence[str]) -> Grid:
-    """Some queries, their plain neighbours and their adaptive ones, as pictures."""
-    shown = list(keys[:_NUM_QUERIES_SHOWN])
+    """Some queries, their plain neighbours and their adaptive ones, as pictures.
+
+    They are spread evenly over the keys, since items that were packed by class lie side by side.
+    """
+    num_shown = min(_NUM_QUERIES_SHOWN, len(keys))
+    shown = [keys[at * len(keys) // num_shown] for at in range(num_shown)]
     plain = searcher.search(keys=shown, k=_NUM_NEIGHBOURS_SHOWN, side="none")
     adaptive = searcher.search(keys=shown, k=_NUM_NEIGHBOURS_SHOWN, side="both")
     pictures = _Pictures(searcher, dataset)
