@@ -26,6 +26,7 @@ from namr import (
     engine,
     evaluation,
     packing,
+    recipes,
     registry,
     reindexing,
     release_report,
@@ -35,24 +36,17 @@ from namr import (
     training,
 )
 from namr.evaluation import Comparison, EvaluationConfig
-from namr.images import AugmentConfig
-from namr.indexing import IndexingConfig
-from namr.learning import TrainingConfig
 from namr.lessons import DataConfig
 from namr.losses import LossConfig
-from namr.model import ModelConfig
-from namr.packing import PackingConfig
 from namr.reading import LoaderConfig
+from namr.recipes import Recipe
 from namr.reindexing import GateConfig, ReindexConfig, ReindexReport
-from namr.sampling import PKConfig
 from namr.search import Searcher
 from namr.serving import ServeConfig
 from namr.training import FitResult, TrainJobConfig
 from namr.workers import WorkersConfig
 
 _CORES = 2
-_ENOUGH_CLASSES = 20
-"""From here on some of the classes to learn from are held out to validate on; else the gallery serves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,37 +71,18 @@ class DemoConfig:
     """of the search page; 0 chooses a free one"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """What is packed: classes to learn from, and classes that training never sees."""
-
-    train: PackingConfig
-    gallery: PackingConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is trained, and how the index is built."""
-
-    model: ModelConfig
-    batch: PKConfig
-    training: TrainingConfig
-    augment: AugmentConfig
-    indexing: IndexingConfig
-    validates_on_gallery: bool
-
-
 def run(config: DemoConfig) -> None:
     """Run every stage, say what came of it, write the report, and serve if asked to."""
     console = Console()
-    folder = config.folder.absolute() / _name_of(config.data)
+    folder = config.folder.absolute() / recipes.name_of(config.data)
     tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]namr demo[/bold] on {config.data}, everything below {folder}")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray warns of how its own Ray Data starts actors
     engine.connect(num_cpus=_CORES)
     try:
         with _stage(console, "1/5 pack"):
-            sources = _sources(config.data, folder)
+            sources = recipes.sources_of(config.data, folder)
             packed = packing.pack(sources.train)
             gallery = packing.pack(sources.gallery)
         console.print(
@@ -115,7 +90,13 @@ def run(config: DemoConfig) -> None:
             f"{packed.num_packed + gallery.num_packed} images packed now, "
             f"{packed.num_known + gallery.num_known} were there"
         )
-        recipe = _recipe(config, num_classes=packed.num_classes - packed.num_single_classes)
+        recipe = recipes.recipe_of(
+            config.data,
+            num_classes=packed.num_classes - packed.num_single_classes,
+            num_steps=config.num_steps,
+            weights=config.weights,
+            backbone=config.backbone,
+        )
         with _stage(console, "2/5 train, with 2 workers"):
             plain = _fit(recipe, folder, tracking_uri, ranking_weight=0.0)
             namr = _fit(recipe, folder, tracking_uri, ranking_weight=2.0)
@@ -163,58 +144,6 @@ def run(config: DemoConfig) -> None:
         engine.disconnect()
     if config.serve:
         _serve(console, config, folder, tracking_uri)
-
-
-def _name_of(data: str) -> str:
-    """A folder for each data set, so that trying another one mixes nothing."""
-    tail = "".join(c if c.isalnum() else "-" for c in data.rstrip("/").rpartition("/")[2]).strip("-")
-    return data if data == "digits" else f"{tail[:40]}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
-
-
-def _sources(data: str, folder: Path) -> Sources:
-    split = Path(data) / "train", Path(data) / "test"
-    train, gallery = str(folder / "train"), str(folder / "gallery")
-    if all(path.is_dir() for path in split):
-        return Sources(
-            train=PackingConfig(source=str(split[0]), dataset_uri=train),
-            gallery=PackingConfig(source=str(split[1]), dataset_uri=gallery),
-        )
-    return Sources(
-        train=PackingConfig(source=data, dataset_uri=train, classes="first_half"),
-        gallery=PackingConfig(source=data, dataset_uri=gallery, classes="second_half"),
-    )
-
-
-def _recipe(config: DemoConfig, *, num_classes: int) -> Recipe:
-    """A tiny network from scratch for digits; heads on a frozen, pre-trained backbone for photographs."""
-    digits = config.data == "digits"
-    weights = config.weights or ("none" if digits else "timm")
-    from_scratch = weights == "none"
-    rate = 1e-3
-    few = num_classes < _ENOUGH_CLASSES
-    num_learnt = num_classes if few else num_classes * 4 // 5  # a tenth and at least two are held out
-    return Recipe(
-        model=ModelConfig(
-            backbone=config.backbone or ("test_resnet" if digits else "tf_efficientnet_lite0"),
-            weights=weights,
-            embedding_dim=64 if digits else 256,
-            image_size_px=32 if digits else 128,
-        ),
-        batch=PKConfig(
-            classes_per_batch=max(2, min(num_learnt, 32)), samples_per_class=12 if digits else 4, seed=0
-        ),
-        training=TrainingConfig(
-            num_steps=config.num_steps,
-            learning_rate=rate,
-            backbone_learning_rate=rate if from_scratch else 0.0,
-            augment=from_scratch,
-            evaluation_interval=max(1, config.num_steps // 3),
-            checkpoint_interval=config.num_steps,
-        ),
-        augment=AugmentConfig(min_area=0.6, horizontal_flip=not digits),
-        indexing=IndexingConfig(index_key="IVF16,Flat" if digits else "auto", num_parts=4),
-        validates_on_gallery=few,
-    )
 
 
 def _loader(folder: Path) -> LoaderConfig:

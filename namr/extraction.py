@@ -12,6 +12,7 @@ what the storage type can't hold is an error that names the sample, not a refusa
 Not covered: test-time augmentation, and models that don't fit one device.
 """
 
+import logging
 import pickle
 import tempfile
 import time
@@ -282,6 +283,9 @@ def _run(
     num_workers = min(len(to_do), config.num_workers or num_gpus or engine.total_cpus())
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":  # its own log keeps what it says of each run
+            handler.setLevel(logging.ERROR)
     rows = ray.data.from_items([{"number": entry.number} for entry in to_do], override_num_blocks=len(to_do))
     results = rows.map(
         cast(Any, _Worker),

@@ -33,7 +33,7 @@ FLOORS: dict[int, set[str]] = {
     # the pipelines
     7: {"packing", "training", "extraction", "indexing", "evaluation", "serving"},
     # pipelines in a row: the night, and the whole chain
-    8: {"reindexing"},
+    8: {"reindexing", "recipes"},
     9: {"demo"},
     10: {"cli"},
 }
