@@ -1,7 +1,8 @@
-"""`namr demo` as a person runs it: the whole chain, then again with the search page until Ctrl-C."""
+"""`namr demo` as a person runs it: the chain, again with the search page until Ctrl-C, on photographs."""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -49,6 +50,7 @@ def test_the_demo_runs_goes_on_serves_and_ends(tmp_path: Path) -> None:
     said = re.sub(r"\s+", " ", first.stdout)
     for wanted in ("1797 images packed now", "namr version 1 is the champion", "4 merged parts", "recall@10"):
         assert wanted in said
+    assert "flatter" in said  # of 5 classes none is spared for validation
     for row in ("raw pixels", "untrained", "lambda 0", "NAMR"):
         assert row in (tmp_path / "digits" / "report.html").read_text()
 
@@ -70,3 +72,35 @@ def test_the_demo_runs_goes_on_serves_and_ends(tmp_path: Path) -> None:
     assert code == 0, log_path.read_text()[-3000:]
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(mlflow, timeout=5)
+
+
+def test_the_demo_takes_a_folder_of_photographs(
+    tmp_path: Path, shared_data: Path, shared_weights: Path
+) -> None:
+    for split, num_classes in (("train", 22), ("test", 8)):
+        for of_class in sorted((shared_data / "grocery81" / split).iterdir())[:num_classes]:
+            photographs = tmp_path / "photos" / split / of_class.name
+            photographs.mkdir(parents=True)
+            for picture in sorted(of_class.iterdir())[:6]:
+                shutil.copyfile(picture, photographs / picture.name)
+    weights = shared_weights / "tf_efficientnet_lite0.safetensors"
+    command = [NAMR, "demo", "--data", str(tmp_path / "photos"), "--folder", str(tmp_path / "out")]
+    ran = subprocess.run(
+        [*command, "--weights", str(weights), "--num-steps", "20", "--no-serve"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    said = re.sub(r"\s+", " ", ran.stdout)
+    for wanted in (
+        "22 classes to learn from, 8 never seen",
+        "48 images in 4 merged parts of Flat",
+        "compared",
+    ):
+        assert wanted in said
+    assert "flatter" not in said
+    (report,) = (tmp_path / "out").glob("*/report.html")
+    for row in ("raw pixels", "untrained", "lambda 0", "NAMR"):
+        assert row in report.read_text()
