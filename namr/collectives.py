@@ -1,4 +1,4 @@
-"""What ranks tell each other: gather with gradient, sums, a broadcast object. Identity when not distributed.
+"""What ranks tell each other: gather with gradient, sums. Identity when not distributed.
 
 The law (DESIGN 2.5): every rank gathers the features of all ranks and computes the same, global loss. The
 backward pass of `gather` sums the gradients of all ranks, so that a rank's own parameters get world_size
@@ -10,15 +10,13 @@ any backend. Starting and ending process groups is not covered (Ray Train or tor
 """
 
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from namr.errors import ShapeError
-
-T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -88,15 +86,6 @@ def sum_over_ranks(t: Tensor) -> Tensor:
         total = total.to(_meeting_device(t))
         dist.all_reduce(total)
     return total.to(t.device)
-
-
-def broadcast_object(o: T) -> T:
-    """Rank 0's object, on every rank (pickled; the other ranks' argument is not looked at)."""
-    if not is_distributed():
-        return o
-    box = [o]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _meeting_device(t: Tensor) -> torch.device:

@@ -115,14 +115,6 @@ def verify(root_uri: str, model_digest: str, entry: ShardEntry) -> Stored:
     return Stored(file, table)
 
 
-def missing(root_uri: str, model_digest: str, dataset: Dataset) -> list[ShardEntry]:
-    """The shards of a dataset version that this model has not embedded yet."""
-    uris = [embedding_uri(root_uri, model_digest, entry.tar.sha256) for entry in dataset.shards]
-    with ThreadPoolExecutor(_NUM_READERS) as readers:
-        there = list(readers.map(storage.exists, uris))
-    return [entry for entry, is_there in zip(dataset.shards, there, strict=True) if not is_there]
-
-
 def known_files(root_uri: str, model_digest: str, dataset: Dataset) -> dict[int, EmbeddingFile]:
     """By shard number: files that the newest set of this or an earlier version of the dataset lists.
 

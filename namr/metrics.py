@@ -1,4 +1,4 @@
-"""Retrieval metrics on arrays: Recall@K, MAP@R, R-precision, NMI, and the recall of a first stage.
+"""Retrieval metrics on arrays: Recall@K, MAP@R, R-precision, NMI.
 
 Leave-one-out: every row queries all others. A query's ranking is exact and reproducible: candidates from a
 matrix product are ordered by their distances computed by difference, equal distances by row number, so
@@ -13,7 +13,7 @@ Definitions, for a query whose class has R other images:
 each averaged over queries. Images that are the only one of their class are no queries, and counted.
 
 Everything runs where the embeddings lie: arrays on the CPU, tensors on their device. Not covered: recall of
-an approximate index against exact search beyond comparing id lists; per-class averages.
+an approximate index against exact search (`assessment`); per-class averages.
 
 Legend: N images, D dimension, L length of the rankings, b queries in a block.
 """
@@ -196,17 +196,6 @@ def nmi(embeddings: Array, labels: Ints, *, seed: int) -> float:
         x.cpu().numpy()
     )
     return float(normalized_mutual_info_score(y.cpu().numpy(), clusters))
-
-
-def first_stage_recall(found_ids: NDArray[np.int64], true_ids: NDArray[np.int64]) -> float:
-    """Share of the true neighbours that were found, over all queries. (Q, k) and (Q, k'), order ignored.
-
-    -1 in found_ids is "nothing found", as FAISS writes it.
-    """
-    if found_ids.ndim != 2 or true_ids.ndim != 2 or len(found_ids) != len(true_ids) or true_ids.size == 0:
-        raise ShapeError(f"expected (Q, k) and (Q, k') ids, got {found_ids.shape} and {true_ids.shape}")
-    found = sum(np.isin(true, ids).sum() for true, ids in zip(true_ids, found_ids, strict=True))
-    return int(found) / true_ids.size
 
 
 def _checked(

@@ -99,12 +99,6 @@ class Registry:
             for start in range(0, len(entries), 100):
                 self._client.log_batch(run_id, params=entries[start : start + 100])
 
-    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Tags, such as the dataset version and its digest."""
-        with self._doing(f"tag run {run_id}"):
-            for name, value in tags.items():
-                self._client.set_tag(run_id, name, value)
-
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int) -> None:
         """Numbers of one step, in one request."""
         from mlflow.entities import Metric

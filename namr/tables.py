@@ -204,11 +204,6 @@ def read_rows(path: Path) -> dict[str, list[Any]]:
     return cast(dict[str, list[Any]], table.to_pydict())
 
 
-def write_rows(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write columns as a Parquet file, for people and programs outside namr."""
-    pq.write_table(pa.table(dict(columns)), path)
-
-
 def fields_text(fields: Mapping[str, Any]) -> str:
     """User fields as the JSON text that sample tables keep."""
     return json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str)

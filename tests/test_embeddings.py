@@ -67,13 +67,6 @@ def test_what_was_written_is_what_is_read(root: str, dataset: Dataset) -> None:
         assert (table.keys, table.refused_keys) == (expected.keys, expected.refused_keys)
 
 
-def test_what_is_missing_is_what_was_not_written(root: str, dataset: Dataset) -> None:
-    assert embeddings.missing(root, MODEL, dataset) == list(dataset.shards)
-    embeddings.write(root, MODEL, dataset.shards[1], table_of(dataset, dataset.shards[1]))
-    assert embeddings.missing(root, MODEL, dataset) == [dataset.shards[0], dataset.shards[2]]
-    assert embeddings.missing(root, "b" * 64, dataset) == list(dataset.shards)
-
-
 def test_the_first_of_two_attempts_counts(root: str, dataset: Dataset) -> None:
     entry = dataset.shards[0]
     first, _ = embeddings.write(root, MODEL, entry, table_of(dataset, entry))

@@ -265,15 +265,6 @@ def test_nmi_is_pytorch_metric_learnings_and_seeded() -> None:
     assert ours == pytest.approx(normalized_mutual_info_score(points.y, clusters[0]), abs=1e-9)
 
 
-def test_first_stage_recall_counts_what_was_found() -> None:
-    true = np.array([[1, 2], [3, 4], [5, 6]])
-    found = np.array([[2, 9, 1], [4, 8, 7], [-1, -1, -1]])
-    assert metrics.first_stage_recall(found, true) == pytest.approx(3 / 6)
-    assert metrics.first_stage_recall(true, true) == 1.0
-    with pytest.raises(ShapeError, match=r"\(2, 3\) and \(3, 2\)"):
-        metrics.first_stage_recall(found[:2], true)
-
-
 # Ranks, errors
 
 

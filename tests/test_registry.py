@@ -56,13 +56,12 @@ def check_runs(found: Registry, tmp_path: Path) -> None:
     (tmp_path / "pages" / "report.html").write_text("<p>report</p>")
     found.log_text(run_id, "a = 1\n", "job.toml")
     found.log_folder(run_id, tmp_path / "pages", "report")
-    found.set_tags(run_id, {"dataset_version": "3"})
     found.end_run(run_id)
     run = found._client.get_run(run_id)
     assert found.history(run_id, "loss") == [(1, 2.0), (2, 0.5)]
     assert run.info.run_name == "first" and run.info.status == "FINISHED"
     assert len(run.data.params) == 151 and run.data.params["stage.number-149"] == "149"
-    assert run.data.tags["dataset_digest"] == "abc" and run.data.tags["dataset_version"] == "3"
+    assert run.data.tags["dataset_digest"] == "abc"
     assert {item.path for item in found._client.list_artifacts(run_id)} == {"job.toml", "report"}
     second = found.create_run("cars", run_name="second")
     assert second != run_id and found._client.get_run(second).info.experiment_id == run.info.experiment_id

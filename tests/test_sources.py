@@ -7,12 +7,14 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import scipy.io
 import torchvision.datasets
 from PIL import Image
 
-from namr import sources, tables
+from namr import sources
 from namr.errors import ConfigError, ManifestError, StorageError
 from namr.sources import SourceImage
 
@@ -95,7 +97,7 @@ def test_a_parquet_gives_typed_fields_and_keys(tmp_path: Path) -> None:
         "price": [1.5, float("nan")],
         "day": [date(2026, 11, 23), None],
     }
-    tables.write_rows(table, columns)
+    pyarrow.parquet.write_table(pyarrow.table(columns), table)
     first, second = listed(table)
     assert (first.key, first.label, first.fields) == ("A", None, {"price": None, "day": None})
     assert (second.key, second.label, second.fields) == ("B", "3", {"price": 1.5, "day": "2026-11-23"})

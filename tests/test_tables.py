@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from namr import tables
@@ -102,7 +104,7 @@ def test_every_value_of_a_csv_is_text(tmp_path: Path) -> None:
 
 
 def test_a_parquet_of_the_users_keeps_its_types(tmp_path: Path) -> None:
-    tables.write_rows(tmp_path / "t.parquet", {"path": ["a"], "price": [1.5]})
+    pyarrow.parquet.write_table(pyarrow.table({"path": ["a"], "price": [1.5]}), tmp_path / "t.parquet")
     assert tables.read_rows(tmp_path / "t.parquet") == {"path": ["a"], "price": [1.5]}
 
 
