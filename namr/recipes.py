@@ -45,6 +45,7 @@ def name_of(data: str) -> str:
 
 
 def sources_of(data: str, folder: Path) -> Sources:
+    """The splits of a folder that has train/ and test/; of other data two halves of the classes."""
     split = Path(data) / "train", Path(data) / "test"
     train, gallery = str(folder / "train"), str(folder / "gallery")
     if all(path.is_dir() for path in split):
