@@ -66,29 +66,27 @@ def map_tasks(
     """Run `function` on each argument as Ray tasks; yields (position, result) as they end.
 
     At most `max_in_flight` (default: twice the cores) are under way, so a million arguments need no million
-    futures. A task that raises ends the rest and raises its own exception here.
+    futures. A task that raises raises its own exception here, at once, and no more are started. Those under
+    way are left to end by themselves or with the job: ray.cancel of a task that is just ending aborts the
+    whole process (Ray 2.60, "Tried to complete task that was not pending").
     """
     remote: Any = ray.remote(function)
     limit = max_in_flight or 2 * max(1, total_cpus())
     under_way: dict[Any, int] = {}
     waiting = enumerate(arguments)
-    try:
-        while True:
-            for position, argument in waiting:
-                under_way[remote.options(num_cpus=num_cpus).remote(argument)] = position
-                if len(under_way) >= limit:
-                    break
-            if not under_way:
-                return
-            done, _ = ray.wait(list(under_way), num_returns=1)
-            position = under_way.pop(done[0])
-            try:
-                yield position, ray.get(done[0])
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None if isinstance(error.cause, Exception) else error
-    finally:
-        for future in under_way:
-            ray.cancel(future)
+    while True:
+        for position, argument in waiting:
+            under_way[remote.options(num_cpus=num_cpus).remote(argument)] = position
+            if len(under_way) >= limit:
+                break
+        if not under_way:
+            return
+        done, _ = ray.wait(list(under_way), num_returns=1)
+        position = under_way.pop(done[0])
+        try:
+            yield position, ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None if isinstance(error.cause, Exception) else error
 
 
 def _resources() -> dict[str, float]:
