@@ -5,7 +5,7 @@ diary of rank 0. All functions are collective where there are several ranks.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from namr.images import AugmentConfig
 from namr.learning import Learning, StepResult, TrainingConfig
 from namr.lessons import Lessons
 from namr.losses import JointLoss, LossConfig, search_metric_of
-from namr.model import ModelConfig
+from namr.model import ModelConfig, SearchDefaults
 from namr.registry import Registry
 
 SCORE = "score"
-"""The number by which checkpoints are compared: Recall@1 of plain search by the distance that the base loss
-works on, on the unseen classes; -1 where it was not measured."""
+"""The number by which checkpoints are compared: Recall@1 on the unseen classes, searched in the way that the
+checkpoint would be served in (`validation.choose`); -1 where it was not measured."""
 
 _TELL_EVERY_STEPS = 10
 _UNSTEADY_STEPS = 5
@@ -172,12 +172,15 @@ def _told(result: StepResult, speed: _Speed) -> dict[str, float]:
 
 
 def _examined(learning: Learning, lessons: Lessons) -> dict[str, Any]:
-    """Recall@1 and MAP@R of every way of searching, the way to recommend, and the score."""
     ways = validation.ways(search_metric_of(learning.learner.loss.config))
-    results = lessons.examine(learning.model, ways)
+    return summary(lessons.examine(learning.model, ways), ways)
+
+
+def summary(results: validation.Results, ways: Sequence[SearchDefaults]) -> dict[str, Any]:
+    """Recall@1 and MAP@R of every way of searching, the way to recommend, and the score."""
     best = validation.choose(results, ways)
     numbers: dict[str, Any] = {
-        SCORE: results[ways[0]].recall_at_1, "metric": best.metric, "structure_side": best.structure_side
+        SCORE: results[best].recall_at_1, "metric": best.metric, "structure_side": best.structure_side
     }  # fmt: skip
     for way in ways:
         name = validation.name_of(way)

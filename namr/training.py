@@ -116,7 +116,7 @@ class FitResult:
     validation: dict[str, float]
     """of the best step: Recall@1 and MAP@R by way of searching"""
     recall_at_1: float
-    """of the best step, plain by the distance that the base loss works on"""
+    """of the best step, searched in the way that validation recommends"""
     search: SearchDefaults
     """the way of searching that validation recommends"""
     images_per_s: float

@@ -2,8 +2,9 @@
 
 import pytest
 
-from namr import teaching
+from namr import teaching, validation
 from namr.errors import StorageError
+from namr.metrics import RetrievalMetrics
 
 
 class Away:
@@ -48,3 +49,22 @@ def test_speed_counts_steady_steps_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     now[0] += 0.5
     speed.step()
     assert speed.images_per_s == 16.0
+
+
+def test_a_checkpoint_is_worth_what_the_way_it_recommends_finds() -> None:
+    ways = validation.ways("l2")
+
+    def summary(*recalls: float) -> dict[str, float | str]:
+        found = {
+            way: RetrievalMetrics(
+                recall_at_k={1: recall}, map_at_r=0, r_precision=0, num_queries=1000, num_skipped=0
+            )
+            for way, recall in zip(ways, recalls, strict=True)
+        }
+        return teaching.summary(found, ways)
+
+    plain = summary(0.75, 0.75, 0.74, 0.75, 0.76)
+    assert (plain["metric"], plain["structure_side"], plain[teaching.SCORE]) == ("l2", "none", 0.75)
+    other = summary(0.70, 0.82, 0.70, 0.70, 0.70)
+    assert (other["metric"], other["structure_side"], other[teaching.SCORE]) == ("cosine", "none", 0.82)
+    assert other["validation/recall_at_1/l2"] == 0.70

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from namr import datasets, images, lessons, manifests, model, registry, shards, tables, training, workers
+from namr import (
+    datasets,
+    images,
+    lessons,
+    manifests,
+    model,
+    registry,
+    shards,
+    tables,
+    training,
+    validation,
+    workers,
+)
 from namr.errors import ConfigError, NamrError, StorageError
 from namr.images import AugmentConfig
 from namr.learning import TrainingConfig
@@ -124,7 +136,8 @@ def test_fit_trains_on_two_workers_and_registers_a_candidate_that_loads(
         for metric in ("recall_at_1", "map_at_r")
         for way in ("cosine", "l2", "scale-cosine", "query-cosine", "both-cosine")
     }
-    assert result.recall_at_1 == result.validation["validation/recall_at_1/cosine"]
+    recommended = validation.name_of(result.search)
+    assert result.recall_at_1 == result.validation[f"validation/recall_at_1/{recommended}"]
     runs = registry.connect(config.tracking_uri)
     version = runs.version("namr", alias="candidate")
     assert (version.version, version.run_id) == (result.model_version, result.mlflow_run_id)
