@@ -154,12 +154,12 @@ def best_rate(setting: Setting, train: Labelled, rates: Sequence[float], seeds: 
         return metrics.retrieval(found.embeddings, unseen.y, metric=found.metric).recall_at_1
 
     recalls = [float(np.mean([recall(rate, seed) for seed in seeds])) for rate in rates]
-    told = ", ".join(f"{rate:g} {100 * found:.1f}" for rate, found in zip(rates, recalls, strict=True))
+    best = rates[int(np.argmax(recalls))]
+    told = ", ".join(f"{rate:g} {100 * found:.2f}" for rate, found in zip(rates, recalls, strict=True))
     print(
-        f"{setting.loss.base}, {setting.name}: Recall@1 on held-out training classes by rate: {told}",
-        flush=True,
+        f"{setting.loss.base}, {setting.name}: rate {best:g}; held-out Recall@1 by rate: {told}", flush=True
     )
-    return rates[int(np.argmax(recalls))]
+    return best
 
 
 def entry(setting: Setting, train: Labelled, test: Labelled, rate: float, seed: int) -> Entry:
