@@ -66,9 +66,9 @@ def map_tasks(
     """Run `function` on each argument as Ray tasks; yields (position, result) as they end.
 
     At most `max_in_flight` (default: twice the cores) are under way, so a million arguments need no million
-    futures. A task that raises raises its own exception here, at once, and no more are started. Those under
-    way are left to end by themselves or with the job: ray.cancel of a task that is just ending aborts the
-    whole process (Ray 2.60, "Tried to complete task that was not pending").
+    futures. The exception of one is raised here, at once, and no more are started. Those under way are left
+    to end by themselves or with the job: ray.cancel of a task that is just ending aborts the whole process
+    (Ray 2.60, "Tried to complete task that was not pending").
     """
     remote: Any = ray.remote(function)
     limit = max_in_flight or 2 * max(1, total_cpus())
