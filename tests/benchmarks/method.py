@@ -62,12 +62,6 @@ class Labelled:
     x: np.ndarray
     y: np.ndarray
 
-    def of_classes(self, index: ClassIndex, classes: np.ndarray) -> "Labelled":
-        """Those of these classes, numbered anew."""
-        chosen = validation.only(index, classes)
-        sizes = np.diff(chosen.starts)
-        return Labelled(self.x[chosen.rows], np.repeat(np.arange(len(classes)), sizes))
-
 
 def main() -> None:
     options = parse()
@@ -80,6 +74,7 @@ def main() -> None:
     )
     train = cached_features(options.data / "train", config, options.cache)
     test = cached_features(options.data / "test", config, options.cache)
+    learnt, held_out = split(train)
     set_name = f"{options.data.name} test"
     print(f"{options.data.name}: {len(train.y)} images to train on, {len(test.y)} of unseen classes")
     untrained = compare([Entry("untrained features", test.x, None, "cosine")], test.y, set_name=set_name)
@@ -87,7 +82,7 @@ def main() -> None:
     for base in options.losses:
         start = time.monotonic()
         rows = settings(base, config, options)
-        rates = [best_rate(row, train, options.rates, seeds) for row in rows]
+        rates = [best_rate(row, learnt, held_out, options.rates, seeds) for row in rows]
         runs = [
             compare(
                 [entry(row, train, test, rate, seed) for row, rate in zip(rows, rates, strict=True)],
@@ -139,19 +134,29 @@ def settings(base: Any, config: ModelConfig, options: Any) -> list[Setting]:
     ]
 
 
-def best_rate(setting: Setting, train: Labelled, rates: Sequence[float], seeds: Sequence[int]) -> float:
-    """The rate with the best Recall@1 on training classes that are held out for this; says what it found."""
-    if len(rates) == 1:
-        return rates[0]
+def split(train: Labelled) -> tuple[Labelled, Labelled]:
+    """What a rate is tried on: the images of most classes to learn from, and those of the held-out ones."""
     index = ClassIndex.from_labels(train.y)
     names = [str(number) for number in range(index.num_classes)]
     held_out = validation.classes_to_hold_out(index, names, share=HELD_OUT_SHARE, seed=0)
-    known = np.setdiff1d(np.arange(index.num_classes), held_out)
-    learnt, unseen = train.of_classes(index, known), train.of_classes(index, held_out)
+    is_held_out = np.isin(train.y, held_out)
+
+    def of(chosen: np.ndarray) -> Labelled:
+        return Labelled(train.x[chosen], np.unique(train.y[chosen], return_inverse=True)[1])
+
+    return of(~is_held_out), of(is_held_out)
+
+
+def best_rate(
+    setting: Setting, learnt: Labelled, held_out: Labelled, rates: Sequence[float], seeds: Sequence[int]
+) -> float:
+    """The rate with the best Recall@1 on training classes that are held out for this; says what it found."""
+    if len(rates) == 1:
+        return rates[0]
 
     def recall(rate: float, seed: int) -> float:
-        found = entry(setting, learnt, unseen, rate, seed)
-        return metrics.retrieval(found.embeddings, unseen.y, metric=found.metric).recall_at_1
+        found = entry(setting, learnt, held_out, rate, seed)
+        return metrics.retrieval(found.embeddings, held_out.y, metric=found.metric).recall_at_1
 
     recalls = [float(np.mean([recall(rate, seed) for seed in seeds])) for rate in rates]
     best = rates[int(np.argmax(recalls))]
