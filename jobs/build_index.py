@@ -11,8 +11,12 @@ command again finds its own work and ends at once. `--help` explains every flag.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from namr import config, datasets, indexing, model, references
-from namr.indexing import IndexingConfig
+from namr import config
+from namr.data import datasets
+from namr.model import model
+from namr.registry import references
+from namr.release import build
+from namr.release.build import BuildConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class BuildIndexJob:
     """MLflow that has the model; None: MLFLOW_TRACKING_URI, else mlflow.db in the current folder"""
     model_folder: Path = Path("~/.cache/namr/models")
     """where models that are fetched are kept"""
-    indexing: IndexingConfig = field(default_factory=IndexingConfig)
+    build: BuildConfig = field(default_factory=BuildConfig)
 
 
 def main() -> None:
@@ -41,8 +45,8 @@ def main() -> None:
     job = config.load(BuildIndexJob, description=__doc__ or "")
     found = references.fetch(job.model, folder=job.model_folder.expanduser(), tracking_uri=job.tracking_uri)
     saved, dataset = model.describe(found.path), datasets.open_version(job.dataset_uri, job.dataset_version)
-    report = indexing.build(
-        dataset, job.embeddings_uri, job.releases_uri, job.indexing,
+    report = build.build(
+        dataset, job.embeddings_uri, job.releases_uri, job.build,
         model_digest=saved.digest, metric=saved.search.metric,
     )  # fmt: skip
     counts = report.counts

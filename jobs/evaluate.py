@@ -7,8 +7,9 @@ Several models: `--models "lambda 0=runs/plain/model" namr=models:/namr@candidat
 flag.
 """
 
-from namr import config, evaluation
-from namr.evaluation import EvaluationConfig
+from namr import config
+from namr.measure import evaluation
+from namr.measure.evaluation import EvaluationConfig
 
 
 def main() -> None:

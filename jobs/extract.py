@@ -10,8 +10,11 @@ The same command again embeds only what is new. `--help` explains every flag.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from namr import config, datasets, extraction, references
-from namr.extraction import ExtractionConfig
+from namr import config
+from namr.data import datasets
+from namr.embed import extraction
+from namr.embed.extraction import ExtractionConfig
+from namr.registry import references
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@
 The same command again packs only what is new. `--help` explains every flag.
 """
 
-from namr import config, packing
-from namr.packing import PackingConfig
+from namr import config
+from namr.data import packing
+from namr.data.packing import PackingConfig
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ Where nothing is new it says so and ends. Killed anywhere, the same command goes
 good enough stays unpublished, with exit code 2 and the reason. `--help` explains every flag.
 """
 
-from namr import config, reindexing
-from namr.reindexing import ReindexConfig
+from namr import config
+from namr.nightly import reindexing
+from namr.nightly.reindexing import ReindexConfig
 
 
 def main() -> None:

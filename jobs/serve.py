@@ -8,8 +8,9 @@ SIGTERM or Ctrl-C ends it after the requests under way. `--help` explains every 
 
 from dataclasses import dataclass
 
-from namr import config, serving
-from namr.serving import ServeConfig
+from namr import config
+from namr.serve import process
+from namr.serve.process import ServeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class ServeJob:
 def main() -> None:
     """Load the config and serve, saying where."""
     job = config.load(ServeJob, description=__doc__ or "")
-    serving.serve(job.serve, announce=lambda line: print(line, flush=True))
+    process.serve(job.serve, announce=lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

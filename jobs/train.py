@@ -6,13 +6,14 @@
 The same run name goes on from its last checkpoint. `--help` explains every flag.
 """
 
-from namr import config, training
-from namr.training import TrainJobConfig
+from namr import config
+from namr.train import job
+from namr.train.job import TrainJobConfig
 
 
 def main() -> None:
     """Load the config, train, and say what came of it."""
-    result = training.fit(config.load(TrainJobConfig, description=__doc__ or ""))
+    result = job.fit(config.load(TrainJobConfig, description=__doc__ or ""))
     print(
         f"run {result.run_name} {'was finished already' if result.was_finished else 'is finished'}: "
         f"{result.model_name} {result.model_version} is step {result.best_step} of {result.num_steps}, "

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from namr import config, demo, registry, releases
-from namr.demo import DemoConfig
+from namr import config
+from namr.demo import demo
+from namr.demo.demo import DemoConfig
 from namr.errors import ConfigError
+from namr.registry import registry
+from namr.release import releases
 
 
 @dataclass(frozen=True, kw_only=True)

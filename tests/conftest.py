@@ -23,7 +23,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.pop("RAY_ADDRESS", None)
 # Functions of a test module that run in Ray's workers or in spawned processes are imported there by name.
-os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "integration")))
+os.environ["PYTHONPATH"] = str(ROOT)
 
 
 @pytest.fixture(scope="session")
@@ -59,12 +59,12 @@ def ray_local(object_store: services.ObjectStore) -> Iterator[None]:
 
     The object store comes first: Ray's workers inherit this environment, and with it the way to the store.
     """
-    from namr import engine
+    from namr import ray_connection
 
     assert os.environ["AWS_ENDPOINT_URL"] == object_store.endpoint
-    engine.connect(None, num_cpus=2)
+    ray_connection.connect(None, num_cpus=2)
     yield
-    engine.disconnect()
+    ray_connection.disconnect()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def on_ranks(
     The function is found by its module's name, and takes and returns what torch can save. A rank's exception
     is raised here; processes that outlive the timeout are ended.
     """
-    multiprocessing.set_forkserver_preload(["namr.learning"])  # imported once, not by each process
+    multiprocessing.set_forkserver_preload(["namr.train.step"])  # imported once, not by each process
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _worker,

@@ -18,9 +18,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from namr import datasets, distances, images, ivf, manifests, model, releases, shards, storage, tables
-from namr.releases import Counts, ReleaseManifest, Segment, VectorShard
-from namr.tables import EmbeddingTable, SampleTable
+from namr.data import datasets, images, shards
+from namr.index import ivf
+from namr.model import distances, model
+from namr.release import releases
+from namr.release.releases import Counts, ReleaseManifest, Segment, VectorShard
+from namr.store import manifests, storage, tables
+from namr.store.tables import EmbeddingTable, SampleTable
 
 Floats = npt.NDArray[np.float32]
 NOW = datetime(2026, 11, 1, 2, 0, tzinfo=UTC)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import faiss
 import pytest
-import small_release
-from small_release import Recipe
 
-from namr import cli, model, registry, releases
+from namr import cli
 from namr.errors import ConfigError, ManifestError
-from namr.model import ModelConfig
+from namr.model import model
+from namr.model.model import ModelConfig
+from namr.registry import registry
+from namr.release import releases
+from tests import small_release
+from tests.small_release import Recipe
 
 
 def test_releases_are_listed_and_rolled_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

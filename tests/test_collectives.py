@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from namr import collectives
+from namr.data.sampling import slice_of_rank
 from namr.errors import ShapeError
-from namr.sampling import slice_of_rank
 from tests.ranks import Results, on_ranks
 
 WHOLE = torch.arange(14.0, dtype=torch.float64).reshape(7, 2)

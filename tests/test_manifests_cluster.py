@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import commands
 import jsonschema
 import kubernetes_validate
 import pytest
 import ray
 import yaml
+
+from tests import commands
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "cluster").glob("*.yaml"))

@@ -30,8 +30,8 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 
-from namr import ivf, planning
-from namr.ivf import Floats
+from namr.index import ivf, planning
+from namr.index.ivf import Floats
 
 TARGET = 1.0
 SEED, NUM_FILES = 0, 8

@@ -23,8 +23,9 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 
-from namr import engine, ivf, planning
-from namr.ivf import Floats, IndexInfo, Template
+from namr import ray_connection
+from namr.index import ivf, planning
+from namr.index.ivf import Floats, IndexInfo, Template
 
 TARGET = 0.87
 SEED = 0
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         f"{options.vectors} x {options.dim}, {options.key}, {options.parts} parts, {threads} threads, "
         f"FAISS {faiss.__version__}"
     )
-    engine.connect(None, num_cpus=threads)
+    ray_connection.connect(None, num_cpus=threads)
     warm_up(path, folder, threads)
     times: dict[str, list[Times]] = {"faiss": [], "namr": []}
     for number in range(options.rounds):
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                 f"add {last.add:.2f}, {'write' if side == 'faiss' else 'merge'} {last.write:.2f}",
                 flush=True,
             )
-    engine.disconnect()
+    ray_connection.disconnect()
     medians = {side: statistics.median(found.total for found in times[side]) for side in times}
     print(f"build ratio {medians['faiss'] / medians['namr']:.2f} target {TARGET}")
 
@@ -133,7 +134,7 @@ def in_parts(path: Path, options: argparse.Namespace, folder: Path) -> Times:
         PartTask(path, template, bounds[number], bounds[number + 1], folder / f"{number:03d}.part")
         for number in range(options.parts)
     ]
-    built = [info for _, info in engine.map_tasks(build_part, tasks)]
+    built = [info for _, info in ray_connection.map_tasks(build_part, tasks)]
     added = time.perf_counter()
     merged = ivf.merge_parts(template, [task.path for task in tasks], folder / "namr.index")
     if merged.num_vectors != sum(info.num_vectors for info in built) or merged.num_vectors != len(x):
@@ -154,7 +155,7 @@ def warm_up(path: Path, folder: Path, num_workers: int) -> None:
     tasks = [
         PartTask(path, template, 0, 1000, folder / f"warm-{number}") for number in range(4 * num_workers)
     ]
-    list(engine.map_tasks(build_part, tasks))
+    list(ray_connection.map_tasks(build_part, tasks))
 
 
 def compare(one: Path, other: Path, x: Floats) -> None:

@@ -25,10 +25,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from namr import datasets, embeddings, engine, extraction, images, manifests, model, shards, tables
-from namr.datasets import Dataset
-from namr.extraction import ExtractionConfig
-from namr.model import ModelConfig, NamrModel
+from namr import ray_connection
+from namr.data import datasets, images, shards
+from namr.data.datasets import Dataset
+from namr.embed import embeddings, extraction
+from namr.embed.extraction import ExtractionConfig
+from namr.model import model
+from namr.model.model import ModelConfig, NamrModel
+from namr.store import manifests, tables
 
 TARGET = 0.9
 BATCH = 64
@@ -55,7 +59,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     print(
         f"{options.backbone} at {options.size_px} px, batches of {BATCH}, {additional} images, {cores} cores"
     )
-    engine.connect(None, num_cpus=cores)
+    ray_connection.connect(None, num_cpus=cores)
     ratios = []
     for number in range(options.rounds):
         torch.set_num_threads(cores)
@@ -73,7 +77,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             f"(start-up and {cores} shards {start_up_s:.1f} s)",
             flush=True,
         )
-    engine.disconnect()
+    ray_connection.disconnect()
     print(f"extraction ratio {statistics.median(ratios):.2f} target {TARGET}")
 
 

@@ -34,11 +34,12 @@ import torch
 import webdataset as wds
 from PIL import Image, ImageFilter
 
-from namr import datasets, images, reading, sampling, storage
-from namr.datasets import Dataset
-from namr.images import AugmentConfig, Preprocessing
-from namr.reading import LoaderConfig
-from namr.sampling import PKConfig
+from namr.data import datasets, images, reading, sampling
+from namr.data.datasets import Dataset
+from namr.data.images import AugmentConfig, Preprocessing
+from namr.data.reading import LoaderConfig
+from namr.data.sampling import PKConfig
+from namr.store import storage
 
 AUGMENT = AugmentConfig()
 SEED = 3
@@ -135,10 +136,11 @@ def draw_images(folder: Path, num: int) -> str:
 
 
 def pack(source: str, bucket: str) -> Dataset:
-    from namr import engine, packing
+    from namr import ray_connection
+    from namr.data import packing
 
     packing.pack(packing.PackingConfig(source=source, dataset_uri=f"{bucket}/set", shard_bytes=8 << 20))
-    engine.disconnect()
+    ray_connection.disconnect()
     return datasets.open_version(f"{bucket}/set")
 
 

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from namr.distances import mean_pairwise
-from namr.losses import multi_cluster_ranking
+from namr.model.distances import mean_pairwise
+from namr.model.losses import multi_cluster_ranking
 
 TARGET = 20
 CHECKED = 256  # images on which both sides are compared

@@ -27,13 +27,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from namr import features, images, metrics, model, validation
-from namr.evaluation import Comparison, Entry, Row, compare
-from namr.learning import Learning, TrainingConfig
-from namr.losses import JointLoss, LossConfig, search_metric_of
-from namr.metrics import RetrievalMetrics
-from namr.model import ModelConfig, NamrModel
-from namr.sampling import ClassIndex, PKConfig, global_batch
+from namr.data import images
+from namr.data.sampling import ClassIndex, PKConfig, global_batch
+from namr.measure import metrics, validation
+from namr.measure.evaluation import Comparison, Entry, Row, compare
+from namr.measure.metrics import RetrievalMetrics
+from namr.model import model
+from namr.model.losses import JointLoss, LossConfig, search_metric_of
+from namr.model.model import ModelConfig, NamrModel
+from namr.train import features
+from namr.train.step import Learning, TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("NAMR_TEST_DATA", ROOT.parent / "shared" / "data"))

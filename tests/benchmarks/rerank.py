@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from namr import ivf
-from namr.search import Found
+from namr.index import ivf
+from namr.search.searcher import Found
 from tests.benchmarks.search import NUM_QUERIES, Gallery, K, batches, fastest, make, parse
 
 TARGET = 0.83

@@ -20,12 +20,15 @@ import faiss
 import numpy as np
 import torch
 
-from namr import ivf, releases, storage, tables
-from namr.items import Items
-from namr.ranking import GalleryVectors, VectorPaths
-from namr.releases import Counts, Release, ReleaseManifest, Segment, VectorShard
-from namr.search import Searcher
-from namr.tables import EmbeddingTable, SampleTable
+from namr.index import ivf
+from namr.release import releases
+from namr.release.releases import Counts, Release, ReleaseManifest, Segment, VectorShard
+from namr.search.items import Items
+from namr.search.rerank import GalleryVectors, VectorPaths
+from namr.search.searcher import Searcher
+from namr.store import tables
+from namr.store.cache import Cache
+from namr.store.tables import EmbeddingTable, SampleTable
 
 TARGET = 0.9
 BATCH, NUM_QUERIES, K = 256, 1024, 10
@@ -146,7 +149,7 @@ def make(folder: Path, options: argparse.Namespace) -> Gallery:
     info = ivf.build_part(template, blocks(), path, num_threads=options.threads)
     exact.finalize()
     manifest = describe(uri, key, template, options.dim, vectors, info.num_vectors)
-    cache = storage.Cache(folder / "cache", 1 << 40)
+    cache = Cache(folder / "cache", 1 << 40)
     release = Release(uri, manifest)
     paths = {
         shard.number: VectorPaths(release.path(shard.embedding, cache), release.path(shard.structure, cache))

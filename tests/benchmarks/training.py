@@ -26,17 +26,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from namr import datasets, engine, images, manifests, registry, shards, tables, teaching, training
-from namr.images import AugmentConfig
-from namr.learning import TrainingConfig
-from namr.lessons import DataConfig, Lessons
-from namr.losses import LossConfig
-from namr.model import ModelConfig
-from namr.reading import LoaderConfig
-from namr.sampling import PKConfig
-from namr.shards import Sample
-from namr.training import TrainJobConfig
-from namr.workers import WorkersConfig
+from namr import ray_connection
+from namr.data import datasets, images, shards
+from namr.data.images import AugmentConfig
+from namr.data.reading import LoaderConfig
+from namr.data.sampling import PKConfig
+from namr.data.shards import Sample
+from namr.model.losses import LossConfig
+from namr.model.model import ModelConfig
+from namr.registry import registry
+from namr.store import manifests, tables
+from namr.train import job as train_job
+from namr.train import loop
+from namr.train.job import TrainJobConfig
+from namr.train.lessons import DataConfig, Lessons
+from namr.train.ray_group import WorkersConfig
+from namr.train.step import TrainingConfig
 
 UNSTEADY_STEPS = 5
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(4 << 30)}
@@ -51,7 +56,7 @@ def main() -> None:
         folder = Path(temporary)
         make_dataset(folder)
         os.environ.update(KEEP_FREED_MEMORY)  # for the processes that both sides start
-        engine.connect("local", num_cpus=2)
+        ray_connection.connect("local", num_cpus=2)
         speeds: dict[str, list[float]] = {"ray": [], "torchrun": []}
         losses = set()
         for number in range(options.rounds):
@@ -60,7 +65,7 @@ def main() -> None:
                 print(f"round {number}, {side}: {speed:.1f} images/s, last loss {loss:.9g}", flush=True)
                 speeds[side].append(speed)
                 losses.add(loss)
-        engine.disconnect()
+        ray_connection.disconnect()
         if len(losses) != 1:
             sys.exit(f"the sides did not compute the same: last losses {sorted(losses)}")
     ratio = max(speeds["ray"]) / max(speeds["torchrun"])
@@ -102,7 +107,7 @@ def job(options: Any, folder: Path, name: str) -> TrainJobConfig:
 def ray_round(options: Any, folder: Path, number: int) -> tuple[float, float]:
     """Images a second, and the loss of the last step."""
     config = job(options, folder, f"ray-{number}")
-    result = training.fit(config)
+    result = train_job.fit(config)
     runs = registry.connect(config.tracking_uri)
     return result.images_per_s, runs.history(result.mlflow_run_id, "train/total")[-1][1]
 
@@ -132,7 +137,7 @@ def plain_worker(options: Any) -> None:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
-    learning = teaching.begin(config.model, config.loss, config.training, lessons, device=torch.device("cpu"))
+    learning = loop.begin(config.model, config.loss, config.training, lessons, device=torch.device("cpu"))
     batches = lessons.batches(learning.model, first_step=0, num_steps=options.steps, augment=AugmentConfig())
     times, loss = [time.perf_counter()], 0.0
     for result in learning.run(batches):

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import pytest
 
 from infra import services
-from namr import registry, releases, storage
+from namr.registry import registry
+from namr.release import releases
+from namr.store import storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.mlflow, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -65,7 +67,7 @@ def test_from_images_to_answers_on_s3(stack: Stack, tmp_path: Path) -> None:
     model = ("--model", "models:/chain@champion")
     said = submit(stack, "extract", "--config", "jobs/configs/extract.toml", *places, *model)
     assert "896 embedded, 0 refused" in said
-    index = ("--releases-uri", at["releases"], "--indexing.index-key", "IVF8,SQ8")
+    index = ("--releases-uri", at["releases"], "--build.index-key", "IVF8,SQ8")
     said = submit(stack, "build_index", "--config", "jobs/configs/build_index.toml", *places, *model, *index)
     assert "896 indexed" in said
     said = submit(

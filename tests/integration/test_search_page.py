@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from namr import storage
-from namr.items import Items
-from namr.search import Searcher
-from namr.service import create_app
+from namr.search.items import Items
+from namr.search.searcher import Searcher
+from namr.serve.app import create_app
+from namr.store.cache import Cache
 from tests import small_release
 from tests.running import running
 
@@ -24,7 +24,7 @@ NASTY = '<img src=x onerror="window.broken = true">'
 def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
     root = tmp_path_factory.mktemp("page")
     folder = small_release.publish_with_model(root)
-    cache = storage.Cache(root / "cache", 10**9)
+    cache = Cache(root / "cache", 10**9)
     return Searcher.open(str(root / "releases"), cache=cache, model_folder=folder, num_threads=1)
 
 
@@ -193,7 +193,7 @@ def test_a_dropped_picture_is_searched(page: Page) -> None:
 
 def test_keys_and_labels_are_text_and_never_markup(browser: Browser, tmp_path: Path) -> None:
     small_release.publish(tmp_path, small_release.Recipe(num_shards=1))
-    nasty = Searcher.open(str(tmp_path / "releases"), cache=storage.Cache(tmp_path / "cache", 10**9))
+    nasty = Searcher.open(str(tmp_path / "releases"), cache=Cache(tmp_path / "cache", 10**9))
     table = nasty.release.items()
     keys_of_markup = [f"{NASTY}{row}" for row in range(len(table))]
     nasty.items = Items(replace(table, keys=keys_of_markup, labels=[NASTY] * len(table)))

@@ -1,0 +1,277 @@
+"""Datasets: shards listed in numbered versions, and the pointer that says which version is current.
+
+    <dataset>/current.json               the pointer: "versions/<n>.json"
+    <dataset>/versions/<n>.json          shards with digests and counts, tombstones; immutable
+    <dataset>/shards/<plan>/shard-000017.tar, .parquet    images, and the sample index; immutable
+
+A night's new images are new shards and a new version; nothing that a version lists is ever changed. A
+change is published by swapping the pointer as it was read when the change began, so that of two changes at
+once one wins and the other is told. Tars that lie elsewhere (foreign shards) are listed by absolute URI and
+only their index is ours.
+
+A tombstone takes a sample out of all later versions: its id is never read again, and its key stays known,
+so that packing the same source again doesn't bring the image back.
+
+Not covered: erasing bytes, and collecting what killed jobs left behind.
+"""
+
+import functools
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from namr.data.shards import MAX_SHARD_NUMBER, make_id
+from namr.errors import ConfigError, ManifestError, ObjectMissing
+from namr.store import manifests, storage, tables
+from namr.store.manifests import Pointer, StoredObject
+from namr.store.tables import SampleTable
+
+_NUM_READERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """A shard as a dataset version lists it."""
+
+    number: int
+    """given once, never used again in this dataset"""
+    tar: StoredObject
+    """named relative to the dataset, or by absolute URI if the tar is a foreign one"""
+    index: StoredObject
+    """the sample index, named relative to the dataset"""
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """What one packing run brought."""
+
+    source: str
+    num_found: int
+    """images that the source had"""
+    num_known: int
+    """of these, keys that the dataset had already (tombstoned ones too): left alone"""
+    num_refused: int
+    num_packed: int
+    first_shard_number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetVersion:
+    """One version of a dataset, as stored."""
+
+    FORMAT: ClassVar[str] = "namr-dataset"
+    FORMAT_VERSION: ClassVar[int] = 1
+
+    dataset_id: str
+    version: int
+    created: str
+    """ISO 8601, UTC"""
+    num_samples: int
+    """rows of all shards, tombstoned ones included"""
+    next_shard_number: int
+    shards: tuple[ShardEntry, ...]
+    tombstones: tuple[int, ...]
+    """ids, ascending"""
+    sources: tuple[SourceRecord, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset at one version, open for reading."""
+
+    uri: str
+    version: DatasetVersion
+    digest: str
+    """SHA-256 of the version's manifest"""
+
+    @property
+    def shards(self) -> tuple[ShardEntry, ...]:
+        """All shards, by ascending number."""
+        return self.version.shards
+
+    @property
+    def num_live(self) -> int:
+        """Samples that are not tombstoned."""
+        return self.version.num_samples - len(self.version.tombstones)
+
+    @functools.cached_property
+    def tombstones(self) -> npt.NDArray[np.int64]:
+        """Ids that are gone, ascending."""
+        return np.array(self.version.tombstones, np.int64)
+
+    def live(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """(n,) mask of the ids that are not tombstoned."""
+        return ~np.isin(ids, self.tombstones)
+
+    def shard_uri(self, entry: ShardEntry) -> str:
+        """Where the tar lies."""
+        name = entry.tar.name
+        return name if "://" in name or name.startswith("/") else storage.join(self.uri, name)
+
+    def samples(self, entry: ShardEntry) -> SampleTable:
+        """The verified sample index of a shard, tombstoned rows included; else ManifestError."""
+        return next(read_samples(self.uri, [entry]))
+
+    def all_samples(self) -> Iterator[SampleTable]:
+        """`samples` of all shards in order, some read ahead."""
+        return read_samples(self.uri, self.shards)
+
+    def find(self, keys: Iterable[str]) -> dict[str, int]:
+        """The ids of those keys that are in the dataset, tombstoned ones included."""
+        wanted, found = set(keys), {}
+        for table in self.all_samples() if wanted else ():
+            for row, key in enumerate(table.keys):
+                if key in wanted:
+                    found[key] = int(table.ids[row])
+        return found
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a dataset was when a change of it began."""
+
+    uri: str
+    dataset: Dataset | None
+    """None: there was no dataset yet"""
+    pointer: Pointer | None
+
+    @property
+    def next_shard_number(self) -> int:
+        """The first number that was never given."""
+        return self.dataset.version.next_shard_number if self.dataset else 0
+
+
+def open_version(dataset_uri: str, version: int | None = None) -> Dataset:
+    """A version of a dataset, the current one if None; ManifestError if there is none or it is damaged."""
+    if version is not None:
+        return _open(dataset_uri, f"versions/{version}.json")
+    dataset = head(dataset_uri).dataset
+    if dataset is None:
+        raise ManifestError(
+            f"{dataset_uri} is no dataset: it has no current.json; check the URI, or pack one (jobs/pack.py)"
+        )
+    return dataset
+
+
+def head(dataset_uri: str) -> Head:
+    """The current state, to be changed by `publish_version`."""
+    uri = storage.absolute(dataset_uri)
+    pointer = manifests.read_pointer(_pointer_uri(uri))
+    return Head(uri, _open(uri, pointer.target) if pointer else None, pointer)
+
+
+def read_samples(dataset_uri: str, entries: Sequence[ShardEntry]) -> Iterator[SampleTable]:
+    """The sample indexes of shards, verified; ManifestError for one that is gone, damaged or another's."""
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        for start in range(0, len(entries), _NUM_READERS):
+            some = entries[start : start + _NUM_READERS]
+            yield from readers.map(functools.partial(_read_samples, dataset_uri), some)
+
+
+def publish_version(
+    before: Head,
+    shards: Sequence[ShardEntry],
+    *,
+    now: datetime,
+    tombstones: Iterable[int] = (),
+    source: SourceRecord | None = None,
+) -> Dataset:
+    """Make the next version: what was there `before`, and these shards and tombstones; make it current.
+
+    Raises Conflict if somebody else published since `before` was read (nothing is changed then), and
+    ConfigError for shard numbers that were given before.
+    """
+    old = before.dataset.version if before.dataset else None
+    numbers = sorted(entry.number for entry in shards)
+    first = before.next_shard_number
+    if len(set(numbers)) < len(numbers) or not all(first <= n <= MAX_SHARD_NUMBER for n in numbers):
+        raise ConfigError(
+            f"{before.uri}: shard numbers {numbers[:3]}... ; expected distinct ones from {first} to "
+            f"{MAX_SHARD_NUMBER}, never given before"
+        )
+    all_shards = (old.shards if old else ()) + tuple(sorted(shards, key=lambda entry: entry.number))
+    dead = set(old.tombstones if old else ()) | set(tombstones)
+    version = DatasetVersion(
+        dataset_id=old.dataset_id if old else uuid.uuid4().hex,
+        version=old.version + 1 if old else 1,
+        created=now.isoformat(timespec="seconds"),
+        num_samples=sum(entry.num_samples for entry in all_shards),
+        next_shard_number=max([first, *(number + 1 for number in numbers)]),
+        shards=all_shards,
+        tombstones=tuple(sorted(dead)),
+        sources=(old.sources if old else ()) + ((source,) if source else ()),
+    )
+    version = _write_under_next_number(before.uri, version)
+    target = f"versions/{version.version}.json"
+    manifests.swap_pointer(_pointer_uri(before.uri), target, expected=before.pointer, token=uuid.uuid4().hex)
+    return _open(before.uri, target)
+
+
+def tombstone(dataset_uri: str, keys: Sequence[str], *, now: datetime) -> Dataset:
+    """Take samples out, by key, in a new version; if all are out already the current version is returned.
+
+    Raises ConfigError if a key is not in the dataset, and nothing is changed then.
+    """
+    before = head(dataset_uri)
+    if before.dataset is None:
+        raise ManifestError(f"{dataset_uri} is no dataset: it has no current.json; check the URI")
+    found = before.dataset.find(keys)
+    unknown = sorted(set(keys) - set(found))
+    if unknown:
+        raise ConfigError(
+            f"{len(unknown)} of {len(set(keys))} keys are not in {dataset_uri}, for one {unknown[0]!r}; "
+            "nothing was changed"
+        )
+    if set(found.values()) <= set(before.dataset.version.tombstones):
+        return before.dataset
+    return publish_version(before, [], now=now, tombstones=found.values())
+
+
+def _read_samples(dataset_uri: str, entry: ShardEntry) -> SampleTable:
+    uri = storage.join(dataset_uri, entry.index.name)
+    try:
+        table = tables.decode_samples(manifests.read_object(dataset_uri, entry.index))
+    except ObjectMissing as error:
+        raise ManifestError(
+            f"shard {entry.number} has no index: {uri} is missing, and a version of the dataset lists it; "
+            "restore it, or pack the dataset anew"
+        ) from error
+    if not np.array_equal(table.ids, make_id(entry.number, 0) + np.arange(entry.num_samples)):
+        raise ManifestError(
+            f"{uri} is not the index of shard {entry.number} with {entry.num_samples} samples: it has "
+            f"{len(table)} rows; restore it, or pack the dataset anew"
+        )
+    return table
+
+
+def _write_under_next_number(dataset_uri: str, version: DatasetVersion) -> DatasetVersion:
+    """Write the manifest; a number that a run used which died before it published is passed over."""
+    while not storage.write_if_absent(
+        storage.join(dataset_uri, f"versions/{version.version}.json"), manifests.encode_manifest(version)
+    ):
+        version = replace(version, version=version.version + 1)
+    return version
+
+
+def _open(dataset_uri: str, name: str) -> Dataset:
+    uri = storage.join(dataset_uri, name)
+    try:
+        data = storage.read(uri)
+    except ObjectMissing as error:
+        raise ManifestError(f"{uri} is missing, so there is no such version of the dataset") from error
+    return Dataset(
+        uri=storage.absolute(dataset_uri),
+        version=manifests.decode_manifest(data, DatasetVersion, uri),
+        digest=storage.sha256(data),
+    )
+
+
+def _pointer_uri(dataset_uri: str) -> str:
+    return storage.join(dataset_uri, "current.json")

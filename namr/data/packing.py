@@ -1,0 +1,309 @@
+"""Packing: a source's images into shards, in parallel, and a new version of the dataset that lists them.
+
+`pack` makes the dataset contain what the source offers. Images whose key the dataset knows already are left
+alone (tombstoned ones too), so a nightly run on a growing folder packs the new ones only, and running it
+twice changes nothing. A changed image needs another key.
+
+Every image is decoded once here. What can't be decoded is refused, listed with its reason, and fails the run
+above `max_bad_fraction`; what can is stored byte for byte as it came. Shards are one Ray task each: it writes
+the tar, the sample index, and last a receipt under the digest of the plan. A run that was killed anywhere
+leaves the dataset as it was, and the same run again goes on from the receipts. The new version is published
+last, if the pointer is still the one that was read first.
+
+Foreign WebDataset shards ("webdataset:<folder of tars>") are read, checked and indexed, and stay where they
+are. On a cluster every node must see the source under the same path or URI.
+"""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from namr import progress, ray_connection
+from namr.data import datasets
+from namr.data.datasets import Head, ShardEntry, SourceRecord
+from namr.data.pack_shard import Receipt, RefusedImage, ShardPlan, run_plan
+from namr.data.sources import Classes, SourceImage, open_source
+from namr.errors import ConfigError, ImageRefused, ManifestError, ObjectMissing
+from namr.store import storage
+from namr.store.manifests import StoredObject
+
+_NUM_READERS = 16
+_NUM_SIZES_ASKED = 256
+_TAR_BYTES_PER_SAMPLE = 2048
+"""two headers, the JSON, and padding"""
+_FOREIGN_PREFIX = "webdataset:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """What to pack, and where to."""
+
+    source: str
+    """a folder of class folders, a .csv or .parquet with a path or uri column, "digits", "torchvision:<Name>"
+    or "webdataset:<folder of tars>" to index foreign shards where they are"""
+    dataset_uri: str
+    """the dataset that the images are brought into: a folder or s3://bucket/name; made if it isn't there"""
+    classes: Classes = "all"
+    """all, or one half of the sorted labels, for a test on classes that training never saw"""
+    order: Literal["class", "shuffled"] = "class"
+    """class: the images of a class lie together, which random reads by class like; shuffled: all mixed"""
+    shard_bytes: int = 256 << 20
+    """target size of a shard"""
+    seed: int = 0
+    """decides the order of classes and images"""
+    max_bad_fraction: float = 0.01
+    """the run fails if a larger share of the source's images is refused"""
+    download_folder: Path = Path("~/.cache/namr")
+    """where torchvision's data sets are downloaded to"""
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes <= 0:
+            raise ConfigError(f"shard_bytes is {self.shard_bytes}; expected more than 0")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
+        if self.classes != "all" and self.source.startswith(_FOREIGN_PREFIX):
+            raise ConfigError(f"classes is {self.classes}; foreign shards are indexed whole, expected all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackReport:
+    """What a run found and did."""
+
+    dataset_uri: str
+    version: int
+    """the current version after the run"""
+    num_found: int
+    num_known: int
+    """were in the dataset before, by key"""
+    num_packed: int
+    num_refused: int
+    num_new_shards: int
+    num_passed_over: int
+    """files of the source that are no images by their names"""
+    num_classes: int
+    """of the whole dataset"""
+    num_single_classes: int
+    """of these, classes with one image: kept, but training can't make pairs of them"""
+    num_unlabelled: int
+    seconds: float
+    refused: tuple[RefusedImage, ...]
+
+
+class _Work(NamedTuple):
+    """What a run is to do."""
+
+    plans: list[ShardPlan]
+    num_known: int
+    num_found: int | None
+    """None where only reading the shards will tell"""
+    num_passed_over: int
+
+
+def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> PackReport:
+    """Bring the images of a source into a dataset, as new shards and a new version.
+
+    Raises ConfigError for a source that is empty, unclear or has a key twice, StorageError where the dataset
+    can't be written, ImageRefused above `max_bad_fraction`, ManifestError for a damaged foreign shard or
+    dataset, Conflict if another run published meanwhile (run again: what is new is worked out anew).
+    """
+    started = time.monotonic()
+    uri = storage.absolute(config.dataset_uri)
+    storage.check_writable(uri)
+    before = datasets.head(uri)
+    is_foreign = config.source.startswith(_FOREIGN_PREFIX)
+    work = _foreign_work(config, before) if is_foreign else _own_work(config, before)
+    receipts = _run(work, config.max_bad_fraction)
+    entries = [receipt.entry for receipt in receipts if receipt.entry]
+    refused = tuple(image for receipt in receipts for image in receipt.refused)
+    num_packed = sum(entry.num_samples for entry in entries)
+    num_found = work.num_known + num_packed + len(refused)
+    if work.num_found not in (None, num_found):
+        raise ManifestError(f"{config.source}: {work.num_found} images found, {num_found} accounted for")
+    _check_refused(refused, num_found, config.max_bad_fraction)
+    if is_foreign:
+        _check_foreign_keys(before, entries)
+    images_of_class = _count_labels(before, entries)
+    record = SourceRecord(
+        source=config.source,
+        num_found=num_found,
+        num_known=work.num_known,
+        num_refused=len(refused),
+        num_packed=num_packed,
+        first_shard_number=before.next_shard_number,
+    )
+    if entries:
+        dataset = datasets.publish_version(before, entries, now=clock(), source=record)
+    elif before.dataset:
+        dataset = before.dataset
+    else:
+        raise ConfigError(f"{config.source}: all {num_found} images were refused, nothing was packed")
+    num_unlabelled = images_of_class.pop(None, 0)
+    return PackReport(
+        dataset_uri=uri,
+        version=dataset.version.version,
+        num_found=num_found,
+        num_known=work.num_known,
+        num_packed=num_packed,
+        num_refused=len(refused),
+        num_new_shards=len(entries),
+        num_passed_over=work.num_passed_over,
+        num_classes=len(images_of_class),
+        num_single_classes=sum(num == 1 for num in images_of_class.values()),
+        num_unlabelled=num_unlabelled,
+        seconds=time.monotonic() - started,
+        refused=refused,
+    )
+
+
+def _own_work(config: PackingConfig, before: Head) -> _Work:
+    source = open_source(config.source, classes=config.classes, download_folder=config.download_folder)
+    known = before.dataset.find([image.key for image in source.images]) if before.dataset else {}
+    new = _with_sizes([image for image in source.images if image.key not in known], config.seed)
+    plans = [
+        ShardPlan(dataset_uri=before.uri, number=before.next_shard_number + place, images=images)
+        for place, images in enumerate(cut(new, config))
+    ]
+    return _Work(plans, len(known), len(source.images), sum(source.passed_over.values()))
+
+
+def _foreign_work(config: PackingConfig, before: Head) -> _Work:
+    folder = storage.absolute(config.source.removeprefix(_FOREIGN_PREFIX))
+    tars = [storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".tar")]
+    if not tars:
+        raise ConfigError(f"{folder} has no .tar files; check the path (compressed tars can't be indexed)")
+    known = {entry.tar.name: entry for entry in before.dataset.shards} if before.dataset else {}
+    plans: list[ShardPlan] = []
+    for uri in tars:
+        size_bytes = storage.size(uri)
+        if uri not in known:
+            number = before.next_shard_number + len(plans)
+            foreign = StoredObject(uri, size_bytes, sha256="")
+            plans.append(ShardPlan(dataset_uri=before.uri, number=number, foreign=foreign))
+        elif known[uri].tar.size_bytes != size_bytes:
+            raise ManifestError(
+                f"{uri} has {size_bytes} bytes and had {known[uri].tar.size_bytes} when it was indexed; "
+                "an indexed shard must not change: restore it, or put new images in new shards"
+            )
+    num_known = sum(known[uri].num_samples for uri in tars if uri in known)
+    return _Work(plans, num_known, None, 0)
+
+
+def cut(found: Sequence[SourceImage], config: PackingConfig) -> list[list[SourceImage]]:
+    """The images of each shard, in order: a seeded shuffle, by class or of all, cut near `shard_bytes`.
+
+    By class, a class is cut only if it is larger than a shard, so that its images are one range. Images
+    without a label count as one class, the last.
+    """
+    rng = np.random.default_rng(config.seed)
+    by_class: dict[str | None, list[SourceImage]] = defaultdict(list)
+    for image in found:
+        by_class[image.label if config.order == "class" else None].append(image)
+    unlabelled = by_class.pop(None, [])
+    labels = sorted(label for label in by_class if label is not None)
+    groups = [by_class[labels[place]] for place in rng.permutation(len(labels))] + [unlabelled]
+    parts: list[list[SourceImage]] = [[]]
+    filled = 0
+    for group in groups:
+        sizes = [(image.num_bytes or 0) + _TAR_BYTES_PER_SAMPLE for image in group]
+        if filled + sum(sizes) > config.shard_bytes >= sum(sizes):
+            parts, filled = [*parts, []], 0
+        for place in rng.permutation(len(group)):
+            if filled + sizes[place] > config.shard_bytes:
+                parts.append([])
+                filled = 0
+            parts[-1].append(group[place])
+            filled += sizes[place]
+    return [part for part in parts if part]
+
+
+def _with_sizes(found: list[SourceImage], seed: int) -> list[SourceImage]:
+    """Sizes where none are known yet: exact for local files, the mean of a seeded sample for remote ones."""
+    remote = [i.location for i in found if i.num_bytes is None and not storage.is_local(i.location)]
+    asked = np.random.default_rng(seed).permutation(len(remote))[:_NUM_SIZES_ASKED]
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        sizes = list(readers.map(_size_or_zero, [remote[place] for place in asked]))
+    mean = sum(sizes) // max(1, len(sizes))
+
+    def size(image: SourceImage) -> int:
+        return _size_or_zero(image.location) if storage.is_local(image.location) else mean
+
+    return [
+        image
+        if image.num_bytes is not None
+        else replace(
+            image, num_bytes=_size_or_zero(image.location) if storage.is_local(image.location) else mean
+        )
+        for image in found
+    ]
+
+
+def _size_or_zero(uri: str) -> int:
+    try:
+        return storage.size(uri)
+    except ObjectMissing:
+        return 0  # reading it will refuse it, with the reason
+
+
+def _run(work: _Work, max_bad_fraction: float) -> list[Receipt]:
+    """The receipts in plan order; ends early once too many images are refused."""
+    if not work.plans:
+        return []
+    ray_connection.connect()
+    receipts: dict[int, Receipt] = {}
+    refused: list[RefusedImage] = []
+    with progress.shown("packing shards", len(work.plans)) as show:
+        for place, receipt in ray_connection.map_tasks(run_plan, work.plans):
+            receipts[place] = receipt
+            refused += receipt.refused
+            if work.num_found:
+                _check_refused(refused, work.num_found, max_bad_fraction)
+            show(len(receipts), f"({len(refused)} images refused)" if refused else "")
+    return [receipts[place] for place in range(len(work.plans))]
+
+
+def _check_refused(refused: Sequence[RefusedImage], num_found: int, max_bad_fraction: float) -> None:
+    if len(refused) > max_bad_fraction * num_found:
+        first = refused[0]
+        raise ImageRefused(
+            f"{len(refused)} of {num_found} images, more than max_bad_fraction {max_bad_fraction} allows; "
+            f"the first is {first.location} (key {first.key!r}): {first.reason}. Nothing was published; "
+            "repair or remove them, or allow more"
+        )
+
+
+def _check_foreign_keys(before: Head, entries: Sequence[ShardEntry]) -> None:
+    """Foreign shards bring their keys along: each must be one image's, in the whole dataset."""
+    places: dict[str, str] = {}
+    for entry, table in zip(entries, datasets.read_samples(before.uri, entries), strict=True):
+        for key in table.keys:
+            if key in places:
+                raise ConfigError(
+                    f"key {key!r} is in {places[key]} and in {entry.tar.name}; a key is one image's identity "
+                    "in a dataset: index them as two datasets, or write the shards anew with other keys"
+                )
+            places[key] = entry.tar.name
+    known = before.dataset.find(places) if before.dataset else {}
+    if known:
+        key = min(known)
+        raise ConfigError(f"key {key!r} of {places[key]} is in the dataset already; nothing was published")
+
+
+def _count_labels(before: Head, entries: Sequence[ShardEntry]) -> Counter[str | None]:
+    """Live images of each label with these new shards; None counts those without one.
+
+    It is read back before anything is published: a worker node that wrote to a disk of its own is found out.
+    """
+    counts: Counter[str | None] = Counter()
+    for table in before.dataset.all_samples() if before.dataset else ():
+        live = before.dataset.live(table.ids) if before.dataset else ()
+        counts.update(label for label, is_live in zip(table.labels, live, strict=True) if is_live)
+    for table in datasets.read_samples(before.uri, entries):
+        counts.update(table.labels)
+    return counts

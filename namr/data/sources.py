@@ -1,0 +1,242 @@
+"""Where users' images come from: folders, tables, torchvision's data sets, scikit-learn's digits.
+
+A source is written as one word:
+
+    photos/train, s3://bucket/photos     a folder of class folders; images outside of any have no label
+    items.csv, s3://bucket/items.parquet columns `path` (or `uri`), `label`, `key` (both optional), the rest
+                                         are fields; relative paths are relative to the table
+    digits                               scikit-learn's 1,797 handwritten digits, enlarged to 32 px
+    torchvision:Omniglot                 any torchvision data set of labelled images, all its splits;
+    torchvision:Flowers102:test          or one of them
+
+The key of an image is its path in the folder or table without the extension, unless the table has keys.
+Not covered: reading and checking the images (`packing` does), and foreign shards.
+"""
+
+import inspect
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import sklearn.datasets
+import torchvision.datasets
+
+from namr.data import images
+from namr.data.shards import EXTENSIONS, Scalar
+from namr.errors import ConfigError, StorageError
+from namr.store import storage, tables
+
+Classes = Literal["all", "first_half", "second_half"]
+
+_SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
+_TORCHVISION_SPLITS = ("train", "val", "test", "trainval")
+_DIGIT_ENLARGEMENT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceImage:
+    """An image that is offered: who it is, and where its bytes are."""
+
+    key: str
+    location: str
+    """path or URI; of images that a library holds in memory, a name for messages"""
+    label: str | None = None
+    fields: Mapping[str, Scalar] = field(default_factory=dict)
+    num_bytes: int | None = None
+    """None where it would take a request to know"""
+    data: bytes | None = None
+    """the bytes, where they are not to be read from `location`"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that a source offers."""
+
+    images: list[SourceImage]
+    """by ascending key"""
+    passed_over: Mapping[str, int]
+    """files that are no images by their names: how many of each suffix"""
+
+
+def open_source(source: str, *, classes: Classes, download_folder: Path) -> Source:
+    """List what a source offers, of all classes or of one half of the sorted labels.
+
+    Raises ConfigError if it is empty, can't be understood, or offers a key twice.
+    """
+    kind, _, rest = source.partition(":")
+    passed_over: Counter[str] = Counter()
+    if source == "digits":
+        found = list(_digits())
+    elif kind == "torchvision":
+        found = list(_torchvision(rest, download_folder))
+    elif PurePosixPath(source).suffix.lower() in (".csv", ".parquet", ".pq"):
+        found = list(_table(source))
+    else:
+        found = list(_folder(source, passed_over))
+    if not found:
+        others = f", but {passed_over.total()} other files ({', '.join(passed_over)})" if passed_over else ""
+        raise ConfigError(f"{source} has no images (.{', .'.join(EXTENSIONS)}){others}; check the path")
+    by_key: dict[str, SourceImage] = {}
+    for image in found:
+        if image.key in by_key:
+            raise ConfigError(
+                f"{source}: {by_key[image.key].location} and {image.location} have the same key "
+                f"{image.key!r}; a key is one image's identity, rename one"
+            )
+        by_key[image.key] = image
+    return Source([by_key[key] for key in sorted(_of_half(by_key, classes))], passed_over)
+
+
+def _of_half(by_key: Mapping[str, SourceImage], classes: Classes) -> Iterable[str]:
+    if classes == "all":
+        return by_key
+    labels = sorted({image.label for image in by_key.values() if image.label is not None})
+    middle = (len(labels) + 1) // 2
+    chosen = set(labels[:middle] if classes == "first_half" else labels[middle:])
+    if not chosen:
+        raise ConfigError(f"classes is {classes}, and there are {len(labels)} classes; expected at least 2")
+    return (key for key, image in by_key.items() if image.label in chosen)
+
+
+def _folder(source: str, passed_over: Counter[str]) -> Iterator[SourceImage]:
+    root = storage.absolute(source)
+    if storage.is_local(root) and not Path(root).is_dir():
+        raise ConfigError(f"{source} is not a folder, a .csv or a .parquet file; check the path")
+    top: set[str] = set()
+    grandchildren = False
+    for name in storage.list_names(root):
+        path = PurePosixPath(name)
+        if path.suffix.lower().lstrip(".") not in EXTENSIONS:
+            passed_over[path.suffix.lower() or "no suffix"] += 1
+            continue
+        label = path.parts[0] if len(path.parts) > 1 else None
+        top.add(label or "")
+        grandchildren |= len(path.parts) > 2
+        location = storage.join(root, name)
+        num_bytes = Path(location).stat().st_size if storage.is_local(root) else None
+        yield SourceImage(key=str(path.with_suffix("")), location=location, label=label, num_bytes=num_bytes)
+    if grandchildren and top <= _SPLIT_NAMES:
+        raise ConfigError(
+            f"{source} holds the splits {', '.join(sorted(top))} and not classes; give one of them, like "
+            f"{storage.join(source, max(top))}"
+        )
+
+
+def _table(source: str) -> Iterator[SourceImage]:
+    uri = storage.absolute(source)
+    if storage.is_local(uri):
+        columns = tables.read_rows(Path(uri))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / PurePosixPath(uri).name
+            storage.download(uri, path)
+            columns = tables.read_rows(path)
+    place = "path" if "path" in columns else "uri"
+    if place not in columns:
+        raise ConfigError(f"{source} has the columns {list(columns)}; expected one called path or uri")
+    base = uri.rpartition("/")[0]
+    names = [name for name in columns if name not in (place, "label", "key")]
+    for row, path in enumerate(columns[place]):
+        if not path:
+            raise ConfigError(f"{source}: row {row + 1} has no {place}; every row needs one")
+        is_whole = "://" in path or path.startswith("/")
+        key = _value(columns, "key", row)
+        label = _value(columns, "label", row)
+        yield SourceImage(
+            key=_without_extension(path) if key is None else str(key),
+            location=path if is_whole else storage.join(base, path),
+            label=None if label is None else str(label),
+            fields={name: _value(columns, name, row) for name in names},
+        )
+
+
+def _value(columns: Mapping[str, list[Any]], name: str, row: int) -> Scalar:
+    """A field of a table; what JSON has no word for as text, NaN as none."""
+    value = columns[name][row] if name in columns else None
+    if value is None or value != value:
+        return None
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+def _without_extension(path: str) -> str:
+    stem, dot, extension = path.rpartition(".")
+    return stem if dot and extension.lower() in EXTENSIONS else path
+
+
+def _digits() -> Iterator[SourceImage]:
+    bunch = sklearn.datasets.load_digits()
+    square = np.ones((_DIGIT_ENLARGEMENT, _DIGIT_ENLARGEMENT))
+    for row, (values, digit) in enumerate(zip(bunch.images, bunch.target, strict=True)):
+        pixels = np.kron(values * (255 / 16), square).round().astype(np.uint8)
+        data = images.encode_png(pixels)
+        key = f"{digit}/{row:04d}"
+        yield SourceImage(
+            key=key, location=f"digits[{row}]", label=str(digit), num_bytes=len(data), data=data
+        )
+
+
+def _torchvision(wanted: str, download_folder: Path) -> Iterator[SourceImage]:
+    """Files are taken as they are where the data set reads files, and as PNG where it holds arrays."""
+    name, _, split = wanted.partition(":")
+    cls = getattr(torchvision.datasets, name, None)
+    if not inspect.isclass(cls) or "download" not in inspect.signature(cls).parameters:
+        raise ConfigError(f"torchvision:{name}: torchvision.datasets has no such data set to download")
+    root = download_folder.expanduser().absolute() / name
+    root.mkdir(parents=True, exist_ok=True)
+    seen: set[Path] = set()
+    for split_name, dataset in _splits(cls, root, split):
+        classes = getattr(dataset, "classes", None)
+        for row in range(len(dataset)):
+            image, number = dataset[row]
+            if not isinstance(number, int | np.integer):
+                raise ConfigError(
+                    f"torchvision:{name} has {type(number).__name__} labels; expected class numbers"
+                )
+            label = str(classes[number]) if classes else f"{number:04d}"
+            if isinstance(dataset, torchvision.datasets.Omniglot):  # whose numbers follow os.listdir
+                label = "/".join(image.parts[-3:-1])
+            if not isinstance(image, Path):
+                data = images.encode_png(np.asarray(image.convert("RGB")))
+                key = f"{label}/{split_name or 'all'}-{row:06d}"
+                where = f"torchvision:{name}:{key}"
+                yield SourceImage(key=key, location=where, label=label, num_bytes=len(data), data=data)
+            elif image not in seen:
+                seen.add(image)
+                key, num_bytes = str(image.relative_to(root).with_suffix("")), image.stat().st_size
+                yield SourceImage(key=key, location=str(image), label=label, num_bytes=num_bytes)
+
+
+def _splits(cls: Callable[..., Any], root: Path, wanted: str) -> Iterator[tuple[str, Any]]:
+    """The data set of each split, or of the one wanted; torchvision has three ways to ask for a split."""
+    parameters = inspect.signature(cls).parameters
+    choices: dict[str, dict[str, Any]] = {"": {}}
+    if "background" in parameters:
+        choices = {"background": {"background": True}, "evaluation": {"background": False}}
+    elif "train" in parameters:
+        choices = {"train": {"train": True}, "test": {"train": False}}
+    elif "split" in parameters:
+        choices = {split: {"split": split} for split in ([wanted] if wanted else _TORCHVISION_SPLITS)}
+    if wanted and wanted not in choices:
+        raise ConfigError(f"split {wanted!r} of {cls.__name__}: expected one of {[c for c in choices if c]}")
+    loader = {"loader": Path} if "loader" in parameters else {}
+    num_found = 0
+    for split in [wanted] if wanted else choices:
+        if split == "trainval" and num_found > 1:
+            continue  # it is train and val together
+        try:
+            dataset = cls(root=root, download=True, **choices[split], **loader)
+        except ValueError as error:
+            if wanted:
+                raise ConfigError(f"split {wanted!r} of {cls.__name__}: {error}") from error
+            continue  # torchvision's word for a split that this data set doesn't have
+        except (OSError, RuntimeError) as error:
+            raise StorageError(
+                f"torchvision could not download {cls.__name__} to {root}: {error}; "
+                "check the internet access, or put its files there"
+            ) from error
+        num_found += 1
+        yield split, dataset

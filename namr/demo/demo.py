@@ -1,0 +1,274 @@
+"""The whole chain on one machine: pack, train, extract, build, publish, evaluate, report, serve.
+
+The default data set is scikit-learn's handwritten digits, which every installation has: digits 0 to 4 to
+learn from, 5 to 9 as the gallery that training never saw. It shows the flow and not accuracy. Everything lies
+below one folder; a second run goes on from what is there.
+"""
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from namr import ray_connection
+from namr.data import datasets, packing
+from namr.data.reading import LoaderConfig
+from namr.demo import recipes
+from namr.demo.recipes import Recipe
+from namr.measure import evaluation, report
+from namr.measure.evaluation import Comparison, EvaluationConfig
+from namr.model.losses import LossConfig
+from namr.nightly import reindexing, release_report
+from namr.nightly.reindexing import GateConfig, ReindexConfig, ReindexReport
+from namr.registry import registry
+from namr.search.searcher import Searcher
+from namr.serve import process
+from namr.serve.process import ServeConfig
+from namr.store.cache import Cache
+from namr.train import job
+from namr.train.job import FitResult, TrainJobConfig
+from namr.train.lessons import DataConfig
+from namr.train.ray_group import WorkersConfig
+
+_CORES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole chain on one machine, from images to a search page."""
+
+    data: str = "digits"
+    """digits, a folder of class folders (or with train/ and test/ folders of those), torchvision:<Name>, or
+    a table of paths and labels"""
+    folder: Path = Path("demo-data")
+    """where everything is kept"""
+    serve: bool = True
+    """open the search service and the MLflow UI, until Ctrl-C"""
+    weights: str | None = None
+    """the backbone's: timm downloads them, none starts untrained, else a .safetensors file; unless said,
+    none for digits and timm for other images"""
+    backbone: str | None = None
+    """a timm model; unless said, a tiny one for digits and tf_efficientnet_lite0 for other images"""
+    num_steps: int = 60
+    """of each of the two trainings"""
+    port: int = 0
+    """of the search page; 0 chooses a free one"""
+
+
+def run(config: DemoConfig) -> None:
+    """Run every stage, say what came of it, write the report, and serve if asked to."""
+    console = Console()
+    folder = config.folder.absolute() / recipes.name_of(config.data)
+    tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"[bold]namr demo[/bold] on {config.data}, everything below {folder}")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray warns of how its own Ray Data starts actors
+    ray_connection.connect(num_cpus=_CORES)
+    try:
+        with _stage(console, "1/5 pack"):
+            sources = recipes.sources_of(config.data, folder)
+            packed = packing.pack(sources.train)
+            gallery = packing.pack(sources.gallery)
+        console.print(
+            f"    {packed.num_classes} classes to learn from, {gallery.num_classes} never seen; "
+            f"{packed.num_packed + gallery.num_packed} images packed now, "
+            f"{packed.num_known + gallery.num_known} were there"
+        )
+        recipe = recipes.recipe_of(
+            config.data,
+            num_classes=packed.num_classes - packed.num_single_classes,
+            num_steps=config.num_steps,
+            weights=config.weights,
+            backbone=config.backbone,
+        )
+        with _stage(console, "2/5 train, with 2 workers"):
+            plain = _fit(recipe, folder, tracking_uri, ranking_weight=0.0)
+            namr = _fit(recipe, folder, tracking_uri, ranking_weight=2.0)
+            registry.connect(tracking_uri).promote(namr.model_name, version=namr.model_version)
+        console.print(
+            f"    {namr.num_steps} steps without and with the ranking loss, {namr.images_per_s:.0f} images a "
+            f"second; {namr.model_name} version {namr.model_version} is the champion"
+        )
+        with _stage(console, "3/5 extract, build, measure, publish"):
+            night = reindexing.reindex(
+                ReindexConfig(
+                    dataset_uri=str(folder / "gallery"),
+                    embeddings_uri=str(folder / "embeddings"),
+                    releases_uri=str(folder / "releases"),
+                    model=f"models:/{namr.model_name}@champion",
+                    tracking_uri=tracking_uri,
+                    build=recipe.build,
+                    gate=GateConfig(max_recall_at_1_drop=1.0),  # a second demo may train with fewer steps
+                )
+            )
+        _tell_release(console, night)
+        with _stage(console, "4/5 evaluate"):
+            comparison = evaluation.evaluate(
+                EvaluationConfig(
+                    dataset_uri=str(folder / "gallery"),
+                    models=(f"lambda 0={plain.model_uri}", f"NAMR={namr.model_uri}"),
+                    raw_pixels=True,
+                    untrained=True,
+                    loader=_loader(folder),
+                )
+            )
+        console.print(_table(comparison))
+        if config.data == "digits":
+            console.print("    [dim]handwritten digits show the flow, not the accuracy: they are easy[/dim]")
+        if recipe.validates_on_gallery:
+            console.print(
+                "    [dim]too few classes to hold some out: checkpoint and way of searching were chosen on "
+                "this gallery, so these numbers flatter a little[/dim]"
+            )
+        with _stage(console, "5/5 report"):
+            report_path = folder / "report.html"
+            report_path.write_text(_report(config, tracking_uri, night, comparison, (plain, namr)))
+        console.print(f"    {report_path.as_uri()}")
+    finally:
+        ray_connection.disconnect()
+    if config.serve:
+        _serve(console, config, folder, tracking_uri)
+
+
+def _loader(folder: Path) -> LoaderConfig:
+    return LoaderConfig(num_workers=0, cache_folder=folder / "cache")
+
+
+def _fit(recipe: Recipe, folder: Path, tracking_uri: str, *, ranking_weight: float) -> FitResult:
+    digest = hashlib.sha256(repr((recipe, ranking_weight)).encode()).hexdigest()[:8]
+    name = "namr" if ranking_weight else "namr-without-structure"
+    return job.fit(
+        TrainJobConfig(
+            run_name=f"{name}-{digest}",
+            storage_uri=str(folder / "runs"),
+            data=DataConfig(
+                dataset_uri=str(folder / "train"),
+                validation_uri=str(folder / "gallery") if recipe.validates_on_gallery else None,
+            ),
+            batch=recipe.batch,
+            model=recipe.model,
+            loss=LossConfig(base="triplet", ranking_weight=ranking_weight, num_clusters=4),
+            training=recipe.training,
+            augment=recipe.augment,
+            loader=_loader(folder),
+            workers=WorkersConfig(num_workers=_CORES),
+            model_name=name,
+            tracking_uri=tracking_uri,
+        )
+    )
+
+
+def _tell_release(console: Console, night: ReindexReport) -> None:
+    manifest, assessed = night.release.manifest, night.report.assessment
+    console.print(
+        f"    release {manifest.release_id}{'' if night.is_new else ' (was there)'}: "
+        f"{manifest.counts.num_indexed} images in {night.report.num_parts} merged parts of "
+        f"{manifest.index_key}; "
+        f"recall@10 {assessed.recall_at_10:.3f} with {assessed.probed}"
+    )
+
+
+def _table(comparison: Comparison) -> Table:
+    header, *rows = comparison.ways_table()
+    table = Table(*header, title=comparison.title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _report(
+    config: DemoConfig,
+    tracking_uri: str,
+    night: ReindexReport,
+    comparison: Comparison,
+    runs: tuple[FitResult, FitResult],
+) -> str:
+    """The release's own report, with the comparison and the curves of both trainings before it."""
+    header, *rows = comparison.ways_table()
+    ways = report.Table(title=comparison.title, columns=header, rows=rows)
+    recalls = {
+        row.name: {column: 100 * found.recall_at_1 for column, found in row.by_column.items()}
+        for row in comparison.rows
+    }
+    runs_registry = registry.connect(tracking_uri)
+    losses = {run.run_name: runs_registry.history(run.mlflow_run_id, "train/metric") for run in runs}
+    manifest = night.release.manifest
+    with tempfile.TemporaryDirectory(prefix="namr-demo-") as temporary:
+        cache = Cache(Path(temporary), max_bytes=1 << 30)
+        searcher = Searcher.of(night.release, cache=cache, query_model=None)
+        dataset = datasets.open_version(manifest.dataset_uri, manifest.dataset_version)
+        keys = [item.key for item in searcher.items.draw(8, seed=0)]
+        grid = release_report.retrieval_grid(searcher, dataset, keys)
+    page = release_report.page(f"namr on {config.data}", manifest, night.report, [grid])
+    return report.render(
+        replace(
+            page,
+            tables=[ways, *page.tables],
+            plots=[
+                report.bars("Recall@1 on unseen classes", recalls, x_label="per cent"),
+                report.curves("Base loss while training", losses, x_label="step", y_label="loss"),
+                *page.plots,
+            ],
+        )
+    )
+
+
+@contextmanager
+def _stage(console: Console, title: str) -> Iterator[None]:
+    """A line for a stage, and how long it took."""
+    console.print(f"[bold]{title}[/bold]")
+    began = time.monotonic()
+    yield
+    console.print(f"    [dim]{time.monotonic() - began:.1f} s[/dim]")
+
+
+def _serve(console: Console, config: DemoConfig, folder: Path, tracking_uri: str) -> None:
+    """The search page and the MLflow UI, until Ctrl-C; what was started is ended."""
+    with _mlflow_ui(folder, tracking_uri) as address:
+        console.print(f"MLflow UI:    [link]{address}[/link]")
+        serve_config = ServeConfig(
+            releases_uri=str(folder / "releases"),
+            tracking_uri=tracking_uri,
+            cache_folder=folder / "cache",
+            port=config.port,
+        )
+        console.print("[dim]Ctrl-C ends both[/dim]")
+        with suppress(KeyboardInterrupt):
+            process.serve(serve_config, announce=lambda line: console.print(f"search page:  {line}"))
+
+
+@contextmanager
+def _mlflow_ui(folder: Path, tracking_uri: str) -> Iterator[str]:
+    """An MLflow server over the demo's runs, as a process of its own; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--backend-store-uri", tracking_uri, "--workers", "1"),
+    ]
+    environment = os.environ | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with (folder / "mlflow-ui.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True
+        )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=20)

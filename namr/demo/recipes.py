@@ -1,0 +1,93 @@
+"""What the demo packs and trains: for handwritten digits, and for anybody's photographs.
+
+Not covered: running any of it (`demo`).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from namr.data.images import AugmentConfig
+from namr.data.packing import PackingConfig
+from namr.data.sampling import PKConfig
+from namr.model.model import ModelConfig
+from namr.release.build import BuildConfig
+from namr.train.step import TrainingConfig
+
+_ENOUGH_CLASSES = 20
+"""From here on some of the classes to learn from are held out to validate on; else the gallery serves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What is packed: classes to learn from, and classes that training never sees."""
+
+    train: PackingConfig
+    gallery: PackingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained, and how the index is built."""
+
+    model: ModelConfig
+    batch: PKConfig
+    training: TrainingConfig
+    augment: AugmentConfig
+    build: BuildConfig
+    validates_on_gallery: bool
+
+
+def name_of(data: str) -> str:
+    """A folder for each data set, so that trying another one mixes nothing."""
+    tail = "".join(c if c.isalnum() else "-" for c in data.rstrip("/").rpartition("/")[2]).strip("-")
+    return data if data == "digits" else f"{tail[:40]}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
+
+
+def sources_of(data: str, folder: Path) -> Sources:
+    """The splits of a folder that has train/ and test/; of other data two halves of the classes."""
+    split = Path(data) / "train", Path(data) / "test"
+    train, gallery = str(folder / "train"), str(folder / "gallery")
+    if all(path.is_dir() for path in split):
+        return Sources(
+            train=PackingConfig(source=str(split[0]), dataset_uri=train),
+            gallery=PackingConfig(source=str(split[1]), dataset_uri=gallery),
+        )
+    return Sources(
+        train=PackingConfig(source=data, dataset_uri=train, classes="first_half"),
+        gallery=PackingConfig(source=data, dataset_uri=gallery, classes="second_half"),
+    )
+
+
+def recipe_of(
+    data: str, *, num_classes: int, num_steps: int, weights: str | None = None, backbone: str | None = None
+) -> Recipe:
+    """A tiny network from scratch for digits; heads on a frozen, pre-trained backbone for photographs."""
+    digits = data == "digits"
+    weights = weights or ("none" if digits else "timm")
+    from_scratch = weights == "none"
+    rate = 1e-3
+    few = num_classes < _ENOUGH_CLASSES
+    num_learnt = num_classes if few else num_classes * 4 // 5  # a tenth and at least two are held out
+    return Recipe(
+        model=ModelConfig(
+            backbone=backbone or ("test_resnet" if digits else "tf_efficientnet_lite0"),
+            weights=weights,
+            embedding_dim=64 if digits else 256,
+            image_size_px=32 if digits else 128,
+        ),
+        batch=PKConfig(
+            classes_per_batch=max(2, min(num_learnt, 32)), samples_per_class=12 if digits else 4, seed=0
+        ),
+        training=TrainingConfig(
+            num_steps=num_steps,
+            learning_rate=rate,
+            backbone_learning_rate=rate if from_scratch else 0.0,
+            augment=from_scratch,
+            evaluation_interval=max(1, num_steps // 3),
+            checkpoint_interval=num_steps,
+        ),
+        augment=AugmentConfig(min_area=0.6, horizontal_flip=not digits),
+        build=BuildConfig(index_key="IVF16,Flat" if digits else "auto", num_parts=4),
+        validates_on_gallery=few,
+    )

@@ -1,0 +1,5 @@
+"""Embeddings: what one model made of one shard, stored once and found again by both digests.
+
+`extraction` embeds the shards that are missing, as Ray actors; `embeddings` stores a file for each pair of
+model and shard, and the set that covers a dataset version. What is missing is the set of pairs not there.
+"""

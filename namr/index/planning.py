@@ -1,0 +1,96 @@
+"""Which index, how many parts, and how many bytes, for N vectors of dimension D.
+
+Rules of thumb, on purpose: what an index really finds is measured on held-out queries when it is released.
+
+    lists       the power of two nearest to 2 sqrt(N), so that a search over a few percent of the lists costs
+                about as much as finding them; none (Flat) below FLAT_BELOW vectors, where exact is fast
+    codes       the most exact of Flat, SQ8, PQ that fits the bytes that the index may take
+    sample      SAMPLE_PER_LIST vectors a list; FAISS asks for 39 and uses no more than 256
+    parts       enough that none holds more than PART_BYTES, and at least as many as asked for
+
+Not covered: time (it depends on the machine), and a split over several serving nodes.
+"""
+
+import math
+from dataclasses import dataclass
+
+from namr.errors import ConfigError
+from namr.index import index_files
+
+FLAT_BELOW = 20_000
+SAMPLE_PER_LIST = 64
+PART_BYTES = 1 << 30
+_PQ_BYTES_PER_AXIS = (2, 4, 8)
+_PQ_CENTROIDS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexPlan:
+    """How to build an index, and what it will take."""
+
+    key: str
+    num_parts: int
+    num_training_vectors: int
+    """size of the sample that the template is trained on"""
+    index_bytes: int
+    """of the merged segment file"""
+    vectors_bytes: int
+    """of the re-rank vectors, both embeddings in float16"""
+    build_bytes: int
+    """memory that the largest step takes in one process: training the template, or building a part"""
+
+
+def plan(
+    num_vectors: int, dim: int, *, key: str = "auto", num_parts: int = 1, max_index_bytes: int = 16 << 30
+) -> IndexPlan:
+    """A plan for `num_vectors` of dimension `dim`; a key other than "auto" is kept as it is.
+
+    Raises ConfigError where no index on offer fits max_index_bytes, and for a key that is not on offer.
+    """
+    for name, value in (("dim", dim), ("num_parts", num_parts), ("max_index_bytes", max_index_bytes)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected 1 or more")
+    parsed = index_files.parse_key(
+        _choose(num_vectors, dim, max_index_bytes) if key == "auto" else key, dim=dim
+    )
+    wanted = max(SAMPLE_PER_LIST * parsed.num_lists, 2 * parsed.min_training_vectors)
+    sample = min(num_vectors, wanted)
+    index_bytes = _index_bytes(num_vectors, dim, parsed)
+    parts = max(num_parts, math.ceil(index_bytes / PART_BYTES))
+    part_bytes = _index_bytes(math.ceil(num_vectors / parts), dim, parsed)
+    return IndexPlan(
+        key=parsed.text,
+        num_parts=parts,
+        num_training_vectors=sample,
+        index_bytes=index_bytes,
+        vectors_bytes=2 * 2 * num_vectors * dim,
+        build_bytes=max(2 * 4 * sample * dim, 2 * part_bytes),
+    )
+
+
+def _choose(num_vectors: int, dim: int, max_index_bytes: int) -> str:
+    """The most exact key that fits."""
+    if (
+        num_vectors < FLAT_BELOW
+        and _index_bytes(num_vectors, dim, index_files.parse_key("Flat", dim=dim)) <= max_index_bytes
+    ):
+        return "Flat"
+    lists = 2 ** round(math.log2(2 * math.sqrt(max(num_vectors, 1))))
+    codecs = ["Flat", "SQ8", *(f"PQ{dim // n}x8" for n in _PQ_BYTES_PER_AXIS if dim % n == 0)]
+    sizes = {f"IVF{lists},{codec}": 0 for codec in codecs}
+    for key in sizes:
+        sizes[key] = _index_bytes(num_vectors, dim, index_files.parse_key(key, dim=dim))
+        if sizes[key] <= max_index_bytes:
+            return key
+    smallest = min(sizes, key=lambda key: sizes[key])
+    raise ConfigError(
+        f"no index over {num_vectors} vectors of dimension {dim} fits max_index_bytes {max_index_bytes}: the "
+        f"smallest, {smallest}, takes {sizes[smallest]}; allow more, or take a smaller embedding_dim"
+    )
+
+
+def _index_bytes(num_vectors: int, dim: int, key: index_files.IndexKey) -> int:
+    """Codes and ids, centroids with a size each, code books; the few hundred bytes of header left out."""
+    centroids = key.num_lists * (4 * dim + 8)
+    code_books = 4 * _PQ_CENTROIDS * dim if key.codec == "PQ" else 0
+    return num_vectors * (key.code_bytes + 8) + centroids + code_books

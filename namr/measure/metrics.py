@@ -1,0 +1,305 @@
+"""Retrieval metrics on arrays: Recall@K, MAP@R, R-precision, NMI.
+
+Leave-one-out: every row queries all others. A query's ranking is exact and reproducible: candidates from a
+matrix product are ordered by their distances computed by difference, equal distances by row number, so
+neither the size of the blocks nor the number of ranks or threads decides a tie. With a `side`, the first
+`depth` of the plain ranking are ordered anew by the adaptive distance; what comes after them stays.
+
+Definitions, for a query whose class has R other images:
+    Recall@K      1 if any of the first K is of the class, else 0
+    R-precision   (number of the class among the first R) / R
+    MAP@R         (1 / R) sum over i <= R of (precision at i if the i-th is of the class, else 0);
+                  Musgrave et al., "A Metric Learning Reality Check", ECCV 2020. Not mAP@k.
+each averaged over queries. Images that are the only one of their class are no queries, and counted.
+
+Everything runs where the embeddings lie: arrays on the CPU, tensors on their device. Not covered: recall of
+an approximate index against exact search (`assessment`); per-class averages.
+
+Legend: N images, D dimension, L length of the rankings, b queries in a block.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
+from torch import Tensor
+
+from namr import collectives
+from namr.errors import ConfigError, ShapeError
+from namr.model import distances
+from namr.model.distances import Metric, Side
+
+Array = NDArray[np.floating] | Tensor
+Ints = NDArray[np.integer] | Tensor
+
+_CHUNK_ELEMENTS = 2**22  # of the differences that are held at a time: 16 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalMetrics:
+    """Averages over queries, each 0 to 1."""
+
+    recall_at_k: dict[int, float]
+    map_at_r: float
+    r_precision: float
+    num_queries: int
+    num_skipped: int
+    """Images that are the only one of their class, so no queries."""
+
+    @property
+    def recall_at_1(self) -> float:
+        """Share of queries whose nearest neighbour is of their class."""
+        return self.recall_at_k[1]
+
+
+class RetrievalSums(NamedTuple):
+    """What `combine` divides: sums over some of the queries, to be added up over blocks or ranks."""
+
+    ks: tuple[int, ...]
+    """Rising, 1 included."""
+    hits: tuple[int, ...]
+    """For each k, the number of queries with a hit among the first k."""
+    average_precision: float
+    r_precision: float
+    num_queries: int
+    num_skipped: int
+
+
+def retrieval(
+    embeddings: Array,
+    labels: Ints,
+    *,
+    structures: Array | None = None,
+    side: Side = "none",
+    metric: Metric = "l2",
+    depth: int = 100,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    block_rows: int = 1024,
+) -> RetrievalMetrics:
+    """Leave-one-out retrieval over all rows. Arguments as in `retrieval_sums`."""
+    return combine(
+        [
+            retrieval_sums(
+                embeddings,
+                labels,
+                structures=structures,
+                side=side,
+                metric=metric,
+                depth=depth,
+                ks=ks,
+                block_rows=block_rows,
+            )
+        ]
+    )
+
+
+@torch.no_grad()
+def retrieval_sums(
+    embeddings: Array,
+    labels: Ints,
+    *,
+    structures: Array | None = None,
+    side: Side = "none",
+    metric: Metric = "l2",
+    depth: int = 100,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    block_rows: int = 1024,
+    query_rows: Ints | None = None,
+) -> RetrievalSums:
+    """The sums over the queries `query_rows` (all if not given); every row is in the gallery.
+
+    embeddings (N, D) as the model gives them, for "cosine" too; structures (N, D), wanted unless side is
+    "none"; labels (N,), 0 and up; depth: how many are re-ranked. Memory about (block_rows + D) N numbers.
+    ShapeError names the first row that holds a NaN or infinity.
+    """
+    x, s, y = _checked(embeddings, structures, labels, side=side)
+    if min(ks, default=0) < 1 or depth < 1 or block_rows < 1:
+        raise ConfigError(f"ks {tuple(ks)}, depth {depth}, block_rows {block_rows}: each must be at least 1")
+    x = distances.for_search(x, metric)
+    x = x - x.mean(0)  # changes no distance, and makes rounding small
+    others = torch.bincount(y)[y] - 1  # (N,): R of each row
+    rows = torch.arange(len(x)) if query_rows is None else _tensor(query_rows)
+    rows = rows.to(x.device)
+    queries = rows[others[rows] > 0]
+    ks = tuple(sorted({1, *ks}))
+    length = max(ks[-1], int(others.max()), depth if side != "none" else 0)
+
+    hits = [0] * len(ks)
+    average_precisions: list[float] = []
+    r_precisions: list[float] = []
+    for block in _blocks(queries, block_rows):
+        ranking = _plain_ranking(x, block, length=min(length, len(x) - 1))
+        if s is not None:
+            ranking = _reranked(x, s, block, ranking, side=side, depth=depth)
+        correct = y[ranking] == y[block][:, None]
+        for place, k in enumerate(ks):
+            hits[place] += int(correct[:, :k].any(1).sum())
+        of_block = _precisions(correct, others[block])
+        average_precisions += of_block.average_precision.tolist()
+        r_precisions += of_block.r_precision.tolist()
+    return RetrievalSums(
+        ks=ks,
+        hits=tuple(hits),
+        average_precision=math.fsum(average_precisions),
+        r_precision=math.fsum(r_precisions),
+        num_queries=len(queries),
+        num_skipped=len(rows) - len(queries),
+    )
+
+
+def combine(sums: Iterable[RetrievalSums]) -> RetrievalMetrics:
+    """Add up and divide. ShapeError if there was no query at all."""
+    parts = list(sums)
+    if len({part.ks for part in parts}) != 1:
+        raise ShapeError(f"sums of one kind wanted, got those for ks {[part.ks for part in parts]}")
+    num_queries = sum(part.num_queries for part in parts)
+    num_skipped = sum(part.num_skipped for part in parts)
+    if num_queries == 0:
+        raise ShapeError(f"no queries: each of {num_skipped} images is the only one of its class")
+    hits = np.sum([part.hits for part in parts], axis=0)
+    return RetrievalMetrics(
+        recall_at_k={k: int(num) / num_queries for k, num in zip(parts[0].ks, hits, strict=True)},
+        map_at_r=math.fsum(part.average_precision for part in parts) / num_queries,
+        r_precision=math.fsum(part.r_precision for part in parts) / num_queries,
+        num_queries=num_queries,
+        num_skipped=num_skipped,
+    )
+
+
+def sum_over_ranks(sums: RetrievalSums) -> RetrievalSums:
+    """The sums of all ranks, on every rank."""
+    numbers = torch.tensor([*sums.hits, *sums[2:]], dtype=torch.float64)
+    total = collectives.sum_over_ranks(numbers).tolist()
+    *hits, average_precision, r_precision, num_queries, num_skipped = total
+    return RetrievalSums(
+        ks=sums.ks,
+        hits=tuple(int(num) for num in hits),
+        average_precision=average_precision,
+        r_precision=r_precision,
+        num_queries=int(num_queries),
+        num_skipped=int(num_skipped),
+    )
+
+
+def nmi(embeddings: Array, labels: Ints, *, seed: int) -> float:
+    """Normalised mutual information of the classes and as many k-means clusters of the embeddings, 0 to 1.
+
+    One run of k-means++ by `seed`, Euclidean: for cosine pass `distances.for_search` of the embeddings.
+    """
+    x, _, y = _checked(embeddings, None, labels, side="none")
+    clusters = KMeans(n_clusters=len(torch.unique(y)), n_init=1, random_state=seed).fit_predict(
+        x.cpu().numpy()
+    )
+    return float(normalized_mutual_info_score(y.cpu().numpy(), clusters))
+
+
+def _checked(
+    embeddings: Array, structures: Array | None, labels: Ints, *, side: Side
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    x = _tensor(embeddings)
+    if x.ndim != 2 or not len(x):
+        raise ShapeError(f"expected embeddings (N, D) with N >= 1, got {tuple(x.shape)}")
+    x = _finite(x, "embeddings")
+    y = _tensor(labels).to(x.device, torch.int64)
+    if y.shape != (len(x),):
+        raise ShapeError(f"expected one label for each of {len(x)} embeddings, got labels {tuple(y.shape)}")
+    if int(y.min()) < 0:
+        raise ShapeError(
+            f"label {int(y.min())} at row {int(y.argmin())}: expected 0 and up; leave out what has no label"
+        )
+    if side == "none":
+        return x, None, y
+    if structures is None:
+        raise ShapeError(f"side {side!r} needs the structure embeddings: give structures, or side 'none'")
+    s = _tensor(structures).to(x.device)
+    if s.shape != x.shape:
+        raise ShapeError(f"structures {tuple(s.shape)} must have the shape of embeddings {tuple(x.shape)}")
+    return x, _finite(s, "structures"), y
+
+
+def _tensor(x: Array | Ints) -> Tensor:
+    """Shares memory with the array, except with a read-only one (memory-mapped), which torch can't hold."""
+    return x if isinstance(x, Tensor) else torch.from_numpy(x if x.flags.writeable else x.copy())
+
+
+def _finite(x: Tensor, name: str) -> Tensor:
+    x = x.float()
+    bad = (~torch.isfinite(x).all(1)).nonzero()
+    if len(bad):
+        raise ShapeError(f"{name}: {len(bad)} of {len(x)} rows hold NaN or infinity, first row {int(bad[0])}")
+    return x
+
+
+def _plain_ranking(x: Tensor, rows: Tensor, *, length: int) -> Tensor:
+    """The `length` nearest others of each row, exactly, by (distance, row number). -> (b, L) row numbers."""
+    num, dimension = x.shape
+    approximate = distances.pairwise_squared(x[rows], x)
+    approximate[torch.arange(len(rows), device=x.device), rows] = torch.inf
+    kept = min(length + max(16, length // 4), num - 1)
+    nearest = approximate.topk(kept, largest=False)
+    candidates = nearest.indices.sort(1).values
+    squared = _by_difference(x, rows, candidates)
+    order = squared.argsort(dim=1, stable=True)[:, :length]
+    ranking = candidates.gather(1, order)
+    if kept == num - 1:
+        return ranking
+    # Beyond the candidates everything is at least as far as the last of them, but for rounding: at most
+    # 4 D u (|q|^2 + |x|^2) for product and difference together. Where that doesn't settle it, look at all.
+    norms = x.square().sum(1)
+    rounding = 4 * dimension * 2.0**-24 * (norms[rows] + norms.max())
+    unsettled = nearest.values.amax(1) - rounding <= squared.gather(1, order[:, -1:])[:, 0]
+    for place in unsettled.nonzero()[:, 0].tolist():
+        everybody = torch.arange(num, device=x.device)
+        everybody = everybody[everybody != rows[place]][None]
+        order = _by_difference(x, rows[place : place + 1], everybody).argsort(dim=1, stable=True)
+        ranking[place] = everybody[0, order[0, :length]]
+    return ranking
+
+
+def _reranked(x: Tensor, s: Tensor, rows: Tensor, ranking: Tensor, *, side: Side, depth: int) -> Tensor:
+    """The first `depth` of each ranking by the adaptive distance, ties in plain order; the rest as it is."""
+    first = ranking[:, :depth]
+    order = _by_difference(x, rows, first, s=s, side=side).argsort(dim=1, stable=True)
+    return torch.cat([first.gather(1, order), ranking[:, depth:]], dim=1)
+
+
+def _by_difference(
+    x: Tensor, rows: Tensor, candidates: Tensor, *, s: Tensor | None = None, side: Side = "none"
+) -> Tensor:
+    """Squared distance of each row to its candidates (b, L), some rows at a time. -> (b, L)"""
+    chunk = max(1, _CHUNK_ELEMENTS // (candidates.shape[1] * x.shape[1]))
+    return torch.cat(
+        [
+            distances.rerank_squared(
+                x[some],
+                None if s is None else s[some],
+                x[theirs],
+                s[theirs] if s is not None and side in ("both", "scale") else None,
+                side=side,
+            )
+            for some, theirs in zip(_blocks(rows, chunk), _blocks(candidates, chunk), strict=True)
+        ]
+    )
+
+
+def _blocks(t: Tensor, num_rows: int) -> list[Tensor]:
+    return [t[start : start + num_rows] for start in range(0, len(t), num_rows)]
+
+
+class _Precisions(NamedTuple):
+    average_precision: Tensor
+    r_precision: Tensor
+
+
+def _precisions(correct: Tensor, others: Tensor) -> _Precisions:
+    """AP@R and R-precision of each query. correct (b, L) bool, with L >= R; others (b,) is R, at least 1."""
+    place = torch.arange(1, correct.shape[1] + 1, device=correct.device)
+    within = correct & (place <= others[:, None])
+    precision = within.cumsum(1).double() / place
+    return _Precisions((precision * within).sum(1) / others, within.sum(1).double() / others)

@@ -1,0 +1,300 @@
+"""The multi-cluster ranking loss, the base losses it is added to, and their sum.
+
+    L = L_metric(x, y) + lambda L_mcr(x, s)
+
+Neighborhood-Adaptive Multi-cluster Ranking (NAMR), IEEE TCSVT 2022; conference version NASA,
+"Neighborhood-Adaptive Structure Augmented Metric Learning", AAAI 2022. NAMR's formula for its clusters is
+not public: L_mcr here generalises NASA's two groups to C >= 2 and equals NASA's loss for C = 2.
+
+The base losses are pytorch-metric-learning's, on distances that are said explicitly: those of `distances`.
+
+    base                           works on                                      pairs
+    triplet                        L2 of x / (mean pairwise distance)            distance-weighted, on x / |x|
+    margin                         L2 of x / |x|, or scaled as above             distance-weighted, on x / |x|
+    contrastive                    L2 of x / |x|, or scaled as above             all
+    multi_similarity               cosine                                        its own miner
+    proxy_anchor                   cosine                                        none: proxies
+
+L_mcr sees the same view of x as the base loss, and one of unit length divided by its mean pairwise distance.
+Without that it is shrunk away by drawing all x into one direction: on Cars-196 with frozen features and
+lambda = 2, Recall@1 of contrastive fell from 47 to 20 % and of multi-similarity from 50 to 14 %.
+
+All is computed in float32 at full precision (float64 stays) on the global batch, on every rank alike;
+gathering is not done here (`collectives`). Nothing draws from the global generator.
+
+Legend: B images in the batch, D dimension, C clusters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.utils.loss_and_miner_utils import get_random_triplet_indices
+from torch import Tensor, nn
+
+from namr.errors import ConfigError, ShapeError
+from namr.model import distances
+from namr.model.distances import Metric
+
+Mined = tuple[Tensor, ...] | None
+"""Indices into the batch, as pytorch-metric-learning takes them: (anchor, positive, negative), or
+(anchor, positive, anchor, negative), or None for all pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The base loss, and how much structure is added to it."""
+
+    base: Literal["triplet", "contrastive", "margin", "multi_similarity", "proxy_anchor"]
+    """The loss on labels that the ranking loss is added to."""
+    ranking_weight: float = 2.0
+    """lambda, the weight of the multi-cluster ranking loss; 0 is exactly the plain base loss."""
+    num_clusters: int = 2
+    """C, the groups that neighbours are ranked into; 2 is NASA's loss."""
+    structure_side: Literal["query", "both"] = "both"
+    """Whose structure weighs a distance in training: the query's (the papers' form), or both mean."""
+    alpha: float = 10.0
+    """How firmly a distance belongs to its nearest cluster."""
+    t: float = 3.0
+    """The lowest cluster lies this many standard deviations below the mean distance, or at 0.2 of it."""
+    margin: float | None = None
+    """Margin of triplet, contrastive (of negatives), margin and proxy_anchor; none = the loss's usual one."""
+    view: Literal["unit", "scaled"] = "unit"
+    """What contrastive and margin work on: unit-length x, or x divided by its mean pairwise distance."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ranking_weight < float("inf"):
+            raise ConfigError(f"loss.ranking_weight is {self.ranking_weight}; expected 0 or more")
+        if self.num_clusters < 2:
+            raise ConfigError(f"loss.num_clusters is {self.num_clusters}; expected 2 or more")
+        for name in ("alpha", "t"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"loss.{name} is {getattr(self, name)}; expected a number above 0")
+        if self.margin is not None and self.base == "multi_similarity":
+            raise ConfigError(
+                f"loss.margin is {self.margin}, but multi_similarity has no margin: leave it out"
+            )
+        if self.margin is not None and not 0 <= self.margin < float("inf"):
+            raise ConfigError(f"loss.margin is {self.margin}; expected 0 or more")
+        if self.view == "scaled" and self.base not in ("contrastive", "margin"):
+            raise ConfigError(f'loss.view is "scaled", which {self.base} has no choice about: leave it out')
+
+
+def search_metric_of(config: LossConfig) -> Metric:
+    """The distance to search by after training with this loss; L2 of unit-length x ranks as cosine does."""
+    return "l2" if config.base == "triplet" or config.view == "scaled" else "cosine"
+
+
+class LossTerms(NamedTuple):
+    """Scalars of one step; `total` carries the gradient."""
+
+    total: Tensor
+    metric: Tensor
+    """The base loss."""
+    ranking: Tensor
+    """L_mcr, before its weight; 0 and not computed where the weight is 0."""
+    mean_distance: Tensor
+    """Mean pairwise L2 distance of the raw x over i != j, without gradient: what `fold_scale` folds in."""
+
+
+def multi_cluster_ranking(
+    x: Tensor,
+    s: Tensor,
+    *,
+    num_clusters: int,
+    structure_side: Literal["query", "both"],
+    alpha: float = 10.0,
+    t: float = 3.0,
+) -> Tensor:
+    """L_mcr: every adaptive distance is pulled to the cluster of distances it is nearest to.
+
+        lo    = max(0.2 m, m - t sd)                m, sd over all B x B plain distances, without gradient
+        eta_c = m + (lo - m) c / (C - 1)
+        g_ijc = |d_s(i, j) - eta_c|                 "both": d_s(i, j)^2 is the mean of both directions'
+        L_mcr = mean over i != j of sum_c softmax_c(-alpha g_ijc) g_ijc
+
+    x, s: (B, D), B >= 2; s is positive, 1 = no structure -> scalar, 0 or more. Gradient flows into both.
+    Memory O(C B^2). x needs a scale: a loss of this form is shrunk away by shrinking x (see the views).
+    """
+    num = len(x)
+    if num < 2 or s.shape != x.shape:
+        raise ShapeError(
+            f"expected embedding and structure (B, D) with B >= 2, got {tuple(x.shape)} and {tuple(s.shape)}"
+        )
+    centres = _cluster_centres(x.detach(), num_clusters=num_clusters, t=t)
+    if structure_side == "both":
+        squared = distances.adaptive_squared_both(x, s, x, s)
+    else:
+        squared = distances.adaptive_squared(x, s, x)
+    gaps = (distances.safe_sqrt(squared) - centres[:, None, None]).abs()  # (C, B, B)
+    pulled = (F.softmax(-alpha * gaps, dim=0) * gaps).sum(0)
+    apart = ~torch.eye(num, dtype=torch.bool, device=x.device)
+    return (pulled * apart).sum() / (num * (num - 1))
+
+
+@torch.no_grad()
+def _cluster_centres(x: Tensor, *, num_clusters: int, t: float) -> Tensor:
+    """eta (C,), from the mean down; the zero diagonal counts, as in NASA."""
+    plain = distances.pairwise_squared(x, x).fill_diagonal_(0).sqrt()
+    mean = plain.mean()
+    lowest = torch.maximum(0.2 * mean, mean - t * plain.std())
+    return mean + (lowest - mean) * torch.linspace(0, 1, num_clusters, dtype=x.dtype, device=x.device)
+
+
+class JointLoss(nn.Module):
+    """Base loss + lambda * multi-cluster ranking loss on one global batch.
+
+    Its parameters are the proxies of proxy_anchor, (num_classes, D), drawn by `seed`; else it has none.
+    """
+
+    def __init__(self, config: LossConfig, *, num_classes: int, embedding_dim: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.base = _base_loss(config, num_classes=num_classes, embedding_dim=embedding_dim)
+        self._miner = _miner(config)
+
+    def forward(
+        self,
+        embedding: Tensor,
+        structure: Tensor,
+        labels: Tensor,
+        *,
+        seed: int,
+        step: int,
+        mined: Mined = None,
+    ) -> LossTerms:
+        """embedding, structure (B, D); labels (B,) int64. Pairs are mined by (seed, step) unless given."""
+        self._check(embedding, structure, labels)
+        with torch.autocast(embedding.device.type, enabled=False):
+            if embedding.dtype in (torch.float16, torch.bfloat16):
+                embedding, structure = embedding.float(), structure.float()
+            scaled = _is_scaled(self.config)
+            with torch.set_grad_enabled(scaled and torch.is_grad_enabled()):
+                mean_distance = distances.mean_pairwise(embedding)
+            x = embedding / mean_distance if scaled else F.normalize(embedding, dim=1)
+            if mined is None:
+                mined = self.mine(embedding, labels, seed=seed, step=step)
+            metric = self.base(x, labels, mined)
+            if self.config.ranking_weight == 0:
+                # Nothing, but DDP gets its gradient of every parameter, and a NaN that mining drops is seen.
+                nothing = (embedding * 0).sum() + (structure * 0).sum()
+                total = metric + nothing
+                return LossTerms(total, metric.detach(), nothing.detach(), mean_distance.detach())
+            ranking = multi_cluster_ranking(
+                x if scaled else x / distances.mean_pairwise(x),
+                structure,
+                num_clusters=self.config.num_clusters,
+                structure_side=self.config.structure_side,
+                alpha=self.config.alpha,
+                t=self.config.t,
+            )
+            total = metric + self.config.ranking_weight * ranking
+            return LossTerms(total, metric.detach(), ranking.detach(), mean_distance.detach())
+
+    @torch.no_grad()
+    def mine(self, embedding: Tensor, labels: Tensor, *, seed: int, step: int) -> Mined:
+        """The pairs or triplets of a batch, a function of its values and (seed, step)."""
+        if self._miner is None:
+            return None
+        with torch.random.fork_rng(devices=[]):  # all draws are made on the CPU
+            state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(state[0]))
+            return self._miner(F.normalize(embedding, dim=1), labels)
+
+    def _check(self, embedding: Tensor, structure: Tensor, labels: Tensor) -> None:
+        if embedding.ndim != 2 or structure.shape != embedding.shape or labels.shape != embedding.shape[:1]:
+            raise ShapeError(
+                f"expected embedding (B, D), structure (B, D), labels (B,); got {tuple(embedding.shape)}, "
+                f"{tuple(structure.shape)}, {tuple(labels.shape)}"
+            )
+        if self.config.base == "proxy_anchor":
+            least, most = (int(bound) for bound in labels.aminmax())
+            if least < 0 or most >= self.num_classes:
+                raise ShapeError(
+                    f"labels go from {least} to {most}; proxies exist for 0 to {self.num_classes - 1}"
+                )
+
+
+def _is_scaled(config: LossConfig) -> bool:
+    return config.base == "triplet" or config.view == "scaled"
+
+
+def _base_loss(config: LossConfig, *, num_classes: int, embedding_dim: int) -> Any:
+    margin = {"margin": config.margin} if config.margin is not None else {}
+    match config.base:
+        case "triplet":
+            return pml_losses.TripletMarginLoss(**({"margin": 0.2} | margin), distance=_Euclidean())
+        case "margin":
+            return pml_losses.MarginLoss(**({"margin": 0.2} | margin), distance=_Euclidean())
+        case "contrastive":
+            negative = 1.0 if config.margin is None else config.margin
+            return pml_losses.ContrastiveLoss(pos_margin=0, neg_margin=negative, distance=_Euclidean())
+        case "multi_similarity":
+            return pml_losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5, distance=_Cosine())
+        case "proxy_anchor":
+            return pml_losses.ProxyAnchorLoss(
+                num_classes, embedding_dim, **({"margin": 0.1} | margin), alpha=32, distance=_Cosine()
+            )
+
+
+def _miner(config: LossConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None:
+    match config.base:
+        case "triplet" | "margin":
+            return distance_weighted_triplets
+        case "multi_similarity":
+            miner: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = pml_miners.MultiSimilarityMiner(
+                epsilon=0.1, distance=_Cosine()
+            )
+            return miner
+        case _:
+            return None
+
+
+def distance_weighted_triplets(
+    x: Tensor, labels: Tensor, *, cutoff: float = 0.5, farthest: float = 1.4
+) -> tuple[Tensor, ...]:
+    """Triplets whose negatives are spread evenly over distance (Wu et al., ICCV 2017). x (B, D), |x| = 1.
+
+    An anchor's negative at distance d, not nearer than `cutoff`, is drawn with weight 1 / q(d), where
+    q(d) = d^(D-2) (1 - d^2/4)^((D-3)/2) is the density of distances on the sphere; none beyond `farthest`.
+    An anchor all of whose weights vanish (against the largest of the batch, in x's precision) draws
+    uniformly from its negatives: pytorch-metric-learning's own miner drops such anchors, which are most of
+    them at D = 512. As many triplets an anchor as its class has images; none for classes with one image.
+    Draws from torch's global CPU generator.
+    """
+    dimension = x.shape[1]
+    apart = distances.safe_sqrt(distances.pairwise_squared(x, x)).clamp(min=cutoff)
+    negative = labels[:, None] != labels[None, :]
+    log_weights = (2.0 - dimension) * apart.log() - (dimension - 3) / 2 * (1 - apart.square() / 4).log()
+    log_weights = log_weights.masked_fill(~negative | (apart >= farthest), -torch.inf)
+    weights = (log_weights - log_weights.max()).exp()
+    drawable = weights.sum(1, keepdim=True) > 0  # False where no weight is left, NaN included
+    weights = torch.where(drawable, weights, negative.to(x.dtype))
+    mined: tuple[Tensor, ...] = get_random_triplet_indices(labels.cpu(), weights=weights.cpu())
+    return tuple(indices.to(x.device) for indices in mined)
+
+
+class _Euclidean(LpDistance):  # type: ignore[misc]
+    """L2 as `distances` defines it, of x as it is: LpDistance would normalise it."""
+
+    def __init__(self) -> None:
+        super().__init__(normalize_embeddings=False, p=2, power=1)
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return distances.safe_sqrt(distances.pairwise_squared(query_emb, ref_emb))
+
+
+class _Cosine(CosineSimilarity):  # type: ignore[misc]
+    """Cosine at full precision: multi-similarity multiplies its rounding by 50."""
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        return distances.inner(query_emb, ref_emb)

@@ -1,0 +1,302 @@
+"""The model: a timm backbone and twin heads, with the preprocessing and the way of searching it belongs to.
+
+    pixels (B, 3, H, W) uint8 --backbone--> features (B, F) --heads--> embedding x (B, D), structure s (B, D)
+
+A saved model is a folder: `model.safetensors`, and last `model.json`
+with config, preprocessing, search defaults and the digest that names its embedding space.
+
+Not covered: fine-grained freezing of backbone layers, models whose features are not one vector per image.
+Legend: B batch, F features, D embedding dimension.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from namr.data import images
+from namr.data.images import Fit, Preprocessing
+from namr.errors import ConfigError, ManifestError, ShapeError
+from namr.model import backbones
+from namr.model.distances import Metric, Side
+from namr.model.heads import Embeddings, TwinHeads
+from namr.store import storage
+
+BatchNormPolicy = Literal["frozen", "sync", "local"]
+
+WEIGHTS_FILE = "model.safetensors"
+DESCRIPTION_FILE = "model.json"
+FORMAT = "namr-model"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What a model is built from."""
+
+    backbone: str
+    """Name of a timm model, for example tf_efficientnet_lite0 or resnet50.a1_in1k."""
+    weights: str = "timm"
+    """"timm" downloads timm's pre-trained weights, "none" starts untrained, else the URI of a .safetensors
+    file with the keys of this timm model (a classifier in it is dropped)."""
+    embedding_dim: int = 512
+    """Numbers in an embedding, and in a structure embedding."""
+    structure_hidden_dim: int = 512
+    """Width between the two linear layers of the structure head."""
+    structure_range: float = 0.5
+    """r: structure embeddings lie in 1 - r .. 1 + r; 0 is the control without structure, s = 1."""
+    image_size_px: int = 224
+    """Side of the square that the backbone sees."""
+    fit: Fit = "squash"
+    """"squash" resizes both sides to the square; "crop" takes the largest centred square."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("timm", "none") and not self.weights.endswith(".safetensors"):
+            raise ConfigError(
+                f"weights is {self.weights!r}; expected timm, none or the URI of a .safetensors file"
+            )
+        for name in ("embedding_dim", "structure_hidden_dim", "image_size_px"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if not 0 <= self.structure_range < 1:
+            raise ConfigError(
+                f"structure_range is {self.structure_range}; expected 0 (no structure) or more, and below 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchDefaults:
+    """How to search with this model, as its own evaluation recommends; travels with it."""
+
+    metric: Metric = "l2"
+    structure_side: Side = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a saved model says of itself, without its weights being read."""
+
+    config: ModelConfig
+    preprocessing: Preprocessing
+    search: SearchDefaults
+    digest: str
+    weights_sha256: str
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+
+class NamrModel(nn.Module):
+    """Backbone and heads; made by `build` or `load`."""
+
+    def __init__(self, config: ModelConfig, backbone: nn.Module) -> None:
+        super().__init__()
+        pixels = backbones.pixel_settings(backbone)
+        self.config = config
+        self.preprocessing = Preprocessing(
+            size_px=config.image_size_px,
+            mean=pixels.mean,
+            std=pixels.std,
+            interpolation=pixels.interpolation,
+            fit=config.fit,
+        )
+        self.search = SearchDefaults()
+        self.batchnorm: BatchNormPolicy = "local"
+        self.backbone = backbone
+        self.heads = TwinHeads(
+            backbones.num_features(backbone),
+            config.embedding_dim,
+            hidden_dim=config.structure_hidden_dim,
+            structure_range=config.structure_range,
+        )
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> (B, F), float32 or what autocast makes of it."""
+        if self.batchnorm == "sync" and self.training and not pixels.is_cuda:
+            raise ConfigError("batchnorm is 'sync', which needs a GPU; expected 'frozen' or 'local' on a CPU")
+        features: Tensor = self.backbone(images.normalise(pixels, self.preprocessing))
+        return features
+
+    def forward(self, pixels: Tensor) -> Embeddings:
+        """uint8 (B, 3, H, W) -> x and s, both (B, D)."""
+        embeddings: Embeddings = self.heads(self.features(pixels))
+        return embeddings
+
+    def train(self, mode: bool = True) -> "NamrModel":
+        """As in torch, except that a frozen backbone's BatchNorms keep using their stored statistics."""
+        super().train(mode)
+        if self.batchnorm == "frozen":
+            for module in self.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def build(config: ModelConfig, *, seed: int) -> NamrModel:
+    """A new model; the seed decides every weight that is not pre-trained.
+
+    Mean, standard deviation and interpolation come from the backbone's own settings in timm. ConfigError for
+    an unknown backbone or weights that can't be had, ModelMismatch for weights of another architecture.
+    """
+    model = _assemble(config, pretrained=config.weights == "timm", seed=seed)
+    if config.weights not in ("timm", "none"):
+        backbones.load_weights(model.backbone, storage.read(config.weights), config.weights)
+    backbones.set_input_size(model.backbone, config.image_size_px)
+    return model
+
+
+def set_batchnorm_policy(model: NamrModel, policy: BatchNormPolicy) -> None:
+    """What the backbone's BatchNorms do in training; the structure head's always learns.
+
+    "frozen" uses the stored statistics and leaves them alone (their scale and shift still learn), "sync"
+    shares statistics over all ranks (GPU), "local" is each rank's own.
+    """
+    if policy not in ("frozen", "sync", "local"):
+        raise ConfigError(f"batchnorm is {policy!r}; expected frozen, sync or local")
+    if policy == "sync":
+        model.backbone = backbones.with_shared_batchnorm(model.backbone)
+    model.batchnorm = policy
+    model.train(model.training)
+
+
+def fold_scale(model: NamrModel, mean_distance: float) -> None:
+    """Divide the sample head by the mean pairwise distance of its embeddings, so that it becomes 1."""
+    if not (np.isfinite(mean_distance) and mean_distance > 0):
+        raise ConfigError(
+            f"mean distance is {mean_distance}; expected a number above 0: the embeddings have collapsed"
+        )
+    with torch.no_grad():
+        model.heads.sample.weight.div_(mean_distance)
+        model.heads.sample.bias.div_(mean_distance)
+
+
+def save(model: NamrModel, folder: Path, *, extra: Mapping[str, str] | None = None) -> None:
+    """Write the folder that `load` reads; `extra` are texts to travel along (the job's config, say)."""
+    weights = safetensors.torch.save({name: tensor for name, tensor in _tensors(model)})
+    body = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": asdict(model.config),
+        "preprocessing": asdict(model.preprocessing),
+        "search": asdict(model.search),
+        "digest": digest(model),
+        "weights_sha256": storage.sha256(weights),
+        "extra": dict(extra or {}),
+    }
+    storage.write(str(folder / WEIGHTS_FILE), weights)
+    storage.write(str(folder / DESCRIPTION_FILE), json.dumps(body, indent=1).encode())
+
+
+def describe(folder: Path) -> Description:
+    """Read `model.json`; ManifestError if it is missing, damaged, no model's or from a newer namr."""
+    path = folder / DESCRIPTION_FILE
+    if not path.is_file():
+        raise ManifestError(f"{path} is missing, so there is no model here; check the folder")
+    try:
+        body = json.loads(path.read_bytes())
+        found, version = body.get("format"), body.get("format_version")
+    except (ValueError, AttributeError) as error:
+        raise ManifestError(f"{path} is damaged: {error}; restore it or train anew") from error
+    if found != FORMAT:
+        raise ManifestError(f"{path} has format {found!r}; expected {FORMAT!r}")
+    if version != FORMAT_VERSION:
+        raise ManifestError(
+            f"{path} has format version {version}, and this namr reads {FORMAT_VERSION}; use a newer namr"
+        )
+    try:
+        pixels = body["preprocessing"]
+        pixels = pixels | {"mean": tuple(pixels["mean"]), "std": tuple(pixels["std"])}
+        return Description(
+            config=ModelConfig(**body["config"]),
+            preprocessing=Preprocessing(**pixels),
+            search=SearchDefaults(**body["search"]),
+            digest=body["digest"],
+            weights_sha256=body["weights_sha256"],
+            extra=body["extra"],
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ManifestError(f"{path} is damaged: {error!r}; restore it or train anew") from error
+
+
+def load(folder: Path) -> NamrModel:
+    """A saved model, verified, in eval mode; ManifestError if damaged, ModelMismatch if it doesn't fit."""
+    description = describe(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ManifestError(f"{path} is missing; restore it or train anew")
+    weights = path.read_bytes()
+    if storage.sha256(weights) != description.weights_sha256:
+        raise ManifestError(
+            f"{path} is damaged: its SHA-256 is {storage.sha256(weights)}, {DESCRIPTION_FILE} says "
+            f"{description.weights_sha256}; restore it or train anew"
+        )
+    model = _assemble(description.config, pretrained=False, seed=0)
+    backbones.set_input_size(model.backbone, description.config.image_size_px)
+    backbones.load_strictly(model, safetensors.torch.load(weights), str(path))
+    model.preprocessing, model.search = description.preprocessing, description.search
+    if digest(model) != description.digest:
+        raise ManifestError(
+            f"{folder} describes another model: its digest is {digest(model)}, {DESCRIPTION_FILE} says "
+            f"{description.digest}; restore it or train anew"
+        )
+    return model.eval()
+
+
+def digest(model: NamrModel) -> str:
+    """SHA-256 over weights, architecture and preprocessing: the identity of the embedding space.
+
+    Two models with one digest make the same vectors. `SearchDefaults` and the origin of the first weights
+    are not in it.
+    """
+    config = {name: value for name, value in asdict(model.config).items() if name != "weights"}
+    found = hashlib.sha256(json.dumps([config, asdict(model.preprocessing)], sort_keys=True).encode())
+    for name, tensor in _tensors(model):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def embed(
+    model: NamrModel, pixels: np.ndarray, *, batch_size: int, device: str | torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (n, 3, H, W) -> x and s, float32 (n, D), computed in eval mode in batches of one size.
+
+    The last batch is padded, because a batch of another size may give other last bits (a batch of 1 or 7
+    against 64 does on CPU); so the result of an image depends on `batch_size` and not on its neighbours.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ShapeError(f"pixels are {pixels.dtype} {pixels.shape}; expected uint8 (n, 3, H, W)")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
+    was_training = model.training
+    model.to(device).eval()
+    found = np.empty((2, len(pixels), model.config.embedding_dim), np.float32)
+    with torch.inference_mode():
+        for start in range(0, len(pixels), batch_size):
+            rows = pixels[start : start + batch_size]
+            batch = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
+            batch[: len(rows)] = rows
+            for out, tensor in zip(found, model(torch.from_numpy(batch).to(device)), strict=True):
+                out[start : start + len(rows)] = tensor[: len(rows)].float().cpu().numpy()
+    model.train(was_training)
+    return found[0], found[1]
+
+
+def _assemble(config: ModelConfig, *, pretrained: bool, seed: int) -> NamrModel:
+    """The model at the backbone's own input size; with timm's weights in it if asked for."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = backbones.create(config.backbone, pretrained=pretrained)
+        return NamrModel(config, backbone)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers on the CPU, by name."""
+    state = model.state_dict()
+    return [(name, state[name].detach().cpu().contiguous()) for name in sorted(state)]

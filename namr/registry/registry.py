@@ -1,0 +1,309 @@
+"""Runs and model versions, kept by MLflow on SQLite (local folder) or behind a server.
+
+One run stands for a whole job: the driver makes it and hands its id to whoever logs, so that a worker that
+is replaced goes on in the same run. A model version is the folder that `model.save` wrote, as an MLflow
+model: `mlflow.pyfunc.load_model` turns image bytes into both embeddings, and `fetch` brings the folder back
+for `model.load`. No tracking URI is set globally.
+
+Not covered: deleting runs and versions (MLflow's own commands do), MLflow's file store.
+"""
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from namr.errors import ConfigError, ModelMismatch, ObjectMissing, StorageError
+from namr.model import model
+from namr.registry import pyfunc, tracking
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CANDIDATE = "candidate"
+CHAMPION = "champion"
+DIGEST_TAG = "model_digest"
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+_PARAM_LENGTH = 6000
+# Read by MLflow at each request; whoever set them already is right.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute: a server that restarts is waited for
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered model; `digest` names its embedding space."""
+
+    name: str
+    version: str
+    run_id: str
+    digest: str
+    aliases: tuple[str, ...] = ()
+
+
+def connect(uri: str | None) -> "Registry":
+    """A registry that has answered; StorageError within seconds if it doesn't. Makes a SQLite file anew."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # before MLflow is imported: telemetry begins there
+    resolved = tracking.resolve(uri)
+    tracking.check_reachable(resolved)
+    with _explained(resolved, "answer"), tracking.quiet():
+        from mlflow import MlflowClient
+
+        if resolved.startswith("sqlite:///"):
+            Path(resolved.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        client = MlflowClient(tracking_uri=resolved, registry_uri=resolved)
+        client.search_experiments(max_results=1)
+    return Registry(resolved, client)
+
+
+class Registry:
+    """One MLflow, made by `connect`; hand `tracking_uri` on to other processes, not the object."""
+
+    def __init__(self, uri: str, client: "MlflowClient") -> None:
+        self.tracking_uri = uri
+        self._client = client
+
+    def create_run(
+        self,
+        experiment: str,
+        *,
+        run_name: str,
+        params: Mapping[str, str | int | float | bool] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """Start a run and give its id; the experiment is made if it is not there."""
+        with self._doing(f"create a run in experiment {experiment!r}"):
+            experiment_id = self._experiment_id(experiment)
+            run = self._client.create_run(experiment_id, tags=dict(tags or {}), run_name=run_name)
+            run_id = str(run.info.run_id)
+        self.log_params(run_id, params or {})
+        return run_id
+
+    def log_params(self, run_id: str, params: Mapping[str, str | int | float | bool]) -> None:
+        """Parameters, written once each; a value that MLflow can't hold whole is cut."""
+        from mlflow.entities import Param
+
+        entries = [Param(name, str(value)[:_PARAM_LENGTH]) for name, value in params.items()]
+        with self._doing(f"log parameters of run {run_id}"):
+            for start in range(0, len(entries), 100):
+                self._client.log_batch(run_id, params=entries[start : start + 100])
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int) -> None:
+        """Numbers of one step, in one request."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        with self._doing(f"log metrics of run {run_id}"):
+            self._client.log_batch(run_id, metrics=entries)
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of one metric, by step; of a step that was logged twice the later value."""
+        with self._doing(f"read {metric!r} of run {run_id}"):
+            found = self._client.get_metric_history(run_id, metric)
+        by_step = {entry.step: entry.value for entry in sorted(found, key=lambda entry: entry.timestamp)}
+        return sorted(by_step.items())
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """An artifact of text: TOML, JSON, HTML, SVG (which MLflow shows as a picture)."""
+        with self._doing(f"log {name!r} to run {run_id}"):
+            self._client.log_text(run_id, text, name)
+
+    def log_folder(self, run_id: str, folder: Path, name: str) -> None:
+        """All files of a folder as artifacts below `name`."""
+        with self._doing(f"log {folder} to run {run_id}"):
+            self._client.log_artifacts(run_id, str(folder), name)
+
+    def end_run(self, run_id: str, status: RunStatus = "FINISHED") -> None:
+        """Say how the run ended."""
+        with self._doing(f"end run {run_id}"):
+            self._client.set_terminated(run_id, status)
+
+    def register(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        run_id: str,
+        alias: str | None = CANDIDATE,
+        tags: Mapping[str, str] | None = None,
+    ) -> ModelVersion:
+        """Store what `model.save` wrote with the run, as the next version of `name`; `alias` points to it."""
+        digest = model.describe(folder).digest
+        place = f"model-{digest[:16]}"  # a run may register several models
+        with tempfile.TemporaryDirectory(prefix="namr-register-") as temporary:
+            package = Path(temporary) / "model"
+            with tracking.quiet():
+                pyfunc.write(folder, package)
+            self.log_folder(run_id, package, place)
+        with self._doing(f"register model {name!r}"):
+            self._ensure_model(name)
+            source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
+            found = self._client.create_model_version(
+                name, source, run_id, tags={**(tags or {}), DIGEST_TAG: digest}
+            )
+            if alias:
+                self._client.set_registered_model_alias(name, alias, str(found.version))
+        return self.version(name, version=str(found.version))
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        """Point an alias to a version, away from where it pointed."""
+        self.version(name, version=version)
+        with self._doing(f"give {name} {version} the alias {alias!r}"):
+            self._client.set_registered_model_alias(name, alias, version)
+
+    def promote(self, name: str, *, version: str | None = None) -> ModelVersion:
+        """Make a version (None: the candidate) the champion."""
+        found = self.version(name, version=version, alias=None if version else CANDIDATE)
+        self.set_alias(name, CHAMPION, found.version)
+        return self.version(name, version=found.version)
+
+    def version(self, name: str, *, version: str | None = None, alias: str | None = None) -> ModelVersion:
+        """One version, by its number or by an alias; ObjectMissing with what there is instead."""
+        if (version is None) == (alias is None):
+            raise ConfigError(f"version {version!r} and alias {alias!r} of {name!r}; expected one of the two")
+        for found in self.versions(name):
+            if version == found.version or (alias is not None and alias in found.aliases):
+                return found
+        wanted = f"{name}@{alias}" if alias else f"{name} {version}"
+        there = "; ".join(
+            f"{found.version} ({', '.join(found.aliases) or 'no alias'})" for found in self.versions(name)
+        )
+        raise ObjectMissing(f"no model version {wanted} at {self._shown}; there is: {there or 'nothing'}")
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        """All versions of a model, newest first; ObjectMissing if there is no such model."""
+        with self._doing(f"find model {name!r}"):
+            aliases = self._client.get_registered_model(name).aliases
+            found = list(_pages(self._client, f"name='{_quoted(name)}'"))
+        versions = [
+            ModelVersion(
+                name=name,
+                version=str(each.version),
+                run_id=str(each.run_id),
+                digest=str(each.tags.get(DIGEST_TAG, "")),
+                aliases=tuple(sorted(a for a, v in aliases.items() if str(v) == str(each.version))),
+            )
+            for each in found
+        ]
+        return sorted(versions, key=lambda each: int(each.version), reverse=True)
+
+    def fetch(
+        self, name: str, *, version: str | None = None, alias: str | None = None, folder: Path
+    ) -> tuple[Path, ModelVersion]:
+        """Bring a version to `folder/<name>-<version>`, for `model.load`; what is there already is kept.
+
+        ModelMismatch if what was stored is not the model that was registered.
+        """
+        found = self.version(name, version=version, alias=alias)
+        target = folder / f"{name}-{found.version}"
+        if not (target / model.DESCRIPTION_FILE).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+                self._download(found, Path(temporary)).rename(target)
+        digest = model.describe(target).digest
+        if found.digest and digest != found.digest:
+            raise ModelMismatch(
+                f"{target} holds a model with digest {digest}, and {name} {found.version} was registered "
+                f"with {found.digest}; delete that folder and fetch again"
+            )
+        return target, found
+
+    def _download(self, found: ModelVersion, folder: Path) -> Path:
+        with self._doing(f"fetch {found.name} {found.version}"):
+            from mlflow import artifacts
+
+            uri = self._client.get_model_version_download_uri(found.name, found.version)
+            return Path(
+                artifacts.download_artifacts(
+                    artifact_uri=f"{uri}/{pyfunc.DATA_PATH}",
+                    dst_path=str(folder),
+                    tracking_uri=self.tracking_uri,
+                )
+            )
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_location=self._artifacts(name)))
+            except MlflowException:  # another job may have made it in between
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+    def _artifacts(self, experiment: str) -> str | None:
+        """Where artifacts of an experiment go: beside a SQLite file, else where the server puts them."""
+        if not self.tracking_uri.startswith("sqlite:///"):
+            return None
+        root = Path(self.tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+        return (root / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
+
+    def _ensure_model(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    @property
+    def _shown(self) -> str:
+        return tracking.without_secrets(self.tracking_uri)
+
+    @contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        with _explained(self.tracking_uri, what):
+            yield
+
+
+def _pages(client: "MlflowClient", query: str) -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_model_versions(query, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _quoted(name: str) -> str:
+    if "'" in name:
+        raise ConfigError(f"model name {name!r} has a quote in it; expected letters, digits, - and _")
+    return name
+
+
+@contextmanager
+def _explained(uri: str, what: str) -> Iterator[None]:
+    """Turn what MLflow raises into a StorageError, or ObjectMissing, that names no secrets."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        missing = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+        kind = ObjectMissing if missing else StorageError
+        raise kind(_told(uri, what, error)) from None if uri != tracking.without_secrets(uri) else error
+    except OSError as error:
+        raise StorageError(_told(uri, what, error)) from error
+
+
+def _told(uri: str, what: str, error: Exception) -> str:
+    reason = (tracking.without_secrets(str(error)).splitlines() or [type(error).__name__])[0]
+    return f"MLflow at {tracking.without_secrets(uri)} could not {what}: {reason}"

@@ -1,0 +1,266 @@
+"""Indexing: the embeddings of a dataset version into one segment, built in parts by Ray tasks.
+
+    sample of all embeddings -> template -> parts, in parallel -> segment (merged, reconciled)
+    embeddings -> re-rank vectors, one pair of files a shard;  sample indexes -> item table
+
+Parts are equal ranges of the embedded rows, whatever the sizes of the shards. Tombstoned rows are left out
+everywhere. What comes out is what `releases.publish` lists: objects under their digests, written once.
+
+Every step is a function of the one before, and what it made is found again under the digest of all that
+decides it (`<work>/<build>/`): a run that was killed goes on from there, and gives the same release. The ids
+in the segment are compared with the ids in the embeddings, not only their number.
+
+Not covered: adding a small segment to what is there, measuring recall (the release does, on held-out
+queries), GPU training, and deleting work that is done with.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from namr import progress, ray_connection
+from namr.data.datasets import Dataset
+from namr.data.shards import row_of
+from namr.embed import embeddings
+from namr.embed.embeddings import EmbeddingFile, SetManifest
+from namr.errors import ConfigError, ManifestError
+from namr.index import ivf, planning
+from namr.index.index_files import sum_of_ids
+from namr.index.ivf import IndexInfo, Template
+from namr.index.planning import IndexPlan
+from namr.model.distances import Metric
+from namr.release import build_steps, held_out, releases
+from namr.release.build_steps import (
+    HeldOut,
+    MergeTask,
+    PartTask,
+    SampleTask,
+    ShardVectors,
+    Slice,
+    Source,
+    TrainTask,
+    VectorsTask,
+)
+from namr.release.releases import Counts, Segment, VectorShard
+from namr.store import storage, tables
+from namr.store.manifests import StoredObject
+from namr.store.tables import SampleTable
+
+_FILES_PER_SAMPLE_TASK = 16
+
+A = TypeVar("A")
+R = TypeVar("R")
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """How to index."""
+
+    index_key: str = "auto"
+    """auto, or Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<bytes>x8"""
+    num_parts: int = 4
+    """parts to build side by side; large indexes take more"""
+    max_index_bytes: int = 16 << 30
+    """what the index may take in the memory of a serving node; decides the codes of "auto\""""
+    seed: int = 0
+    """of the sample, of the template's training, and of what is held out"""
+    num_held_out: int = 500
+    """images that the template is not trained on, to measure the index with; never more than a fifth"""
+    work_uri: str | None = None
+    """where parts are kept until they are merged; <releases_uri>/building where none is named"""
+
+    def __post_init__(self) -> None:
+        if self.num_held_out < 0:
+            raise ConfigError(f"num_held_out is {self.num_held_out}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What a release lists of an index, and how it came about."""
+
+    model_digest: str
+    dataset: Dataset
+    index_key: str
+    template: StoredObject
+    template_hash: str
+    metric: Metric
+    embedding_dim: int
+    counts: Counts
+    segments: tuple[Segment, ...]
+    vectors: tuple[VectorShard, ...]
+    items: StoredObject
+    num_parts: int
+    imbalance: float
+    """1 for lists of equal length; a search takes about that many times as long"""
+    seconds: float
+
+
+def build(
+    dataset: Dataset,
+    embeddings_uri: str,
+    releases_uri: str,
+    config: BuildConfig,
+    *,
+    model_digest: str,
+    metric: Metric,
+) -> BuildReport:
+    """Build the index of a dataset version from the embeddings of one model.
+
+    The samples that `held_out` chooses by their ids are kept out of the template's training; they are in the
+    index. Raises ManifestError if the dataset version is not embedded, if anything stored is
+    damaged, or if the ids in the segment are not those of the live embeddings; ConfigError for a key that is
+    not offered; ShapeError where there are too few vectors for the key.
+    """
+    started = time.monotonic()
+    root = storage.absolute(releases_uri)
+    storage.check_writable(root)
+    embedding_set = embeddings.open_set(storage.absolute(embeddings_uri), model_digest, dataset)
+    described = embedding_set.manifest
+    plan = planning.plan(
+        described.num_embedded,
+        described.embedding_dim,
+        key=config.index_key,
+        num_parts=config.num_parts,
+        max_index_bytes=config.max_index_bytes,
+    )
+    held = HeldOut(held_out.share(config.num_held_out, dataset.version.num_samples), config.seed)
+    work = storage.join(
+        storage.absolute(config.work_uri or storage.join(root, "building")),
+        _digest_of(dataset.digest, model_digest, metric, config.seed, plan, held),
+    )
+    ray_connection.connect()
+    files = described.files
+    source = Source(embeddings_uri=embedding_set.root_uri, dead=dataset.tombstones, metric=metric)
+    template = _template(work, source, described, plan, held, config.seed)
+    stored_template = releases.store(root, "template.faiss", template.data)
+    part_tasks = [
+        PartTask(source, template, slices, work, number)
+        for number, slices in enumerate(cut(files, plan.num_parts))
+    ]
+    parts = _in_order("building parts", build_steps.build_part, part_tasks)
+    (segment,) = _in_order("merging parts", build_steps.merge, [MergeTask(template, parts, work, root)])
+    num_rows = {entry.number: entry.num_samples for entry in dataset.shards}
+    shards = _in_order(
+        "storing re-rank vectors",
+        build_steps.store_vectors,
+        [VectorsTask(source, file, num_rows[file.number], root) for file in files],
+    )
+    counts = _reconcile(dataset, segment.info, shards)
+    items = releases.store(root, "items.parquet", tables.encode_samples(_items(dataset, shards)))
+    return BuildReport(
+        model_digest=model_digest,
+        dataset=dataset,
+        index_key=plan.key,
+        template=stored_template,
+        template_hash=template.hash,
+        metric=metric,
+        embedding_dim=described.embedding_dim,
+        counts=counts,
+        segments=(Segment(file=segment.stored, num_entries=segment.info.num_vectors),),
+        vectors=tuple(shard.stored for shard in shards),
+        items=items,
+        num_parts=len(parts),
+        imbalance=segment.info.imbalance,
+        seconds=time.monotonic() - started,
+    )
+
+
+def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[Slice]]:
+    """The embedded rows of all shards as num_parts ranges, sizes differing by at most one."""
+    total = sum(file.num_embedded for file in files)
+    bounds = [total * number // num_parts for number in range(num_parts + 1)]
+    starts = np.cumsum([0, *(file.num_embedded for file in files)]).tolist()
+    parts: list[list[Slice]] = []
+    for lower, upper in itertools.pairwise(bounds):
+        placed = zip(files, starts, strict=False)
+        slices = [
+            Slice(file, max(lower - start, 0), min(upper - start, file.num_embedded))
+            for file, start in placed
+        ]
+        parts.append([rows for rows in slices if rows.start < rows.stop])
+    return parts
+
+
+def _in_order(what: str, function: Callable[[A], R], tasks: Sequence[A]) -> list[R]:
+    """What Ray tasks made of each argument."""
+    results: dict[int, R] = {}
+    with progress.shown(what, len(tasks)) as show:
+        for at, result in ray_connection.map_tasks(function, tasks):
+            results[at] = result
+            show(len(results), "")
+    return [results[at] for at in range(len(tasks))]
+
+
+def _digest_of(*decisive: object) -> str:
+    return storage.sha256(json.dumps(decisive, default=vars).encode())[:32]
+
+
+def _template(
+    work: str, source: Source, described: SetManifest, plan: IndexPlan, held: HeldOut, seed: int
+) -> Template:
+    """The template in the work folder, trained now if there is none."""
+    uri, files = storage.join(work, "template.faiss"), described.files
+    if not storage.exists(uri):
+        total = sum(file.num_embedded for file in files)
+        chosen = np.random.default_rng(seed).choice(
+            total, min(plan.num_training_vectors, total), replace=False, shuffle=False
+        )
+        chosen.sort()
+        starts = np.cumsum([0, *(file.num_embedded for file in files)])
+        cuts = np.searchsorted(chosen, starts)
+        picks = [
+            (file, chosen[cuts[at] : cuts[at + 1]] - starts[at])
+            for at, file in enumerate(files)
+            if cuts[at] < cuts[at + 1]
+        ]
+        tasks = [
+            SampleTask(source, held, picks[start : start + _FILES_PER_SAMPLE_TASK])
+            for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
+        ]
+        nothing = np.empty((0, described.embedding_dim), np.float32)
+        sample = np.concatenate([nothing, *_in_order("sampling embeddings", build_steps.sample, tasks)])
+        (trained,) = _in_order("training", build_steps.train, [TrainTask(sample, plan.key, seed)])
+        storage.write_if_absent(uri, trained.data)
+    return ivf.load_template(storage.read(uri))
+
+
+def _reconcile(dataset: Dataset, segment: IndexInfo, shards: list[ShardVectors]) -> Counts:
+    """Every sample went somewhere, and what is in the segment are the ids that live embeddings have."""
+    counts = Counts(
+        num_samples=dataset.version.num_samples,
+        num_indexed=sum(len(shard.indexed) for shard in shards),
+        num_refused=sum(shard.num_refused for shard in shards),
+        num_tombstoned=len(dataset.tombstones),
+    )
+    ids_sum = sum(sum_of_ids(shard.indexed) for shard in shards) % 2**64
+    if (segment.num_vectors, segment.ids_sum) != (counts.num_indexed, ids_sum):
+        raise ManifestError(
+            f"the segment holds {segment.num_vectors} vectors, {counts.num_indexed} are embedded and live, "
+            "or their ids differ; delete the work folder and build again"
+        )
+    if counts.num_samples != counts.num_indexed + counts.num_refused + counts.num_tombstoned:
+        raise ManifestError(f"the counts of the index don't add up: {counts}")
+    return counts
+
+
+def _items(dataset: Dataset, shards: list[ShardVectors]) -> SampleTable:
+    """The rows of the sample indexes that are in the segment, by ascending id."""
+    found = [
+        (table, row_of(shard.indexed)) for table, shard in zip(dataset.all_samples(), shards, strict=True)
+    ]
+    return SampleTable(
+        ids=np.concatenate([table.ids[rows] for table, rows in found]),
+        keys=[table.keys[row] for table, rows in found for row in rows],
+        labels=[table.labels[row] for table, rows in found for row in rows],
+        fields=[table.fields[row] for table, rows in found for row in rows],
+        offsets=np.concatenate([table.offsets[rows] for table, rows in found]),
+        sizes=np.concatenate([table.sizes[rows] for table, rows in found]),
+    )

@@ -1,0 +1,285 @@
+"""From candidates to an order by the adaptive distance, and whether nothing outside them belongs there.
+
+Re-rank vectors are float16 files, one pair a shard, mapped into memory and addressed by id (row = id &
+0xffffffff). Everything here is arrays and files: no index, no model, no items.
+
+**Proof.** A first stage that is exact returns the nearest candidates, so whatever it left out has a plain
+squared distance of at least that of the last candidate, L. No structure weight is below w, so no item left
+out has an adaptive squared distance below w L. If the k-th of the re-ranked candidates is nearer than that,
+the k nearest of the whole gallery are among the candidates. `outside_squared` makes L smaller by what
+rounding may have changed: the sums of float32 in the index and the float16 of the re-rank vectors.
+
+Legend: Q queries, M candidates of a query, D dimension, N rows of a shard, K neighbours.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from namr.errors import ManifestError
+from namr.model import distances
+from namr.model.distances import Side
+
+Ids = npt.NDArray[np.int64]
+Doubles = npt.NDArray[np.float64]
+
+_BLOCK_VALUES = 1 << 19
+"""values of a block of float32 candidates: 2 MB, which stays in a core's cache from step to step"""
+_EXACT_ROWS = 8192
+_FLOAT16_HALF_STEP = 2.0**-11
+_FLOAT16_SMALLEST_HALF_STEP = 2.0**-25
+_FLOAT32_HALF_STEP = 2.0**-24
+
+
+class Ranked(NamedTuple):
+    """Neighbours, nearest first, ties by id; where there are fewer than K: id -1, distance inf."""
+
+    ids: Ids
+    """(Q, K)"""
+    squared: Doubles
+    """(Q, K) squared distance that they are ordered by"""
+    plain_squared: Doubles
+    """(Q, K) squared Euclidean distance"""
+
+
+class VectorPaths(NamedTuple):
+    """The two files of a shard."""
+
+    embedding: Path
+    structure: Path
+
+
+class GalleryVectors:
+    """The re-rank vectors of a gallery, mapped into memory: opening reads a header a file and no vector."""
+
+    def __init__(self, paths: Mapping[int, VectorPaths], *, dim: int) -> None:
+        self.dim = dim
+        self._embeddings = {number: _map(of.embedding, dim) for number, of in paths.items()}
+        self._structures = {number: _map(of.structure, dim) for number, of in paths.items()}
+
+    def embeddings(self, ids: Ids) -> Tensor:
+        """(n,) ids -> (n, D) float16; ids that the gallery doesn't have are an IndexError."""
+        return self._gather(self._embeddings, ids)
+
+    def structures(self, ids: Ids) -> Tensor:
+        """(n,) ids -> (n, D) float16."""
+        return self._gather(self._structures, ids)
+
+    def blocks(self) -> Iterator[tuple[Ids, Tensor, Tensor]]:
+        """Ids (n,), embeddings and structures (n, D) of all rows by ascending id, in pieces."""
+        for number in sorted(self._embeddings):
+            x, s = self._embeddings[number], self._structures[number]
+            for start in range(0, len(x), _EXACT_ROWS):
+                stop = min(start + _EXACT_ROWS, len(x))
+                yield (number << 32) + np.arange(start, stop), x[start:stop], s[start:stop]
+
+    def _gather(self, files: Mapping[int, Tensor], ids: Ids) -> Tensor:
+        """Sorted by id first, so that each file is visited once and its pages in order."""
+        order = np.argsort(ids, kind="stable")
+        in_order = ids[order]
+        numbers, rows = in_order >> 32, torch.from_numpy(in_order & 0xFFFFFFFF)
+        gathered = torch.empty((len(ids), self.dim), dtype=torch.float16)
+        for number in np.unique(numbers):
+            start, stop = np.searchsorted(numbers, number), np.searchsorted(numbers, number, side="right")
+            file = files.get(int(number))
+            if file is None:
+                raise IndexError(f"id {in_order[start]}: the gallery has no shard {number}")
+            torch.index_select(file, 0, rows[start:stop], out=gathered[start:stop])
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return gathered.index_select(0, torch.from_numpy(back))
+
+
+def rerank(
+    q: Tensor, s_q: Tensor | None, candidate_ids: Ids, vectors: GalleryVectors, *, k: int, side: Side
+) -> Ranked:
+    """The k nearest of each query's own candidates by the adaptive distance of `side`.
+
+    q, s_q (Q, D) float32; candidate_ids (Q, M), -1 where there is none. Raises ManifestError for a candidate
+    without a re-rank vector.
+    """
+    num_queries, num_candidates = candidate_ids.shape
+    present = candidate_ids >= 0
+    if not present.any():
+        return _nothing(num_queries, k)
+    known = np.where(present, candidate_ids, candidate_ids[present][0])
+    x = vectors.embeddings(known.ravel()).view(num_queries, num_candidates, -1)
+    s = vectors.structures(known.ravel()).view_as(x) if side in ("both", "scale") else None
+    squared = np.empty(candidate_ids.shape, np.float64)
+    step = max(1, _BLOCK_VALUES // (num_candidates * vectors.dim))
+    for start in range(0, num_queries, step):
+        part = slice(start, start + step)
+        found = distances.rerank_squared(
+            q[part], None if s_q is None else s_q[part], x[part], None if s is None else s[part], side=side
+        )
+        squared[part] = found.numpy()
+    if np.isnan(squared).any():
+        lost = known[np.isnan(squared)][0]
+        raise ManifestError(f"item {lost} is in the index and has no re-rank vector; build the release anew")
+    squared[~present] = np.inf
+    places = np.broadcast_to(np.arange(num_candidates), candidate_ids.shape)
+    best = _nearest(Ranked(candidate_ids, squared, places.astype(np.float64)), k)
+    rows = torch.from_numpy(best.plain_squared.astype(np.int64))[:, :, None].expand(-1, -1, vectors.dim)
+    plain = distances.rerank_squared(q, None, x.gather(1, rows), None, side="none").numpy().astype(np.float64)
+    return _filled(Ranked(best.ids, best.squared, plain), k)
+
+
+def nearest_exact(
+    q: Tensor,
+    s_q: Tensor | None,
+    vectors: GalleryVectors,
+    *,
+    k: int,
+    side: Side,
+    hidden: Ids,
+    own_ids: Ids | None = None,
+) -> Ranked:
+    """The k nearest of the whole gallery by the adaptive distance of `side`, in one stage and float64.
+
+    Reads every vector: for small galleries, and as the reference of what re-ranking misses. hidden: ids,
+    ascending, that must not be found; own_ids (Q,): one id that each query must not find. With side
+    "query" this is d_s^2 = const(q) + <s, x x> - <2 s q, x>, the inner product of `one_stage_queries`.
+    """
+    q64, s64 = q.double(), None if s_q is None else s_q.double()
+    best = _nothing(len(q), 0)
+    for ids, x, s in vectors.blocks():
+        kept = ~(np.isnan(x[:, 0].numpy()) | np.isin(ids, hidden))
+        if not kept.any():
+            continue
+        at = torch.from_numpy(np.flatnonzero(kept))
+        ids, x, s = ids[kept], x[at].double(), s[at].double()
+        plain = distances.pairwise_squared(q64, x).numpy()
+        squared = _pairwise(q64, s64, x, s, side).numpy() if side != "none" else plain.copy()
+        block_ids = np.broadcast_to(ids, squared.shape)
+        if own_ids is not None:
+            squared[block_ids == own_ids[:, None]] = np.inf
+        best = _nearest(_joined(best, Ranked(block_ids, squared, plain)), k)
+    return _filled(best, k)
+
+
+def outside_squared(last_squared: Doubles, q: Tensor) -> Doubles:
+    """The least squared distance between q and a re-rank vector that an exact first stage left out.
+
+    last_squared (Q,): what the index said of the last candidate, inf where it left nothing out. q (Q, D).
+    The index computed it in float32, at worst as |q|^2 + |x|^2 - 2 q x, with an error of at most
+    g (|q| + |x|)^2, g = (D + 4) 2^-23 (Higham, Accuracy and Stability, 3.1); a re-rank vector is off by at
+    most half a step of float16 in each coordinate. |x| is at most |q| + d.
+    """
+    norm, dim = np.linalg.norm(q.numpy().astype(np.float64), axis=1), q.shape[1]
+    last = np.where(np.isinf(last_squared), 0, last_squared)
+    g = (dim + 4) * 2 * _FLOAT32_HALF_STEP
+    # the smallest d with d^2 + g (2 |q| + d)^2 >= last
+    rest = np.maximum(last - 4 * g * norm**2, 0)
+    d = np.maximum(np.sqrt((2 * g * norm) ** 2 + (1 + g) * rest) - 2 * g * norm, 0) / (1 + g)
+    moved = _FLOAT16_HALF_STEP * (norm + d) + _FLOAT16_SMALLEST_HALF_STEP * np.sqrt(dim)
+    bound = np.maximum(d - moved, 0) ** 2
+    return np.where(np.isinf(last_squared), np.inf, bound)
+
+
+def least_weight(s_q: Tensor | None, *, side: Side, gallery_min: float, num_queries: int) -> Doubles:
+    """(Q,) what an adaptive squared distance is at least, as a multiple of the plain one."""
+    if side == "none":
+        return np.ones(num_queries)
+    if side == "scale":
+        return np.full(num_queries, np.sqrt(gallery_min))
+    if s_q is None:
+        raise ValueError(f"side {side!r} without structures")
+    least = s_q.min(dim=1).values.double().numpy()
+    return least if side == "query" else (least + gallery_min) / 2
+
+
+def is_proved(
+    kth_squared: Doubles,
+    last_squared: Doubles,
+    q: Tensor,
+    s_q: Tensor | None,
+    *,
+    side: Side,
+    gallery_min: float,
+) -> npt.NDArray[np.bool_]:
+    """(Q,) True where everything that an exact first stage left out is farther than the k-th re-ranked.
+
+    kth_squared (Q,): adaptive squared distance of the k-th. last_squared (Q,): plain squared distance of
+    the last candidate as the index gave it, inf where nothing was left out. gallery_min: the smallest
+    structure weight in the gallery.
+    """
+    least = least_weight(s_q, side=side, gallery_min=gallery_min, num_queries=len(q))
+    rounding = 1 + (q.shape[1] + 8) * 2 * _FLOAT32_HALF_STEP
+    nothing_left = np.isinf(last_squared)
+    return nothing_left | (kth_squared * rounding < least * outside_squared(last_squared, q))
+
+
+def _pairwise(q: Tensor, s_q: Tensor | None, x: Tensor, s: Tensor, side: Side) -> Tensor:
+    if side == "scale":
+        return distances.pairwise_squared(q, x) * distances.scale(s)[None, :]
+    if s_q is None:
+        raise ValueError(f"side {side!r} without structures")
+    if side == "query":
+        return distances.adaptive_squared(q, s_q, x)
+    return distances.adaptive_squared_both(q, s_q, x, s)
+
+
+def _nearest(ranked: Ranked, k: int) -> Ranked:
+    """The k nearest columns in order, ties by id; compared in float32, where copies of an image are equal."""
+    rounded, width = ranked.squared.astype(np.float32), ranked.ids.shape[1]
+    if width > 4 * k:  # most are far away: sort only those that can win
+        kth = np.partition(rounded, k - 1, axis=1)[:, k - 1, None]
+        num_near = int((rounded <= kth).sum(axis=1).max())
+        near = np.argpartition(rounded, num_near - 1, axis=1)[:, :num_near]
+        ranked, rounded = _columns(ranked, near), np.take_along_axis(rounded, near, 1)
+    return _columns(ranked, np.lexsort((ranked.ids, rounded), axis=-1)[:, :k])
+
+
+def _columns(ranked: Ranked, at: npt.NDArray[np.int64]) -> Ranked:
+    return Ranked(
+        np.take_along_axis(ranked.ids, at, 1),
+        np.take_along_axis(ranked.squared, at, 1),
+        np.take_along_axis(ranked.plain_squared, at, 1),
+    )
+
+
+def _joined(one: Ranked, other: Ranked) -> Ranked:
+    return Ranked(
+        np.concatenate([one.ids, other.ids], axis=1),
+        np.concatenate([one.squared, other.squared], axis=1),
+        np.concatenate([one.plain_squared, other.plain_squared], axis=1),
+    )
+
+
+def _filled(ranked: Ranked, k: int) -> Ranked:
+    """Exactly k columns, and what is infinitely far named as nothing."""
+    if ranked.ids.shape[1] < k:
+        ranked = _joined(ranked, _nothing(len(ranked.ids), k - ranked.ids.shape[1]))
+    gone = np.isinf(ranked.squared)
+    ranked.ids[gone], ranked.plain_squared[gone] = -1, np.inf
+    return ranked
+
+
+def _nothing(num_queries: int, k: int) -> Ranked:
+    shape = (num_queries, k)
+    return Ranked(np.full(shape, -1, np.int64), np.full(shape, np.inf), np.full(shape, np.inf))
+
+
+def _map(path: Path, dim: int) -> Tensor:
+    """(N, D) float16, mapped copy-on-write. torch closes the file after mapping it, numpy would keep it open:
+    a release of 10,000 shards must not need 20,000 file descriptors."""
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+            shape, fortran, dtype = reader(file) if reader else ((), True, None)
+        except ValueError as error:
+            raise ManifestError(f"{path} is no .npy file: {error}") from error
+        header_bytes = file.tell()
+    if dtype != np.float16 or fortran or len(shape) != 2 or shape[1] != dim:
+        raise ManifestError(f"{path} holds {shape} {dtype}; expected (rows, {dim}) float16")
+    num_values = header_bytes // 2 + shape[0] * dim
+    if path.stat().st_size != 2 * num_values:
+        raise ManifestError(f"{path} has {path.stat().st_size} bytes; its header says {2 * num_values}")
+    values = torch.from_file(str(path), shared=False, size=num_values, dtype=torch.float16)
+    return values[header_bytes // 2 :].view(shape[0], dim)

@@ -1,0 +1,161 @@
+"""Immutable objects, small JSON manifests written last, and the one thing that changes: a pointer.
+
+A manifest class is a frozen, keyword-only dataclass with two class variables, FORMAT and FORMAT_VERSION. Its
+JSON carries both, and readers refuse what they don't know. A pointer (`current.json`) names its target and
+carries its writer's token, so that a writer whose answer was lost recognises its own swap.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import pydantic
+
+from namr.errors import Conflict, ManifestError, ObjectMissing
+from namr.store import storage
+
+
+class Manifest(Protocol):
+    """What a manifest class has beside its fields."""
+
+    FORMAT: ClassVar[str]
+    FORMAT_VERSION: ClassVar[int]
+
+
+M = TypeVar("M", bound=Manifest)
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One immutable object, by its name relative to the root that the manifest speaks of."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Pointer(NamedTuple):
+    """What a pointer said when it was read."""
+
+    target: str
+    token: str
+    etag: str
+
+
+def write_object(root_uri: str, name: str, data: bytes | Path) -> StoredObject:
+    """Write an object under a name of its own, once.
+
+    The same bytes under the same name are a repeated attempt and fine; other bytes are a ManifestError,
+    and what was there stays.
+    """
+    described = describe_object(name, data)
+    uri = storage.join(root_uri, name)
+    written = (
+        storage.write_if_absent(uri, data) if isinstance(data, bytes) else storage.upload_if_absent(data, uri)
+    )
+    if not written and storage.sha256_of(uri) != described.sha256:
+        raise ManifestError(f"{uri} exists with other contents; nothing was overwritten, choose another name")
+    return described
+
+
+def describe_object(name: str, data: bytes | Path) -> StoredObject:
+    """Size and digest of an object that may not be written yet."""
+    if isinstance(data, bytes):
+        return StoredObject(name, len(data), storage.sha256(data))
+    return StoredObject(name, data.stat().st_size, storage.sha256_of_file(data))
+
+
+def read_object(root_uri: str, stored: StoredObject) -> bytes:
+    """The bytes of an object; ManifestError if size or digest differ, ObjectMissing if it is gone."""
+    uri = storage.join(root_uri, stored.name)
+    data = storage.read(uri)
+    if len(data) != stored.size_bytes or storage.sha256(data) != stored.sha256:
+        raise ManifestError(
+            f"{uri} is damaged: {len(data)} bytes with SHA-256 {storage.sha256(data)}, its manifest says "
+            f"{stored.size_bytes} bytes with {stored.sha256}; restore it or make it anew"
+        )
+    return data
+
+
+def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Write a manifest, exclusively and after everything that it lists; the same one again is fine."""
+    data = encode_manifest(manifest)
+    if not storage.write_if_absent(uri, data) and storage.read(uri) != data:
+        raise ManifestError(f"{uri} exists and says something else; nothing was overwritten")
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The JSON text of a manifest, the same bytes for the same contents."""
+    adapter = pydantic.TypeAdapter(type(manifest))
+    body = adapter.dump_python(manifest, mode="json")
+    head = {"format": manifest.FORMAT, "format_version": manifest.FORMAT_VERSION}
+    return json.dumps(head | body, indent=1, ensure_ascii=False).encode()
+
+
+def read_manifest(uri: str, kind: type[M]) -> M:
+    """The manifest at a URI; ManifestError if missing, damaged, of another format or from the future."""
+    try:
+        data = storage.read(uri)
+    except ObjectMissing as error:
+        raise ManifestError(f"{uri} is missing, so there is no {kind.FORMAT} here; check the URI") from error
+    return decode_manifest(data, kind, uri)
+
+
+def decode_manifest(data: bytes, kind: type[M], uri: str) -> M:
+    """`read_manifest` of bytes that were read already; `uri` is for the messages."""
+    body = _parse(data, uri)
+    if body.pop("format", None) != kind.FORMAT:
+        raise ManifestError(f"{uri} is not a {kind.FORMAT} manifest; check the URI")
+    version = body.pop("format_version", None)
+    if version != kind.FORMAT_VERSION:
+        raise ManifestError(
+            f"{uri} has format version {version}, and this namr reads {kind.FORMAT_VERSION} of "
+            f"{kind.FORMAT}; use the namr that wrote it, or a newer one"
+        )
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(body)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ManifestError(
+            f"{uri} is damaged: {place}: {first['msg']}; restore it or make it anew"
+        ) from error
+
+
+def read_pointer(uri: str) -> Pointer | None:
+    """Where a pointer points, or None where there is none yet."""
+    try:
+        data, etag = storage.read_with_etag(uri)
+    except ObjectMissing:
+        return None
+    body = _parse(data, uri)
+    target, token = body.get("target"), body.get("token")
+    if not isinstance(target, str) or not isinstance(token, str):
+        raise ManifestError(f"{uri} is damaged: expected a target and a token; point it anew")
+    return Pointer(target, token, etag)
+
+
+def swap_pointer(uri: str, target: str, *, expected: Pointer | None, token: str) -> None:
+    """Point to `target`, if the pointer is still what it was when `expected` was read; else Conflict.
+
+    `token` is the writer's own, new for each swap. If the swap happened but its answer was lost, the
+    repeated attempt finds the token and is content.
+    """
+    data = json.dumps({"target": target, "token": token}).encode()
+    try:
+        storage.replace_if_match(uri, data, etag=expected.etag if expected else None)
+    except Conflict:
+        found = read_pointer(uri)
+        if found is None or found.token != token:
+            raise
+
+
+def _parse(data: bytes, uri: str) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise ManifestError(f"{uri} is damaged: no JSON ({error}); restore it or make it anew") from error
+    if not isinstance(body, dict):
+        raise ManifestError(f"{uri} is damaged: expected a JSON object")
+    return body

@@ -1,0 +1,259 @@
+"""Objects behind URIs: `s3://bucket/key` and local paths, with the two conditional writes that namr needs.
+
+Everything stored is either immutable under a name that nobody else uses (`write`, `upload`,
+`write_if_absent`), or one of the few pointers, which are swapped by `replace_if_match`. `folders` and
+`buckets` do the work; here their failures become errors that name the URI.
+
+Not covered: other object stores (their conditional writes differ), deleting whole trees.
+"""
+
+import hashlib
+import os
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
+from namr.store import buckets
+from namr.store.buckets import Buckets
+from namr.store.folders import Folders, temporary_beside
+
+
+class Range(NamedTuple):
+    """Bytes start (included) to stop (excluded) of one object."""
+
+    uri: str
+    start: int
+    stop: int
+
+
+class _Backend(Protocol):
+    """What the two kinds of store can do; every method takes a URI of its own kind."""
+
+    def read(self, uri: str) -> bytes: ...
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]: ...
+    def open_stream(self, uri: str) -> BinaryIO: ...
+    def write(self, uri: str, data: bytes) -> None: ...
+    def write_if_absent(self, uri: str, data: bytes) -> bool: ...
+    def upload(self, path: Path, uri: str) -> None: ...
+    def upload_if_absent(self, path: Path, uri: str) -> bool: ...
+    def download(self, uri: str, path: Path) -> None: ...
+    def read_with_etag(self, uri: str) -> tuple[bytes, str]: ...
+    def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool: ...
+    def size(self, uri: str) -> int: ...
+    def list_names(self, uri: str) -> list[str]: ...
+    def delete(self, uri: str) -> None: ...
+
+
+def join(base: str, *names: str) -> str:
+    """`base/name/name`, for both kinds of URI."""
+    return "/".join([base.rstrip("/") if len(base) > 1 else base, *(name.strip("/") for name in names)])
+
+
+def is_local(uri: str) -> bool:
+    """True for a path of this machine; ConfigError for a scheme that namr doesn't know."""
+    if "://" not in uri:
+        return True
+    if uri.startswith(buckets.PREFIX):
+        return False
+    raise ConfigError(f"{uri!r}: unknown kind of URI; expected s3://bucket/key or a local path")
+
+
+def local_path(uri: str) -> Path:
+    """The path of a local URI; ConfigError for a remote one."""
+    if not is_local(uri):
+        raise ConfigError(f"{uri} is not on this machine; expected a local path here")
+    return Path(uri)
+
+
+def absolute(uri: str) -> str:
+    """The URI in a form that means the same in every process: local paths made absolute."""
+    return str(Path(uri).expanduser().resolve()) if is_local(uri) else uri.rstrip("/")
+
+
+def read(uri: str) -> bytes:
+    """A whole object."""
+    with _explained("read", uri):
+        return _backend(uri).read(uri)
+
+
+def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
+    """Many byte ranges, concurrently on S3; a range past the end of its object is a StorageError."""
+    wanted = [asked for asked in ranges if asked.stop > asked.start]
+    if not wanted:
+        return [b""] * len(ranges)
+    with _explained("read ranges of", wanted[0].uri):
+        found = _backend(wanted[0].uri).read_ranges(wanted)
+    for asked, data in zip(wanted, found, strict=True):
+        if len(data) != asked.stop - asked.start:
+            raise StorageError(
+                f"{asked.uri}: wanted bytes {asked.start} to {asked.stop}, got {len(data)} of "
+                f"{asked.stop - asked.start}; the object is shorter than its index says"
+            )
+    remaining = iter(found)
+    return [next(remaining) if asked.stop > asked.start else b"" for asked in ranges]
+
+
+def open_stream(uri: str) -> BinaryIO:
+    """A seekable file object for reading from front to back."""
+    with _explained("open", uri):
+        return _backend(uri).open_stream(uri)
+
+
+def write(uri: str, data: bytes) -> None:
+    """Write a whole object; readers see all of it or nothing."""
+    with _explained("write", uri):
+        _backend(uri).write(uri, data)
+
+
+def write_if_absent(uri: str, data: bytes) -> bool:
+    """Write a whole object unless one is there; False = one was there, and nothing changed."""
+    with _explained("write", uri):
+        return _backend(uri).write_if_absent(uri, data)
+
+
+def upload(path: Path, uri: str) -> None:
+    """`write` of a file, in parts where it is large."""
+    with _explained("write", uri):
+        _backend(uri).upload(path, uri)
+
+
+def upload_if_absent(path: Path, uri: str) -> bool:
+    """`write_if_absent` of a file."""
+    with _explained("write", uri):
+        return _backend(uri).upload_if_absent(path, uri)
+
+
+def download(uri: str, path: Path) -> None:
+    """Copy an object to a local file, which appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained("read", uri), temporary_beside(path) as temporary:
+        _backend(uri).download(uri, temporary)
+        temporary.replace(path)
+
+
+def read_with_etag(uri: str) -> tuple[bytes, str]:
+    """A whole object and the tag that `replace_if_match` compares."""
+    with _explained("read", uri):
+        return _backend(uri).read_with_etag(uri)
+
+
+def replace_if_match(uri: str, data: bytes, *, etag: str | None) -> None:
+    """Replace the object whose tag is `etag` (None: there must be none yet), else raise Conflict.
+
+    A put whose answer was lost may be repeated underneath and then report a Conflict of the writer with
+    itself: callers that must know put a token of their own into `data` and read it back.
+    """
+    with _explained("replace", uri):
+        swapped = _backend(uri).replace_if_match(uri, data, etag)
+    if not swapped:
+        raise Conflict(f"{uri} was changed by somebody else since it was read; read it and decide again")
+
+
+def exists(uri: str) -> bool:
+    """Whether an object (not a folder) lies there."""
+    try:
+        size(uri)
+    except ObjectMissing:
+        return False
+    return True
+
+
+def size(uri: str) -> int:
+    """Bytes of an object."""
+    with _explained("look at", uri):
+        return _backend(uri).size(uri)
+
+
+def list_names(uri: str) -> list[str]:
+    """Names of all objects below `uri`, relative to it, sorted; empty if there are none."""
+    with _explained("list", uri):
+        return sorted(_backend(uri).list_names(uri))
+
+
+def delete(uri: str) -> None:
+    """Delete one object; nothing happens if it is not there."""
+    with _explained("delete", uri):
+        _backend(uri).delete(uri)
+
+
+def check_writable(uri: str) -> None:
+    """Raise StorageError, saying what to do, unless objects can be written below `uri`."""
+    probe = join(uri, f".namr-probe-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        if not is_local(uri):
+            with _explained("write", uri):
+                _s3.check_bucket(uri)
+        write(probe, b"")
+    except StorageError as error:
+        remedy = (
+            "check that you may write to this folder"
+            if is_local(uri)
+            else "create the bucket, and check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+        )
+        raise StorageError(f"{uri} is not writable: {error}; {remedy}") from error
+    delete(probe)
+
+
+def sha256(data: bytes) -> str:
+    """Digest, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Digest of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(uri: str) -> str:
+    """Digest of an object, in hexadecimal, read as a stream."""
+    digest = hashlib.sha256()
+    with open_stream(uri) as stream:
+        while block := stream.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def arrow_filesystem(uri: str) -> tuple[Any, str]:
+    """An Arrow file system and the path in it, for libraries that write for themselves (Ray Train)."""
+    from pyarrow import fs  # a quarter second that most users of this module don't need
+
+    if is_local(uri):
+        return fs.LocalFileSystem(), absolute(uri)
+    return fs.PyFileSystem(fs.FSSpecHandler(_s3.filesystem())), absolute(uri).removeprefix(buckets.PREFIX)
+
+
+_local, _s3 = Folders(), Buckets()
+
+
+def _backend(uri: str) -> _Backend:
+    return _local if is_local(uri) else _s3
+
+
+@contextmanager
+def _explained(verb: str, uri: str) -> Iterator[None]:
+    """Failures of the libraries become ObjectMissing or StorageError that name the URI."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if buckets.error_code(error) == "NoSuchBucket":
+            raise StorageError(f"cannot {verb} {uri}: there is no such bucket; create it first") from error
+        raise ObjectMissing(f"cannot {verb} {_without_secrets(uri)}: nothing is there") from error
+    except OSError as error:
+        raise StorageError(f"cannot {verb} {_without_secrets(uri)}: {_reason(error)}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+            raise StorageError(f"cannot {verb} {_without_secrets(uri)}: {error}") from error
+        raise
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _without_secrets(uri: str) -> str:
+    parts = urllib.parse.urlsplit(uri)
+    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "") if "@" in parts.netloc else uri

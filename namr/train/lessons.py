@@ -1,0 +1,209 @@
+"""What a model learns from and what it is examined on: batches of training classes, and classes kept unseen.
+
+The unseen classes are those of a validation dataset, or a share of the training dataset's own classes that
+is held out. With a frozen backbone and no augmentation an image's features never change: they are computed
+once over all ranks, kept on local disk, and batches and examinations are made of them.
+
+Not covered: learning itself (`learning`), what the numbers mean (`validation`).
+Legend: C classes, N validation images, D dimension, F features.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from namr.data import reading, sampling
+from namr.data.datasets import Dataset
+from namr.data.images import AugmentConfig
+from namr.data.reading import LoaderConfig
+from namr.data.sample_index import SampleIndex
+from namr.data.sampling import PKConfig, slice_of_rank
+from namr.errors import ConfigError
+from namr.measure import validation
+from namr.model.model import NamrModel, SearchDefaults
+from namr.train import features
+from namr.train.features import Computed, Values
+
+_BLOCK_ROWS = 64
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images to learn from, and the classes to be examined on."""
+
+    dataset_uri: str
+    """Dataset to learn from; only its labelled images count."""
+    dataset_version: int | None = None
+    """Its version; none = the current one when the run begins."""
+    validation_uri: str | None = None
+    """Dataset of other classes for validation; none = hold out some of the training dataset's classes."""
+    held_out_share: float = 0.1
+    """The share of classes to hold out where there is no validation dataset; at least 2 are."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out_share < 1:
+            raise ConfigError(f"data.held_out_share is {self.held_out_share}; expected between 0 and 1")
+
+
+class _Source:
+    """One dataset, its index, and the features of its labelled images if they are cached."""
+
+    def __init__(self, dataset: Dataset, loader: LoaderConfig) -> None:
+        self.dataset, self.loader = dataset, loader
+        self.index: SampleIndex = reading.build_class_index(dataset, loader.cache_folder)
+        if self.index.num_classes == 0:
+            raise ConfigError(
+                f"{dataset.uri} version {dataset.version.version}: none of {dataset.num_live} images has a "
+                "label; training and validation need labels, pack them along"
+            )
+        self.features: Values | None = None
+
+    def cache_features(self, model: NamrModel, *, rank: int, world_size: int, writes: bool) -> None:
+        """Compute the features of all labelled images, or map what is on disk already."""
+        name = f"{features.backbone_digest(model)[:24]}-{self.dataset.digest[:24]}.npy"
+        loader = reading.make_evaluation_loader(
+            self.dataset,
+            self.loader,
+            batch_size_per_worker=_BLOCK_ROWS,
+            rank=rank,
+            world_size=world_size,
+            prep=model.preprocessing,
+        )
+        self.features = features.cached(
+            self.loader.cache_folder.expanduser() / "features" / name,
+            lambda: features.batches_of(model, ((batch.pixels, batch.positions) for batch in loader)),
+            num_rows=len(self.index.labelled_ids),
+            width=model.heads.sample.in_features,
+            writes=writes,
+        )
+
+    def features_of(self, ids: Ints) -> Tensor:
+        """(b, F) float32; `cache_features` came first."""
+        assert self.features is not None
+        return torch.from_numpy(self.features[np.searchsorted(self.index.labelled_ids, ids)])
+
+    def classes_of(self, ids: Ints) -> Ints:
+        """(b,) class numbers."""
+        return self.index.classes(self.index.places(ids))
+
+
+class Lessons:
+    """The batches and the examination of one rank; making it reads the sample indexes and no image.
+
+    ConfigError for datasets without labels, fewer classes than a batch wants, or nothing to be examined on.
+    """
+
+    def __init__(
+        self,
+        train: Dataset,
+        unseen: Dataset | None,
+        *,
+        data: DataConfig,
+        batch: PKConfig,
+        loader: LoaderConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        writes_cache: bool = True,
+    ) -> None:
+        self._batch, self._loader = batch, loader
+        self._rank, self._world_size, self._writes_cache = rank, world_size, writes_cache
+        self._train = _Source(train, loader)
+        self._unseen = _Source(unseen, loader) if unseen else self._train
+        every = self._train.index.class_index
+        if unseen is None:
+            names = self._train.index.class_names
+            held = validation.classes_to_hold_out(every, names, share=data.held_out_share, seed=batch.seed)
+            examined = validation.only(every, held)
+        else:
+            held, examined = np.empty(0, np.int64), self._unseen.index.class_index
+        learnt = np.setdiff1d(np.arange(every.num_classes), held)
+        self.classes = validation.only(every, learnt)
+        sampling.check_drawable(self.classes, batch)
+        if not len(examined.drawn_classes):
+            raise ConfigError(f"{self._unseen.dataset.uri}: no class has two images, nothing to validate on")
+        self._numbers = torch.full((every.num_classes,), -1)
+        self._numbers[torch.from_numpy(learnt)] = torch.arange(len(learnt))
+        self.validation_ids = np.sort(examined.rows)
+        self._validation_labels = self._unseen.classes_of(self.validation_ids)
+        self._loaded: torch.utils.data.DataLoader[reading.Batch] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """C, the classes that are learnt; labels of batches are 0 .. C - 1."""
+        return self.classes.num_classes
+
+    def prepare(self, model: NamrModel) -> None:
+        """Cache features, so that batches are made of them. Collective."""
+        for source in {id(source): source for source in (self._train, self._unseen)}.values():
+            source.cache_features(
+                model, rank=self._rank, world_size=self._world_size, writes=self._writes_cache
+            )
+
+    def batches(
+        self, model: NamrModel, *, first_step: int, num_steps: int, augment: AugmentConfig | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rank's slices of the global batches: pixels or features, and labels (b,) int64."""
+        if self._train.features is not None:
+            mine = slice_of_rank(self._batch.num_samples, rank=self._rank, world_size=self._world_size)
+            for step in range(first_step, first_step + num_steps):
+                ids = sampling.global_batch(self.classes, self._batch, step=step)[mine]
+                labels = torch.from_numpy(self._train.classes_of(ids))
+                yield self._train.features_of(ids), self._numbers[labels]
+            return
+        loader = reading.make_loader(
+            self._train.dataset,
+            self._loader,
+            batches=self._batch,
+            rank=self._rank,
+            world_size=self._world_size,
+            first_step=first_step,
+            num_steps=num_steps,
+            prep=model.preprocessing,
+            augment=augment,
+            classes=self.classes,
+        )
+        for batch in loader:
+            yield batch.pixels, self._numbers[batch.labels]
+
+    def examine(self, model: NamrModel, ways: Sequence[SearchDefaults]) -> validation.Results:
+        """Every unseen image once over all ranks, each way of searching. Collective; leaves eval mode on."""
+        model.eval()
+        dim = model.config.embedding_dim
+        computed = self._of_features(model) if self._unseen.features is not None else self._of_images(model)
+        vectors = features.whole(computed, num_rows=len(self.validation_ids), width=2 * dim)
+        device = next(model.parameters()).device
+        return validation.measure(
+            vectors[:, :dim], vectors[:, dim:], self._validation_labels, ways=ways, device=device
+        )
+
+    def _of_features(self, model: NamrModel) -> Iterator[Computed]:
+        mine = slice_of_rank(len(self.validation_ids), rank=self._rank, world_size=self._world_size)
+        device = next(model.parameters()).device
+        for start in range(mine.start, mine.stop, _BLOCK_ROWS):
+            places = np.arange(start, min(start + _BLOCK_ROWS, mine.stop))
+            with torch.no_grad():
+                both = model.heads(self._unseen.features_of(self.validation_ids[places]).to(device))
+            yield Computed(places, torch.cat(both, dim=1).cpu().numpy())
+
+    def _of_images(self, model: NamrModel) -> Iterator[Computed]:
+        if self._loaded is None:  # kept, with its processes, for the next examination
+            self._loaded = reading.make_evaluation_loader(
+                self._unseen.dataset,
+                self._loader,
+                batch_size_per_worker=_BLOCK_ROWS,
+                rank=self._rank,
+                world_size=self._world_size,
+                prep=model.preprocessing,
+                ids=self.validation_ids,
+            )
+        device = next(model.parameters()).device
+        for batch in self._loaded:
+            with torch.no_grad():
+                both = model(batch.pixels.to(device, non_blocking=True))
+            yield Computed(batch.positions.numpy(), torch.cat(both, dim=1).cpu().numpy())

@@ -1,0 +1,229 @@
+"""A group of processes under Ray Train: reserve them, run a function in each, keep its checkpoints.
+
+The function gets its `Place` in the group. Lost workers are replaced and begin again with the last
+checkpoint; the best by score and the last are kept in storage, under the run's name.
+
+Not covered: what the function does (`training`); groups that change their size while they run.
+"""
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from namr import ray_connection
+from namr.errors import ConfigError, NamrError
+from namr.progress import shown
+from namr.store import storage
+
+_train: Any = ray.train  # its annotations are those of the API before V2
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """The processes that train, and what each of them gets."""
+
+    num_workers: int = 1
+    """Processes; the global batch is split over them and the result does not depend on it."""
+    cpus_per_worker: int = 1
+    """Cores, and threads of torch, for each."""
+    use_gpu: bool = False
+    """One GPU for each."""
+    max_failures: int = 2
+    """How often lost workers are replaced, from the last checkpoint, before the run fails."""
+    wait_s: float = 120.0
+    """How long to wait for a cluster to have the resources free."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "cpus_per_worker"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"workers.{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("max_failures", "wait_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"workers.{name} is {getattr(self, name)}; expected 0 or more")
+
+    @property
+    def each(self) -> dict[str, float]:
+        """Ray's resources of one worker."""
+        gpu = {"GPU": 1.0} if self.use_gpu else {}
+        return {"CPU": float(self.cpus_per_worker), **gpu}
+
+
+class Place(NamedTuple):
+    """Where in the group a process stands, and what it can do there."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Among the workers of its machine."""
+    device: torch.device
+    say: Callable[[int, str], object]
+    """How many steps are done, and a few words; shown by the driver."""
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        """The folder that the last `checkpoint` wrote, in this run or before; None at the beginning."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+        else:
+            with checkpoint.as_directory() as folder:
+                yield Path(folder)
+
+    def checkpoint(self, write: Callable[[Path], None] | None, numbers: dict[str, Any]) -> None:
+        """Store what `write` puts into a folder, and the numbers ("step" and the score among them) with it.
+
+        Collective; one rank writes and the others pass None.
+        """
+        with tempfile.TemporaryDirectory(prefix="namr-checkpoint-") as folder:
+            checkpoint = None
+            if write is not None:
+                write(Path(folder))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(
+                numbers, checkpoint=checkpoint, checkpoint_dir_name=f"step-{numbers['step']:08d}"
+            )
+
+
+class Outcome(NamedTuple):
+    """What a group came to."""
+
+    value: Any
+    """What the function returned on rank 0."""
+    numbers: dict[str, Any]
+    """Of the best checkpoint."""
+    checkpoint: ray.train.Checkpoint
+    """The best one; `as_directory()` brings it here."""
+
+
+Work = Callable[[Any, Place], Any]
+
+
+def check_resources(workers: WorkersConfig) -> None:
+    """ConfigError unless the workers fit within `wait_s`: Ray Train itself would wait without end.
+
+    Asking also makes a cluster grow that can.
+    """
+    group = placement_group([workers.each] * workers.num_workers)
+    try:
+        if group.wait(workers.wait_s):
+            return
+    finally:
+        remove_placement_group(group)
+    raise ConfigError(
+        f"{workers.num_workers} workers with {workers.each} each found no room within {workers.wait_s:g} s; "
+        f"Ray has {ray_connection.total_cpus()} cores and {ray_connection.total_gpus()} GPUs in all. "
+        "Take fewer workers, or start more nodes"
+    )
+
+
+def run(
+    work: Work,
+    given: Any,
+    *,
+    name: str,
+    storage_uri: str,
+    num_steps: int,
+    score: str,
+    workers: WorkersConfig,
+) -> Outcome:
+    """`work(given, place)` on every worker, from the last checkpoint under that name if there is one.
+
+    score: the number by which checkpoints are compared; each has it, higher is better. Raises NamrError with
+    what a worker said, after the failures that `workers` allows.
+    """
+    filesystem, path = storage.arrow_filesystem(storage_uri)
+    with _shown(name, num_steps) as said:
+        trainer = _train.torch.TorchTrainer(
+            _work,
+            train_loop_config={"work": work, "given": given, "said": said, "workers": workers},
+            # Features and validation are gathered on CPUs, gradients where they are.
+            torch_config=_train.torch.TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo"
+            ),
+            scaling_config=_train.ScalingConfig(
+                num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.each
+            ),
+            run_config=_train.RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=_train.FailureConfig(
+                    max_failures=workers.max_failures, controller_failure_limit=2
+                ),
+                checkpoint_config=_train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=score),
+                logging_config=_train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        try:
+            result: Any = trainer.fit()
+        except _train.TrainingFailedError as error:
+            raise _explained(name, error) from error
+    if isinstance(result.return_value, NamrError):
+        raise result.return_value
+    checkpoint, numbers = max(result.best_checkpoints, key=lambda each: (each[1][score], each[1]["step"]))
+    return Outcome(result.return_value, numbers, checkpoint)
+
+
+def _work(config: dict[str, Any]) -> Any:
+    """What Ray Train calls on each worker."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells each checkpoint with all its numbers
+    context = ray.train.get_context()
+    torch.set_num_threads(config["workers"].cpus_per_worker)
+    place = Place(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        device=ray.train.torch.get_device(),
+        say=lambda done, words: config["said"].put_nowait((done, words)),
+    )
+    return config["work"](config["given"], place)
+
+
+def _explained(name: str, error: Any) -> NamrError:
+    """What a worker said, if it said it in our words."""
+    told: BaseException = error
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause: BaseException | None = failure
+        while cause is not None and not isinstance(cause, NamrError):
+            cause = getattr(cause, "_base_exc", None) or cause.__cause__
+        told = cause or told
+    return NamrError(
+        f"run {name!r} failed: {told}\nCheckpoints are kept; the same name goes on from the last"
+    )
+
+
+@contextmanager
+def _shown(name: str, num_steps: int) -> Iterator[Queue]:
+    """A queue for what rank 0 says, and a thread of the driver that shows it.
+
+    The queue lives on the driver's node: on a worker's it would die with that node, and the run with it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    said = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+    def watch() -> None:
+        with shown(f"train {name}", num_steps) as show:
+            while (word := said.get()) is not None:  # waits in the queue's actor: asking costs workers' time
+                show(*word)
+
+    watcher = threading.Thread(target=watch, name="namr-progress", daemon=True)
+    watcher.start()
+    try:
+        yield said
+    finally:
+        said.put_nowait(None)
+        watcher.join(timeout=10)
+        said.shutdown(force=True)

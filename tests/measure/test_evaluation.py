@@ -1,0 +1,169 @@
+"""The table: hand-worked cells, what its text says, and real models on a real dataset, stored or computed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from namr.data import datasets, images
+from namr.data.reading import LoaderConfig
+from namr.embed import embeddings
+from namr.errors import ConfigError, ManifestError
+from namr.measure import evaluation
+from namr.measure.evaluation import Comparison, Entry, EvaluationConfig
+from namr.model import model
+from namr.model.model import ModelConfig, SearchDefaults
+from namr.store.tables import EmbeddingTable
+from tests.train.test_job import make_dataset
+
+# On a line: 0 and 1 of class 0, 3 and 9 of class 1. Plain: 0 -> 1, 1 -> 0, 3 -> 1 (wrong), 9 -> 3.
+LINE = np.array([[0.0], [1.0], [3.0], [9.0]], np.float32)
+LABELS = np.array([0, 0, 1, 1])
+
+
+def test_the_cells_of_four_points_on_a_line() -> None:
+    table = evaluation.compare([Entry("line", LINE + 1, None, "l2")], LABELS, set_name="four")
+    row = table.row("line")
+    assert row.by_column["l2"].recall_at_1 == 0.75
+    assert row.by_column["l2"].map_at_r == 0.75
+    assert set(row.by_column) == {"l2", "cosine"}
+    assert "four: 4 images of 2 classes" in table.title
+
+
+def test_structure_that_stretches_the_axis_fills_the_columns_of_re_ranking() -> None:
+    # s of class 0 is 100. By scale (10), 9 is nearer to 3 than 1 is, and 3 nearer to 0 than 1 is; by both,
+    # every distance from one class to the other is 50.5 times as long, squared, and all four are right.
+    structures = np.array([[100.0], [100.0], [1.0], [1.0]], np.float32)
+    table = evaluation.compare([Entry("line", LINE, structures, "l2")], LABELS, set_name="four")
+    cells = {name: found.recall_at_1 for name, found in table.row("line").by_column.items()}
+    assert set(cells) == {"l2", "cosine", "scale", "query", "both"}
+    assert cells["query"] == cells["l2"] == 0.75  # one number a query orders nothing anew
+    assert cells["scale"] == 0.5
+    assert cells["both"] == 1.0
+
+
+def test_markdown_and_json_say_everything() -> None:
+    entries = [Entry("raw", LINE + 1, None, "l2"), Entry("trained", LINE + 1, np.ones_like(LINE), "l2")]
+    table = evaluation.compare(entries, LABELS, set_name="four", depth=3, with_nmi=True)
+    lines = table.to_markdown().splitlines()
+    assert lines[2] == "| Recall@1 / MAP@R (%) | trained for | l2 | cosine | scale | query | both |"
+    assert lines[4].startswith("| raw | l2 | 75.0 / 75.00 |")
+    assert lines[4].endswith("|  |  |  |")
+    assert lines[5].endswith("| 75.0 / 75.00 | 75.0 / 75.00 | 75.0 / 75.00 |")
+    assert lines[7] == (
+        "| plain (%) | Recall@1 | Recall@2 | Recall@4 | Recall@8 | MAP@R | R-precision | NMI |"
+    )
+    assert lines[9].startswith("| raw | 75.0 | 75.0 | 100.0 | 100.0 | 75.0 | 75.0 |")
+    stored = json.loads(table.to_json())
+    assert stored["rows"][0]["by_column"]["l2"]["recall_at_k"]["1"] == 0.75
+    assert (stored["num_images"], stored["depth"]) == (4, 3)
+
+
+def test_a_set_without_pairs_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="2 labelled images and no class with two"):
+        evaluation.compare([], np.array([0, 1]), set_name="two")
+
+
+@pytest.fixture(scope="module")
+def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data") / "set", num_classes=4, per_class=4)
+
+
+Saved = Callable[[str, float], str]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    def save(name: str, structure_range: float) -> str:
+        config = ModelConfig(
+            backbone="test_efficientnet",
+            weights="none",
+            embedding_dim=8,
+            structure_hidden_dim=8,
+            structure_range=structure_range,
+            image_size_px=32,
+        )
+        built = model.build(config, seed=4).eval()
+        built.search = SearchDefaults(metric="cosine", structure_side="none")
+        model.save(built, tmp_path / name, extra={"trained_for": "l2"})
+        return str(tmp_path / name)
+
+    return save
+
+
+def evaluated(data_uri: str, folder: Path, **changes: object) -> Comparison:
+    loader = LoaderConfig(num_workers=0, cache_folder=folder / "cache")
+    return evaluation.evaluate(
+        EvaluationConfig(dataset_uri=data_uri, loader=loader, batch_size=8, **changes)  # type: ignore[arg-type]
+    )
+
+
+def test_models_raw_pixels_and_the_untrained_network_in_one_table(
+    data_uri: str, saved: Saved, tmp_path: Path
+) -> None:
+    table = evaluated(
+        data_uri,
+        tmp_path,
+        models=(f"no structure={saved('one', 0.0)}", f"both={saved('both', 0.5)}"),
+        raw_pixels=True,
+        untrained=True,
+        report_uri=str(tmp_path / "report"),
+    )
+    assert [row.name for row in table.rows] == ["raw pixels", "untrained", "no structure", "both"]
+    assert [len(row.by_column) for row in table.rows] == [2, 2, 2, 5]
+    assert table.row("both").metric == "l2"
+    assert (table.num_images, table.num_classes) == (16, 4)
+    assert table.row("raw pixels").by_column["l2"].recall_at_1 > 0.9
+    assert (tmp_path / "report" / "evaluation.md").read_text() == table.to_markdown()
+    assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["num_images"] == 16
+
+
+def test_stored_embeddings_give_the_same_table(data_uri: str, saved: Saved, tmp_path: Path) -> None:
+    reference = saved("both", 0.5)
+    computed = evaluated(data_uri, tmp_path, models=(f"both={reference}",))
+    extract(data_uri, reference, str(tmp_path / "embeddings"))
+    stored = evaluated(
+        data_uri, tmp_path, models=(f"both={reference}",), embeddings_uri=str(tmp_path / "embeddings")
+    )
+    assert stored == computed
+
+
+def test_embeddings_that_were_not_extracted_are_missed_by_name(
+    data_uri: str, saved: Saved, tmp_path: Path
+) -> None:
+    with pytest.raises(ManifestError, match="namr-embeddings"):
+        evaluated(data_uri, tmp_path, models=(f"a={saved('a', 0.5)}",), embeddings_uri=str(tmp_path / "e"))
+
+
+def test_a_dataset_without_labels_can_not_be_evaluated(saved: Saved, tmp_path: Path) -> None:
+    uri = make_dataset(tmp_path / "unlabelled", num_classes=2, labelled=False)
+    with pytest.raises(ConfigError, match="no image has a label"):
+        evaluated(uri, tmp_path, models=(f"a={saved('a', 0.5)}",))
+
+
+def test_a_model_without_a_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="NAME=FOLDER"):
+        EvaluationConfig(dataset_uri="x", models=("models:/namr@candidate",))
+
+
+def extract(data_uri: str, reference: str, root: str) -> None:
+    """Embeddings of every shard, as extraction stores them, in float32."""
+    dataset = datasets.open_version(data_uri)
+    one = model.load(Path(reference))
+    files = []
+    for entry in dataset.shards:
+        table = dataset.samples(entry)
+        tar = Path(dataset.shard_uri(entry)).read_bytes()
+        pixels = [
+            images.prepare(tar[offset : offset + size], one.preprocessing)
+            for offset, size in zip(table.offsets, table.sizes, strict=True)
+        ]
+        x, s = model.embed(one, np.stack(pixels), batch_size=8, device="cpu")
+        stored = EmbeddingTable(
+            ids=table.ids, keys=table.keys, labels=table.labels, embeddings=x, structures=s,
+            refused_ids=np.empty(0, np.int64), refused_keys=[], refused_reasons=[],
+        )  # fmt: skip
+        files.append(embeddings.write(root, model.digest(one), entry, stored).file)
+    embeddings.publish_set(root, model.digest(one), dataset, files)

@@ -1,0 +1,169 @@
+"""The page as a file (complete, self-contained, safe) and as a browser shows it."""
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from namr.data import images
+from namr.errors import ShapeError
+from namr.measure import report
+from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Table
+
+
+def picture(color: str, **known: object) -> Picture:
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 200), color).save(buffer, "JPEG")
+    return Picture(image=buffer.getvalue(), label=color, **known)  # type: ignore[arg-type]
+
+
+def full_page() -> ReportPage:
+    rng = np.random.default_rng(0)
+    neighbours = [
+        picture("red", distance=0.25, correct=True),
+        picture("blue", distance=0.5, correct=False),
+        picture("gray", distance=0.75),
+    ]
+    return ReportPage(
+        title="A <b>report</b>",
+        subtitle="What was found",
+        summary=[Fact(name="Recall@1", value="57.8 %", note="plain")],
+        tables=[
+            Table(title="Models", columns=["model", "R@1"], rows=[["a", "1.0"], ["b", "2.0"]], emphasis=[1])
+        ],
+        plots=[
+            report.curves("Loss", {"total": [(0, 2.0), (10, 1.0)]}, x_label="step", y_label="loss & more"),
+            report.bars("Recall", {"NAMR": {"plain": 57.8, "re-ranked": 57.2}}, x_label="percent"),
+            report.histogram(
+                "Distances", {"same": rng.normal(0, 1, 50), "other": rng.normal(2, 1, 50)}, x_label="distance"
+            ),
+        ],
+        grids=[
+            Grid(
+                title="Neighbours",
+                rows=[GridRow(query=picture("red"), plain=neighbours, adaptive=neighbours[::-1])],
+            )
+        ],
+    )
+
+
+class Tags(HTMLParser):
+    """Start tags with their attributes, and whether every element is closed where it should be."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_a_page_shows_all_that_it_was_given() -> None:
+    html = report.render(full_page())
+    tags = Tags(html)
+    assert tags.open == []
+    classes = [figure["class"] for figure in tags.named("figure")]
+    assert classes == ["query", "right", "wrong", "", "", "wrong", "right"]
+    assert len(tags.named("svg")) == 3 and len(tags.named("img")) == 7
+    for text in ("What was found", "57.8 %", "Models", "0.250", "Plain distance", "Adaptive distance"):
+        assert text in html
+    assert re.search(r'<tr class="strong"><th scope="row">b</th><td>2.0</td></tr>', html)
+
+
+def test_a_page_needs_nothing_beside_itself() -> None:
+    html = report.render(full_page())
+    tags = Tags(html)
+    assert all((image["src"] or "").startswith("data:image/jpeg;base64,") for image in tags.named("img"))
+    assert tags.named("script") == [] and tags.named("link") == []
+    addresses = set(re.findall(r"(?:src|href)=\"(?!data:|#)([^\"]*)", html))
+    assert addresses == set() and "@import" not in html
+    assert "default-src 'none'" in html
+
+
+def test_what_users_named_is_text_and_never_markup() -> None:
+    evil = "<script>alert(1)</script>"
+    row = GridRow(query=Picture(image=b"", label=evil), plain=[picture("red")])
+    plot = report.bars(evil, {evil: {evil: 1.0}}, x_label=evil)
+    table = Table(title=evil, columns=[evil], rows=[[evil]], note=evil)
+    page = ReportPage(title=evil, tables=[table], plots=[plot], grids=[Grid(title=evil, rows=[row])])
+    html = report.render(page)
+    assert Tags(html).named("script") == [] and html.count("&lt;script&gt;") >= 8
+
+
+def test_an_image_that_cannot_be_read_leaves_a_frame_with_the_reason() -> None:
+    row = GridRow(query=picture("red"), plain=[Picture(image=b"junk", label=None, correct=False)])
+    html = report.render(ReportPage(title="t", grids=[Grid(title="g", rows=[row])]))
+    assert "not an image of a format" in html and "no label" in html and "Adaptive" not in html
+
+
+def test_tiny_images_keep_their_pixels() -> None:
+    digit = Picture(image=images.encode_png(np.eye(8, dtype=np.uint8) * 255), label="7")
+    rows = [GridRow(query=digit, plain=[picture("red")])]
+    tags = Tags(report.render(ReportPage(title="t", grids=[Grid(title="g", rows=rows)])))
+    assert [image.get("class") for image in tags.named("img")] == ["tiny", None]
+
+
+def test_an_empty_page_is_a_page() -> None:
+    tags = Tags(report.render(ReportPage(title="nothing yet")))
+    assert tags.open == [] and len(tags.named("section")) == 0
+
+
+def test_the_same_page_is_the_same_text() -> None:
+    assert report.render(full_page()) == report.render(full_page())
+
+
+def test_plots_take_values_that_are_not_finite() -> None:
+    curve = report.curves("c", {"a": [(0, 1.0), (1, float("nan")), (2, 3.0)]}, x_label="x", y_label="y")
+    spread = report.histogram(
+        "h", {"a": np.array([0.0, np.inf, np.nan, 1.0]), "b": np.array([])}, x_label="x"
+    )
+    nothing = report.curves("empty", {"a": []}, x_label="x", y_label="y")
+    assert all("<svg" in plot.svg for plot in (curve, spread, nothing))
+
+
+def test_a_crooked_table_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"table 'Models': 1 cells in \('a',\); expected 2"):
+        Table(title="Models", columns=["model", "R@1"], rows=[["a"]])
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_it_without_a_sideways_scroll(width: int, chromium: str, tmp_path: Path) -> None:
+    """Its own measurement, on a phone and on a desk: the page is no wider than the window."""
+    from playwright.sync_api import sync_playwright
+
+    path = tmp_path / "report.html"
+    path.write_text(report.render(full_page()))
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(path.as_uri())
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        loaded = page.evaluate("[...document.images].every(i => (i.loading = 'eager', true))")
+        page.wait_for_function(
+            "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+        )
+        light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.emulate_media(color_scheme="dark")
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        browser.close()
+    assert wide <= width and loaded and light != dark and complaints == []

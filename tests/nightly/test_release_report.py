@@ -1,0 +1,65 @@
+"""What a release is measured by, and the page that shows it: real answers of a small release."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from namr.data import datasets
+from namr.nightly import assessment, release_report
+from namr.nightly.assessment import AssessmentConfig
+from namr.nightly.release_report import ReleaseReport
+from namr.search.searcher import Searcher
+from namr.store.cache import Cache
+from tests import small_release
+from tests.small_release import Recipe
+
+
+def searcher_of(root: Path, index_key: str) -> Searcher:
+    release = small_release.publish(root, Recipe(index_key=index_key))
+    return Searcher.of(release, cache=Cache(root / "cache", 1 << 30), query_model=None)
+
+
+def page_of(searcher: Searcher, num_queries: int) -> release_report.ReportPage:
+    keys = assessment.held_out_keys(searcher, num_queries, seed=0)
+    found = ReleaseReport(
+        counts=searcher.manifest.counts,
+        index_key=searcher.manifest.index_key,
+        num_parts=1,
+        imbalance=1.0,
+        build_s=1.0,
+        assessment=assessment.assess(searcher, keys, AssessmentConfig(depth=30)),
+    )
+    return release_report.page("a release", searcher.manifest, found, [])
+
+
+def test_the_queries_shown_are_spread_over_the_gallery(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "Flat")
+    dataset = datasets.open_version(str(tmp_path / "dataset"))
+    keys = [f"digit/{row}" for row in range(120)]
+    grid = release_report.retrieval_grid(searcher, dataset, keys)
+    shown = [small_release.digit(row) for row in range(0, 120, 15)]
+    assert [row.query.image for row in grid.rows] == shown
+    few = release_report.retrieval_grid(searcher, dataset, keys[:3])
+    assert [row.query.image for row in few.rows] == [small_release.digit(row) for row in range(3)]
+
+
+def test_about_as_many_items_query_as_were_asked_for_from_every_shard(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "Flat")
+    keys = assessment.held_out_keys(searcher, 24, seed=0)
+    rows = np.array([int(key.removeprefix("digit/")) for key in keys])
+    assert 10 <= len(rows) <= 40
+    assert set(rows // 40) == {0, 1, 2}
+    assert len(assessment.held_out_keys(searcher, 0, seed=0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("index_key", "words", "num_plots"), [("Flat", "all images compared", 1), ("IVF4,Flat", " of 4 lists", 2)]
+)
+def test_lists_are_spoken_of_where_there_are_some(
+    index_key: str, words: str, num_plots: int, tmp_path: Path
+) -> None:
+    page = page_of(searcher_of(tmp_path, index_key), 24)
+    (recall,) = [fact for fact in page.summary if fact.name == "recall@10"]
+    assert recall.note.endswith(words)
+    assert len(page.plots) == num_plots

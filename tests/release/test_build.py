@@ -1,0 +1,289 @@
+"""From embeddings to a segment: equal to the one index, reconciled by ids, and the same after a restart."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from namr.data import datasets, shards
+from namr.data.datasets import Dataset
+from namr.embed import embeddings
+from namr.embed.embeddings import EmbeddingFile
+from namr.errors import ConfigError, ManifestError, ShapeError
+from namr.index import ivf
+from namr.model import distances
+from namr.release import build, build_steps, held_out
+from namr.release.build import BuildConfig, BuildReport
+from namr.release.build_steps import HeldOut, MergeTask, PartTask, SampleTask, Slice, Source
+from namr.store import manifests, storage, tables
+from namr.store.manifests import StoredObject
+from namr.store.tables import EmbeddingTable
+from tests import small_release
+from tests.small_release import NOW
+
+MODEL = "a" * 64
+DIM = 8
+ROWS = [300, 1, 250, 49]
+REFUSED = [3, (2 << 32) + 7]
+DEAD = [4, 5, (2 << 32) + 7, (3 << 32) + 48]
+
+
+def embed_all(dataset: Dataset, root: str) -> list[EmbeddingTable]:
+    """Clustered vectors of all rows but the refused ones, written and published as extraction does."""
+    files, found = [], []
+    for entry in dataset.shards:
+        samples = dataset.samples(entry)
+        vectors = small_release.random_vectors(len(samples), DIM, seed=entry.number)
+        kept, refused = (np.flatnonzero(~np.isin(samples.ids, REFUSED)), np.isin(samples.ids, REFUSED))
+        found.append(
+            EmbeddingTable(
+                ids=samples.ids[kept],
+                keys=[samples.keys[row] for row in kept],
+                labels=[samples.labels[row] for row in kept],
+                embeddings=vectors.embeddings[kept].astype(np.float16),
+                structures=vectors.structures[kept].astype(np.float16),
+                refused_ids=samples.ids[refused],
+                refused_keys=[samples.keys[row] for row in np.flatnonzero(refused)],
+                refused_reasons=["truncated"] * int(refused.sum()),
+            )
+        )
+        files.append(embeddings.write(root, MODEL, entry, found[-1]).file)
+    embeddings.publish_set(root, MODEL, dataset, files)
+    return found
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset of four uneven shards, tombstones in it, and its embeddings."""
+    root = tmp_path_factory.mktemp("gallery")
+    before, entries, start = datasets.head(str(root / "dataset")), [], 0
+    for number, num_rows in enumerate(ROWS):
+        path = root / f"shard-{number}.tar"
+        samples = [
+            shards.Sample(
+                key=f"digit/{row}", image=small_release.digit(row), extension="png", label=str(row % 7)
+            )
+            for row in range(start, start + num_rows)
+        ]
+        start += num_rows
+        table = shards.write_shard(path, samples, number=number)
+        stored = manifests.write_object(before.uri, f"shards/{path.name}", path)
+        index = manifests.write_object(before.uri, f"shards/{number}.parquet", tables.encode_samples(table))
+        entries.append(datasets.ShardEntry(number=number, tar=stored, index=index, num_samples=num_rows))
+    dataset = datasets.publish_version(before, entries, now=NOW, tombstones=DEAD)
+    embed_all(dataset, str(root / "embeddings"))
+    return root
+
+
+def built(gallery: Path, releases_uri: Path, **config: object) -> BuildReport:
+    """The index of the gallery, by metric L2 unless config has another."""
+    metric = config.pop("metric", "l2")
+    return build.build(
+        datasets.open_version(str(gallery / "dataset")),
+        str(gallery / "embeddings"),
+        str(releases_uri),
+        BuildConfig(**config),
+        model_digest=MODEL,
+        metric=metric,
+    )
+
+
+def live_vectors(gallery: Path, metric: distances.Metric) -> tuple[ivf.Floats, ivf.Ids]:
+    """What has to be in the index, computed here from the embeddings as they lie there."""
+    dataset = datasets.open_version(str(gallery / "dataset"))
+    found = list(embeddings.iterate(embeddings.open_set(str(gallery / "embeddings"), MODEL, dataset)))
+    ids = np.concatenate([table.ids for table in found])
+    x = np.concatenate([table.embeddings for table in found]).astype(np.float32)
+    keep = ~np.isin(ids, DEAD)
+    return distances.for_search(torch.from_numpy(x[keep]), metric).numpy(), ids[keep]
+
+
+def a_file(number: int, num_embedded: int) -> EmbeddingFile:
+    stored = StoredObject("x", 1, "0" * 64)
+    return EmbeddingFile(
+        number=number,
+        stored=stored,
+        num_embedded=num_embedded,
+        num_refused=0,
+        embedding_dim=4,
+        dtype="float16",
+    )
+
+
+def test_parts_are_even_ranges_whatever_the_shards_are() -> None:
+    files = [a_file(0, 10), a_file(1, 0), a_file(2, 1), a_file(3, 4)]
+    parts = build.cut(files, 4)
+    assert [[(rows.file.number, rows.start, rows.stop) for rows in part] for part in parts] == [
+        [(0, 0, 3)],
+        [(0, 3, 7)],
+        [(0, 7, 10), (2, 0, 1)],
+        [(3, 0, 4)],
+    ]
+    assert build.cut(files[1:2], 2) == [[], []]
+    assert sum(len(part) for part in build.cut(files[2:3], 3)) == 1
+
+
+def test_a_part_that_was_built_is_not_built_again(gallery: Path, tmp_path: Path) -> None:
+    x, _ = live_vectors(gallery, "l2")
+    template = ivf.train_template(x, "IVF4,SQ8", seed=0, num_threads=1)
+    dataset = datasets.open_version(str(gallery / "dataset"))
+    found = embeddings.open_set(str(gallery / "embeddings"), MODEL, dataset)
+    source = Source(embeddings_uri=found.root_uri, dead=dataset.tombstones, metric="l2")
+    rows = [Slice(found.files[0], 0, 100)]
+    task = PartTask(source, template, rows, str(tmp_path), 0)
+    part = build_steps.build_part(task)
+    assert part.info.num_vectors == 98
+    assert part.info.first_id == 0
+    gone = task._replace(source=replace(source, embeddings_uri="nowhere"))
+    assert build_steps.build_part(gone) == part
+    (tmp_path / part.stored.name).unlink()
+    with pytest.raises(ManifestError, match="is missing"):
+        build_steps.build_part(gone)
+    assert build_steps.build_part(task) == part
+    (tmp_path / part.stored.name).write_bytes(b"x")
+    with pytest.raises(ManifestError, match="is damaged; delete"):
+        build_steps.merge(MergeTask(template, [part], str(tmp_path), str(tmp_path / "releases")))
+
+
+def test_the_template_sees_no_held_out_and_no_dead_image(gallery: Path) -> None:
+    dataset = datasets.open_version(str(gallery / "dataset"))
+    found = embeddings.open_set(str(gallery / "embeddings"), MODEL, dataset)
+    source = Source(embeddings_uri=found.root_uri, dead=dataset.tombstones, metric="l2")
+    picks = [(file, np.arange(file.num_embedded)) for file in found.files]
+    sample = build_steps.sample(SampleTask(source, HeldOut(0.2, 5), picks))
+    x, ids = live_vectors(gallery, "l2")
+    held = held_out.mask(ids, share=0.2, seed=5)
+    assert 0 < held.sum() < len(ids)
+    np.testing.assert_array_equal(sample, x[~held])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(
+    ("key", "metric", "num_parts"),
+    [("auto", "l2", 4), ("IVF8,Flat", "cosine", 5), ("IVF8,SQ8", "l2", 1), ("IVF4,PQ2x8", "cosine", 7)],
+)
+def test_the_segment_is_the_one_index_over_all_live_vectors(
+    key: str, metric: distances.Metric, num_parts: int, gallery: Path, tmp_path: Path
+) -> None:
+    releases_uri = tmp_path / "releases"
+    report = built(gallery, releases_uri, index_key=key, num_parts=num_parts, metric=metric)
+    x, ids = live_vectors(gallery, metric)
+    assert report.num_parts == num_parts
+    assert (report.counts.num_samples, report.counts.num_indexed) == (600, len(ids))
+    assert (report.counts.num_refused, report.counts.num_tombstoned) == (1, 4)
+    (segment,) = report.segments
+    path = releases_uri / segment.file.name
+    template = ivf.load_template((releases_uri / report.template.name).read_bytes())
+    assert template.hash == report.template_hash
+    ivf.build_part(template, [(x, ids)], tmp_path / "whole", num_threads=1)
+    assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert faiss.read_index(str(path)).ntotal == segment.num_entries == len(ids)
+    if key == "auto":
+        distance, nearest = ivf.open_index(path).search(x, 1, 1)
+        np.testing.assert_array_equal(nearest[:, 0], ids)
+        assert np.allclose(distance, 0)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_vectors_and_items_are_those_of_live_samples(gallery: Path, tmp_path: Path) -> None:
+    report = built(gallery, tmp_path, metric="cosine")
+    x, ids = live_vectors(gallery, "cosine")
+    rows = shards.row_of(ids)
+    assert [shard.num_rows for shard in report.vectors] == ROWS
+    for shard in report.vectors:
+        data = (tmp_path / shard.embedding.name).read_bytes()
+        stored = np.load(io.BytesIO(data))
+        mine = shards.shard_of(ids) == shard.number
+        np.testing.assert_array_equal(stored[rows[mine]], x[mine].astype(np.float16))
+        assert np.isnan(np.delete(stored, rows[mine], axis=0)).all()
+        assert 0.5 <= shard.min_structure < 1
+    items = tables.decode_samples((tmp_path / report.items.name).read_bytes())
+    assert items.ids.tolist() == ids.tolist()
+    samples = [report.dataset.samples(entry) for entry in report.dataset.shards]
+    key_of = {i: key for table in samples for i, key in zip(table.ids.tolist(), table.keys, strict=True)}
+    assert items.keys == [key_of[i] for i in ids.tolist()]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_build_that_was_killed_goes_on_to_the_same_release(
+    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = built(gallery, tmp_path / "whole")
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_reconcile", dies)
+        with pytest.raises(KeyboardInterrupt):
+            built(gallery, tmp_path / "killed")
+    work = next((tmp_path / "killed" / "building").iterdir())
+    (work / "segment.json").unlink()
+    (work / "part-00002.json").unlink()
+    untouched = {path: path.stat().st_mtime_ns for path in work.glob("part-00001*")}
+    resumed = built(gallery, tmp_path / "killed")
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
+    assert replace(resumed, seconds=0.0) == replace(whole, seconds=0.0)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_part_that_lost_vectors_stops_the_build(gallery: Path, tmp_path: Path) -> None:
+    report = built(gallery, tmp_path)
+    work = next((tmp_path / "building").iterdir())
+    segment = manifests.read_manifest(str(work / "segment.json"), build_steps.IndexFile)
+    lossy = replace(segment, info=replace(segment.info, num_vectors=segment.info.num_vectors - 1))
+    storage.write(str(work / "segment.json"), manifests.encode_manifest(lossy))
+    with pytest.raises(ManifestError, match=f"holds {report.counts.num_indexed - 1} vectors"):
+        built(gallery, tmp_path)
+    swapped = replace(segment, info=replace(segment.info, ids_sum=segment.info.ids_sum ^ 1))
+    storage.write(str(work / "segment.json"), manifests.encode_manifest(swapped))
+    with pytest.raises(ManifestError, match="or their ids differ"):
+        built(gallery, tmp_path)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_what_cannot_be_built_is_told(gallery: Path, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="is missing, so there is no namr-embeddings here"):
+        build.build(
+            datasets.open_version(str(gallery / "dataset")),
+            str(tmp_path / "elsewhere"),
+            str(tmp_path),
+            BuildConfig(),
+            model_digest=MODEL,
+            metric="l2",
+        )
+    with pytest.raises(ConfigError, match="HNSW32' is not offered"):
+        built(gallery, tmp_path, index_key="HNSW32")
+    with pytest.raises(ShapeError, match="trained on 4096 vectors or more, the sample has"):
+        built(gallery, tmp_path, index_key="IVF4096,Flat")
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.usefixtures("ray_local")
+def test_a_build_on_s3_is_the_same(gallery: Path, tmp_path: Path, s3: str) -> None:
+    for part in ("dataset", "embeddings"):
+        for name in storage.list_names(str(gallery / part)):
+            storage.upload(gallery / part / name, storage.join(s3, part, name))
+    local = built(gallery, tmp_path, index_key="IVF8,SQ8")
+    remote = build.build(
+        datasets.open_version(storage.join(s3, "dataset")),
+        storage.join(s3, "embeddings"),
+        storage.join(s3, "releases"),
+        BuildConfig(index_key="IVF8,SQ8"),
+        model_digest=MODEL,
+        metric="l2",
+    )
+    assert replace(remote, dataset=local.dataset, seconds=local.seconds) == local
+    (segment,) = remote.segments
+    data = storage.read(storage.join(s3, "releases", segment.file.name))
+    assert data == (tmp_path / segment.file.name).read_bytes()

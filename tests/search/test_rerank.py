@@ -1,0 +1,314 @@
+"""Re-ranking against brute force in float64, and the proof: where it is claimed, brute force agrees."""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from namr.errors import ManifestError
+from namr.index import ivf
+from namr.model.distances import Side
+from namr.search import rerank
+from namr.search.rerank import GalleryVectors, VectorPaths
+
+SIDES: list[Side] = ["none", "query", "both", "scale"]
+NOTHING_HIDDEN = np.empty(0, np.int64)
+
+
+def brute(q: np.ndarray, s_q: np.ndarray, x: np.ndarray, s: np.ndarray, side: Side) -> np.ndarray:
+    """(Q, N) squared distances in float64, one query and one item at a time."""
+    q, s_q, x, s = (of.astype(np.float64) for of in (q, s_q, x, s))
+    squared = np.empty((len(q), len(x)))
+    for i in range(len(q)):
+        for j in range(len(x)):
+            weights = {
+                "none": np.ones(q.shape[1]),
+                "query": s_q[i],
+                "both": (s_q[i] + s[j]) / 2,
+                "scale": np.full(q.shape[1], np.sqrt(s[j].mean())),
+            }[side]
+            squared[i, j] = (weights * (q[i] - x[j]) ** 2).sum()
+    return squared
+
+
+class Gallery(NamedTuple):
+    ids: np.ndarray
+    x: np.ndarray
+    s: np.ndarray
+    vectors: GalleryVectors
+
+
+def store(folder: Path, x: np.ndarray, s: np.ndarray, *, num_shards: int, first: int = 0) -> Gallery:
+    """x and s as float16 over some shards, numbered with gaps."""
+    x, s = x.astype(np.float16), s.astype(np.float16)
+    paths, ids = {}, []
+    for at, rows in enumerate(np.array_split(np.arange(len(x)), num_shards)):
+        number = first + 3 * at
+        paths[number] = VectorPaths(folder / f"x-{number}.npy", folder / f"s-{number}.npy")
+        np.save(paths[number].embedding, x[rows])
+        np.save(paths[number].structure, s[rows])
+        ids.append((number << 32) + np.arange(len(rows)))
+    return Gallery(np.concatenate(ids), x, s, GalleryVectors(paths, dim=x.shape[1]))
+
+
+def make(folder: Path, *, num: int = 60, dim: int = 8, num_shards: int = 4, seed: int = 0) -> Gallery:
+    rng = np.random.default_rng(seed)
+    return store(
+        folder, rng.standard_normal((num, dim)), rng.uniform(0.5, 1.5, (num, dim)), num_shards=num_shards
+    )
+
+
+def queries(num: int, dim: int, *, seed: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    q, s_q = rng.standard_normal((num, dim)), rng.uniform(0.5, 1.5, (num, dim))
+    return torch.from_numpy(q.astype(np.float32)), torch.from_numpy(s_q.astype(np.float32))
+
+
+def test_vectors_are_found_by_id_in_the_order_asked(tmp_path: Path) -> None:
+    gallery = make(tmp_path)
+    at = np.array([59, 0, 15, 14, 0, 31])
+    np.testing.assert_array_equal(gallery.vectors.embeddings(gallery.ids[at]).numpy(), gallery.x[at])
+    np.testing.assert_array_equal(gallery.vectors.structures(gallery.ids[at]).numpy(), gallery.s[at])
+    assert gallery.vectors.embeddings(gallery.ids[:0]).shape == (0, 8)
+    blocks = list(gallery.vectors.blocks())
+    np.testing.assert_array_equal(np.concatenate([ids for ids, _, _ in blocks]), gallery.ids)
+    np.testing.assert_array_equal(torch.cat([x for _, x, _ in blocks]).numpy(), gallery.x)
+
+
+def test_an_id_of_no_shard_or_row_is_an_error(tmp_path: Path) -> None:
+    vectors = make(tmp_path).vectors
+    with pytest.raises(IndexError, match="no shard 1"):
+        vectors.embeddings(np.array([1 << 32]))
+    with pytest.raises(IndexError):
+        vectors.embeddings(np.array([15]))
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (np.zeros((3, 4), np.float32), "float32; expected"),
+        (np.zeros((3, 5), np.float16), "expected \\(rows, 4\\)"),
+        (np.zeros((3, 4), np.float16, order="F"), "expected"),
+    ],
+)
+def test_a_file_of_other_vectors_is_refused(tmp_path: Path, stored: np.ndarray, message: str) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, stored)
+    with pytest.raises(ManifestError, match=message):
+        GalleryVectors({0: VectorPaths(path, path)}, dim=4)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.zeros((3, 4), np.float16))
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ManifestError, match="its header says"):
+        GalleryVectors({0: VectorPaths(path, path)}, dim=4)
+    path.write_bytes(b"no numpy file")
+    with pytest.raises(ManifestError, match=r"no \.npy file"):
+        GalleryVectors({0: VectorPaths(path, path)}, dim=4)
+
+
+def test_thousands_of_shards_need_no_open_files(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    gallery = make(tmp_path, num=300, num_shards=100)
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 10
+    np.testing.assert_array_equal(gallery.vectors.embeddings(gallery.ids).numpy(), gallery.x)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_re_ranking_orders_the_candidates_as_brute_force_does(tmp_path: Path, side: Side) -> None:
+    gallery = make(tmp_path)
+    q, s_q = queries(7, 8)
+    rng = np.random.default_rng(1)
+    at = np.stack([rng.permutation(60)[:20] for _ in range(7)])
+    ranked = rerank.rerank(q, s_q, gallery.ids[at], gallery.vectors, k=5, side=side)
+    squared = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, side)
+    plain = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, "none")
+    for row in range(7):
+        best = at[row][np.argsort(squared[row, at[row]])[:5]]
+        assert ranked.ids[row].tolist() == gallery.ids[best].tolist()
+        np.testing.assert_allclose(ranked.squared[row], squared[row, best], rtol=1e-5)
+        np.testing.assert_allclose(ranked.plain_squared[row], plain[row, best], rtol=1e-5)
+
+
+def test_re_ranking_in_blocks_is_re_ranking_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = make(tmp_path)
+    q, s_q = queries(7, 8)
+    ids = np.tile(gallery.ids, (7, 1))
+    at_once = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
+    monkeypatch.setattr(rerank, "_BLOCK_VALUES", 2 * 60 * 8)
+    in_blocks = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
+    np.testing.assert_array_equal(at_once.ids, in_blocks.ids)
+    np.testing.assert_array_equal(at_once.squared, in_blocks.squared)
+
+
+def test_all_candidates_stay_whatever_their_order(tmp_path: Path) -> None:
+    gallery = make(tmp_path)
+    q, s_q = queries(3, 8)
+    ids = np.stack([gallery.ids[:10], gallery.ids[10:20], gallery.ids[40:50]])
+    ranked = rerank.rerank(q, s_q, ids, gallery.vectors, k=10, side="both")
+    np.testing.assert_array_equal(np.sort(ranked.ids, axis=1), ids)
+
+
+def test_missing_candidates_come_last_as_nothing(tmp_path: Path) -> None:
+    gallery = make(tmp_path)
+    q, s_q = queries(2, 8)
+    ids = np.array([[gallery.ids[3], -1, gallery.ids[2]], [-1, -1, -1]])
+    ranked = rerank.rerank(q, s_q, ids, gallery.vectors, k=4, side="query")
+    assert sorted(ranked.ids[0, :2].tolist()) == gallery.ids[2:4].tolist()
+    assert ranked.ids[0, 2:].tolist() == [-1, -1]
+    assert ranked.ids[1].tolist() == [-1] * 4
+    assert np.isinf(ranked.squared[0, 2:]).all()
+    assert np.isinf(ranked.plain_squared[1]).all()
+    nothing = rerank.rerank(q, s_q, np.full((2, 3), -1), gallery.vectors, k=2, side="query")
+    assert nothing.ids.tolist() == [[-1, -1]] * 2
+
+
+def test_copies_of_an_image_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    x, s = np.ones((6, 4)), np.ones((6, 4))
+    gallery = store(tmp_path, x, s, num_shards=2)
+    q, s_q = queries(1, 4)
+    ranked = rerank.rerank(q, s_q, gallery.ids[None, [4, 1, 5, 0, 2, 3]], gallery.vectors, k=4, side="both")
+    assert ranked.ids[0].tolist() == gallery.ids[:4].tolist()
+    exact = rerank.nearest_exact(q, s_q, gallery.vectors, k=4, side="both", hidden=NOTHING_HIDDEN)
+    assert exact.ids[0].tolist() == gallery.ids[:4].tolist()
+
+
+def test_a_candidate_without_a_vector_is_an_error_that_names_it(tmp_path: Path) -> None:
+    x = np.ones((6, 4))
+    x[5] = np.nan
+    gallery = store(tmp_path, x, np.ones((6, 4)), num_shards=1)
+    q, s_q = queries(1, 4)
+    with pytest.raises(ManifestError, match="item 5 is in the index and has no re-rank vector"):
+        rerank.rerank(q, s_q, gallery.ids[None], gallery.vectors, k=2, side="none")
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("block_rows", [3, 1000])
+def test_one_stage_is_brute_force(
+    tmp_path: Path, side: Side, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = make(tmp_path)
+    monkeypatch.setattr(rerank, "_EXACT_ROWS", block_rows)
+    q, s_q = queries(7, 8)
+    own, hidden = gallery.ids[:7], gallery.ids[[2, 30]]
+    found = rerank.nearest_exact(q, s_q, gallery.vectors, k=6, side=side, hidden=hidden, own_ids=own)
+    squared = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, side)
+    squared[:, [2, 30]] = np.inf
+    squared[np.arange(7), np.arange(7)] = np.inf
+    order = np.argsort(squared, axis=1)[:, :6]
+    np.testing.assert_array_equal(found.ids, gallery.ids[order])
+    np.testing.assert_allclose(found.squared, np.take_along_axis(squared, order, 1), rtol=1e-9)
+
+
+def test_one_stage_leaves_out_rows_without_vectors_and_fills_up(tmp_path: Path) -> None:
+    x = np.ones((6, 4))
+    x[[0, 4]] = np.nan
+    gallery = store(tmp_path, x, np.ones((6, 4)), num_shards=3)
+    q, s_q = queries(1, 4)
+    found = rerank.nearest_exact(q, s_q, gallery.vectors, k=6, side="query", hidden=gallery.ids[[1]])
+    assert found.ids[0].tolist() == [*gallery.ids[[2, 3, 5]].tolist(), -1, -1, -1]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_no_adaptive_distance_is_below_the_least_weight(tmp_path: Path, side: Side) -> None:
+    gallery = make(tmp_path)
+    q, s_q = queries(7, 8)
+    least = rerank.least_weight(s_q, side=side, gallery_min=float(gallery.s.min()), num_queries=7)
+    adaptive = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, side)
+    plain = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, "none")
+    assert (adaptive >= least[:, None] * plain * (1 - 1e-12)).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    dim=st.integers(1, 40), offset=st.sampled_from([0.0, 3.0, 100.0]),
+    spread=st.sampled_from([1e-4, 1.0, 30.0]), num_queries=st.sampled_from([1, 25]),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_nothing_left_out_is_nearer_than_the_bound(
+    dim: int, offset: float, spread: float, seed: int, num_queries: int
+) -> None:
+    """25 queries make FAISS compute |q|^2 + |x|^2 - 2 q x, which cancels; 1 query is by difference."""
+    rng = np.random.default_rng(seed)
+    x = (offset + spread * rng.standard_normal((50, dim))).astype(np.float32)
+    q = (offset + spread * rng.standard_normal((num_queries, dim))).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "index.faiss")
+        ivf.build_part(
+            ivf.train_template(x, "Flat", seed=0, num_threads=1), [(x, np.arange(50))], path, num_threads=1
+        )
+        squared, ids = ivf.open_index(path).search(q, 10)
+    true = ((q[:, None].astype(np.float64) - x.astype(np.float16).astype(np.float64)) ** 2).sum(2)
+    np.put_along_axis(true, ids, np.inf, axis=1)
+    bound = rerank.outside_squared(squared[:, -1].astype(np.float64), torch.from_numpy(q))
+    assert (bound <= true.min(axis=1)).all()
+    if offset == 0:
+        assert (bound >= 0.9 * squared[:, -1] - 1e-7).all()  # not so careful that it is of no use
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    side=st.sampled_from(SIDES), num=st.integers(1, 60), dim=st.integers(1, 12), k=st.integers(1, 8),
+    depth=st.integers(1, 60), spread=st.sampled_from([0.02, 0.2, 0.5]), copies=st.integers(0, 5),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_what_is_proved_is_brute_force(
+    side: Side, num: int, dim: int, k: int, depth: int, spread: float, copies: int, seed: int
+) -> None:
+    assert_proofs_hold(side, num, dim, k, max(k, depth), spread, copies, seed)
+
+
+def assert_proofs_hold(
+    side: Side, num: int, dim: int, k: int, depth: int, spread: float, copies: int, seed: int
+) -> int:
+    """Compares every proved answer with brute force; returns how many there were."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((num, dim)).astype(np.float32)
+    x[rng.integers(0, num, copies)] = x[0]
+    s = rng.uniform(1 - spread, 1 + spread, (num, dim)).astype(np.float32)
+    q = torch.from_numpy(rng.standard_normal((25, dim)).astype(np.float32))
+    s_q = torch.from_numpy(rng.uniform(1 - spread, 1 + spread, (25, dim)).astype(np.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        gallery = store(Path(folder), x, s, num_shards=min(3, num))
+        path = Path(folder, "index.faiss")
+        template = ivf.train_template(x, "Flat", seed=0, num_threads=1)
+        ivf.build_part(template, [(x, gallery.ids)], path, num_threads=1)
+        squared, ids = ivf.open_index(path).search(q.numpy(), depth)
+        ranked = rerank.rerank(q, s_q, ids, gallery.vectors, k=k, side=side)
+    proved = rerank.is_proved(
+        ranked.squared[:, -1], squared[:, -1].astype(np.float64), q, s_q, side=side,
+        gallery_min=float(gallery.s.min()),
+    )  # fmt: skip
+    true = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, side)
+    for row in np.flatnonzero(proved):
+        order = np.lexsort((gallery.ids, true[row].astype(np.float32)))[:k]
+        np.testing.assert_allclose(ranked.squared[row, : len(order)], true[row, order], rtol=1e-5, atol=1e-12)
+        swapped = ranked.ids[row, : len(order)] != gallery.ids[order]  # only where float32 sees a tie
+        at = {int(item): place for place, item in enumerate(gallery.ids)}
+        for place in np.flatnonzero(swapped):
+            own = true[row, at[int(ranked.ids[row, place])]]
+            np.testing.assert_allclose(own, true[row, order[place]], rtol=1e-6)
+    return int(proved.sum())
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_proofs_are_found_and_not_always(side: Side) -> None:
+    num_proved = assert_proofs_hold(side, num=60, dim=6, k=2, depth=30, spread=0.2, copies=0, seed=4)
+    assert num_proved >= 3
+    assert assert_proofs_hold(side, num=60, dim=6, k=10, depth=10, spread=0.5, copies=0, seed=4) < 25
+
+
+def test_a_tie_at_the_border_is_no_proof() -> None:
+    q = torch.zeros((1, 4))
+    s_q = torch.ones((1, 4))
+    kth = np.array([1.0])
+    assert not rerank.is_proved(kth, np.array([1.0]), q, s_q, side="query", gallery_min=1.0)[0]
+    assert rerank.is_proved(kth, np.array([1.01]), q, s_q, side="query", gallery_min=1.0)[0]
+    assert rerank.is_proved(kth, np.array([np.inf]), q, s_q, side="query", gallery_min=1.0)[0]

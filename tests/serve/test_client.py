@@ -1,0 +1,163 @@
+"""The client against a real service: typed answers, the service's errors as ours, patience and its end."""
+
+import ast
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from namr.data.shards import make_id
+from namr.errors import ConfigError, ImageRefused, NamrError, ObjectMissing, ShapeError, StorageError
+from namr.search.searcher import Searcher
+from namr.serve import client as client_module
+from namr.serve.app import create_app
+from namr.serve.client import Client
+from namr.store.cache import Cache
+from tests import small_release
+from tests.running import running
+
+
+@pytest.fixture(scope="module")
+def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+    root = tmp_path_factory.mktemp("served")
+    folder = small_release.publish_with_model(root)
+    cache = Cache(root / "cache", 10**9)
+    return Searcher.open(str(root / "releases"), cache=cache, model_folder=folder, num_threads=1)
+
+
+@pytest.fixture(scope="module")
+def client(searcher: Searcher) -> Iterator[Client]:
+    with running(create_app(searcher)) as url, Client(f"{url}/") as opened:
+        yield opened
+
+
+def test_answers_are_those_of_the_searcher(client: Client, searcher: Searcher) -> None:
+    expected = searcher.search(images=[small_release.digit(3)], k=4, side="query", depth=7)[0]
+    answer = client.search_image(small_release.digit(3), k=4, side="query", depth=7)
+    assert [hit.key for hit in answer.hits] == [hit.key for hit in expected.hits]
+    assert answer.hits[0].fields == {"row": 3}
+    assert (answer.side, answer.certainty, answer.release_id) == ("query", expected.certainty, "first")
+    assert (answer.model_name, answer.model_version) == ("digits", "1")
+    assert answer.timings.embed_ms > 0
+    expected = searcher.search(keys=["digit/3"], k=4, exact=True)[0]
+    answer = client.search_key("digit/3", k=4, exact=True)
+    assert [(hit.id, hit.distance) for hit in answer.hits] == [
+        (hit.id, hit.distance) for hit in expected.hits
+    ]
+    assert answer.certainty == "proved"
+
+
+def test_numpy_vectors_are_taken(client: Client, searcher: Searcher) -> None:
+    x, s = searcher.embed([small_release.digit(number) for number in (5, 6)])
+    answers = client.search_vectors(x, s, k=3)
+    assert [answer.hits[0].key for answer in answers] == ["digit/5", "digit/6"]
+    plain = client.search_vectors(x.tolist(), k=3, side="none", nprobe=1)
+    found = searcher.search_arrays(x, k=3, side="none")
+    assert [[hit.id for hit in answer.hits] for answer in plain] == found.ids.tolist()
+
+
+def test_items_pictures_and_the_release(client: Client) -> None:
+    item = client.item(make_id(1, 1))
+    assert (item.key, item.label, item.fields) == ("digit/41", "4", {"row": 41})
+    assert client.image(item.id) == small_release.digit(41)
+    assert client.image(item.id, size_px=20).startswith(b"\xff\xd8\xff")
+    release = client.release()
+    assert (release.release_id, release.num_items, release.takes_images) == ("first", 80, True)
+    assert client.is_ready()
+
+
+def test_what_the_service_refuses_is_raised_as_what_it_is(client: Client) -> None:
+    with pytest.raises(ImageRefused, match="image refused: not an image") as refused:
+        client.search_image(b"no picture")
+    assert refused.value.reason.startswith("not an image")
+    with pytest.raises(ShapeError, match=r"\(1, 3\)"):
+        client.search_vectors([[1, 2, 3]], side="none")
+    with pytest.raises(ShapeError, match="structures: row 0 holds NaN"):
+        client.search_vectors(np.ones((1, 16)), np.full((1, 16), np.nan))
+    with pytest.raises(ConfigError, match="k: "):
+        client.search_key("digit/1", k=0)
+    with pytest.raises(ObjectMissing, match="'nosuch'"):
+        client.search_key("nosuch")
+    with pytest.raises(ObjectMissing, match="no item has the id"):
+        client.item(make_id(9, 9))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_service_that_is_not_there_is_named() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with Client(url, num_connect_retries=0) as nobody:
+        assert not nobody.is_ready()
+        with pytest.raises(StorageError, match=f"{url} can't be reached .*is the service running"):
+            nobody.search_key("digit/1")
+
+
+def test_a_url_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="base_url is 'search:8000'"):
+        Client("search:8000")
+
+
+def test_a_connection_that_is_refused_at_first_is_tried_again() -> None:
+    """The service opens its port half a second after the client asks."""
+    port, ready = free_port(), threading.Event()
+
+    def serve_later() -> None:
+        time.sleep(0.4)
+        with socket.create_server(("127.0.0.1", port)) as listening:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                body = b'{"status": "ready"}'
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+                ready.set()
+
+    thread = threading.Thread(target=serve_later)
+    thread.start()
+    with Client(f"http://127.0.0.1:{port}", num_connect_retries=5) as patient:
+        assert patient.is_ready()
+    thread.join()
+    assert ready.is_set()
+
+
+@pytest.fixture
+def stranger() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def test_a_service_that_does_not_answer_is_given_up(stranger: socket.socket) -> None:
+    url = f"http://127.0.0.1:{stranger.getsockname()[1]}"
+    with Client(url, timeout_s=0.3) as waiting, pytest.raises(StorageError, match="did not answer in time"):
+        waiting.release()
+
+
+def test_another_service_is_recognised_by_its_errors(stranger: socket.socket) -> None:
+    def answer() -> None:
+        connection, _ = stranger.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\nsorry!")
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    url = f"http://127.0.0.1:{stranger.getsockname()[1]}"
+    with Client(url) as lost, pytest.raises(NamrError, match="answered 502, and not as a namr service"):
+        lost.release()
+    thread.join()
+
+
+def test_the_client_needs_only_the_errors() -> None:
+    tree = ast.parse(Path(client_module.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    of_namr = {
+        (node.module, name.name) for node in imports for name in node.names if "namr" in str(node.module)
+    }
+    assert {module if module != "namr" else name for module, name in of_namr} == {"errors", "namr.errors"}

@@ -1,0 +1,122 @@
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from namr.errors import Conflict, ManifestError, ObjectMissing
+from namr.store import manifests, storage
+from namr.store.manifests import StoredObject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Album:
+    FORMAT: ClassVar[str] = "namr-test-album"
+    FORMAT_VERSION: ClassVar[int] = 2
+    title: str
+    pictures: tuple[StoredObject, ...]
+    year: int | None = None
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "root") if request.param == "local" else str(request.getfixturevalue("s3"))
+
+
+def test_a_manifest_reads_back_equal(root: str) -> None:
+    picture = manifests.write_object(root, "p/1.bin", b"picture")
+    album = Album(title="Grüße", pictures=(picture,), year=None)
+    manifests.write_manifest(storage.join(root, "album.json"), album)
+    manifests.write_manifest(storage.join(root, "album.json"), album)
+    assert manifests.read_manifest(storage.join(root, "album.json"), Album) == album
+    assert manifests.read_object(root, picture) == b"picture"
+
+
+def test_a_manifest_is_never_overwritten(root: str) -> None:
+    uri = storage.join(root, "album.json")
+    manifests.write_manifest(uri, Album(title="one", pictures=()))
+    with pytest.raises(ManifestError, match="nothing was overwritten"):
+        manifests.write_manifest(uri, Album(title="two", pictures=()))
+    assert manifests.read_manifest(uri, Album).title == "one"
+
+
+def test_an_object_is_never_overwritten(root: str, tmp_path: Path) -> None:
+    first = manifests.write_object(root, "o", b"one")
+    assert manifests.write_object(root, "o", b"one") == first
+    (tmp_path / "two").write_bytes(b"two")
+    with pytest.raises(ManifestError, match="exists with other contents"):
+        manifests.write_object(root, "o", tmp_path / "two")
+    assert manifests.read_object(root, first) == b"one"
+
+
+def test_a_damaged_object_is_named_with_both_digests(root: str) -> None:
+    stored = manifests.write_object(root, "o", b"one")
+    storage.write(storage.join(root, "o"), b"eno")
+    with pytest.raises(ManifestError, match=rf"o is damaged.*{stored.sha256}"):
+        manifests.read_object(root, stored)
+    storage.delete(storage.join(root, "o"))
+    with pytest.raises(ObjectMissing):
+        manifests.read_object(root, stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"format_version": 3}, "has format version 3, and this namr reads 2"),
+        ({"format": "namr-other"}, "is not a namr-test-album manifest"),
+        ({"title": None}, "title"),
+        ({"pictures": [{"name": "x", "size_bytes": "many", "sha256": ""}]}, "pictures.0.size_bytes"),
+    ],
+)
+def test_what_is_no_such_manifest_is_refused(
+    tmp_path: Path, change: dict[str, object], expected: str
+) -> None:
+    body = json.loads(manifests.encode_manifest(Album(title="t", pictures=())))
+    uri = str(tmp_path / "album.json")
+    storage.write(uri, json.dumps(body | change).encode())
+    with pytest.raises(ManifestError, match=expected):
+        manifests.read_manifest(uri, Album)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b'{"format": "namr-test-album"'])
+def test_half_a_manifest_is_refused(tmp_path: Path, data: bytes) -> None:
+    uri = str(tmp_path / "album.json")
+    storage.write(uri, data)
+    with pytest.raises(ManifestError, match=r"album\.json is damaged"):
+        manifests.read_manifest(uri, Album)
+
+
+def test_a_missing_manifest_is_named(root: str) -> None:
+    with pytest.raises(ManifestError, match=r"album\.json is missing"):
+        manifests.read_manifest(storage.join(root, "album.json"), Album)
+
+
+def test_a_pointer_moves_only_from_where_it_was_read(root: str) -> None:
+    uri = storage.join(root, "current.json")
+    assert manifests.read_pointer(uri) is None
+    manifests.swap_pointer(uri, "1", expected=None, token="a")
+    first = manifests.read_pointer(uri)
+    assert first is not None and first.target == "1"
+    manifests.swap_pointer(uri, "2", expected=first, token="b")
+    with pytest.raises(Conflict):
+        manifests.swap_pointer(uri, "3", expected=first, token="c")
+    with pytest.raises(Conflict):
+        manifests.swap_pointer(uri, "3", expected=None, token="c")
+    moved = manifests.read_pointer(uri)
+    assert moved is not None and moved.target == "2"
+
+
+def test_a_writer_whose_answer_was_lost_knows_its_own_swap(root: str) -> None:
+    uri = storage.join(root, "current.json")
+    manifests.swap_pointer(uri, "1", expected=None, token="mine")
+    manifests.swap_pointer(uri, "1", expected=None, token="mine")
+    with pytest.raises(Conflict):
+        manifests.swap_pointer(uri, "1", expected=None, token="theirs")
+
+
+def test_a_damaged_pointer_is_refused(tmp_path: Path) -> None:
+    uri = str(tmp_path / "current.json")
+    storage.write(uri, b'{"target": 5}')
+    with pytest.raises(ManifestError, match=r"current\.json is damaged"):
+        manifests.read_pointer(uri)

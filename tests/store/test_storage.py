@@ -1,0 +1,246 @@
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
+from namr.store import buckets, storage
+from namr.store.cache import Cache
+from namr.store.storage import Range
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place to write, on either kind of store: every test below holds for both."""
+    return str(tmp_path / "root") if request.param == "local" else str(request.getfixturevalue("s3"))
+
+
+def test_what_was_written_is_read(root: str) -> None:
+    uri = storage.join(root, "a", "b.bin")
+    storage.write(uri, b"first")
+    storage.write(uri, b"second")
+    assert storage.read(uri) == b"second"
+    assert storage.size(uri) == 6
+    assert storage.exists(uri)
+    assert not storage.exists(storage.join(root, "a"))
+
+
+def test_write_if_absent_never_changes_what_is_there(root: str) -> None:
+    uri = storage.join(root, "x")
+    assert storage.write_if_absent(uri, b"one")
+    assert not storage.write_if_absent(uri, b"two")
+    assert storage.read(uri) == b"one"
+
+
+def test_upload_if_absent_never_changes_what_is_there(root: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"1" * 100)
+    two.write_bytes(b"2" * 100)
+    uri = storage.join(root, "x")
+    assert storage.upload_if_absent(one, uri)
+    assert not storage.upload_if_absent(two, uri)
+    storage.download(uri, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == b"1" * 100
+
+
+def test_of_writers_that_race_to_create_one_wins(root: str) -> None:
+    uri = storage.join(root, "raced")
+    won: list[int] = []
+
+    def attempt(number: int) -> None:
+        if storage.write_if_absent(uri, str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=attempt, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(won) == 1
+    assert storage.read(uri) == str(won[0]).encode()
+
+
+def test_replace_needs_the_tag_that_was_read(root: str) -> None:
+    uri = storage.join(root, "current.json")
+    storage.replace_if_match(uri, b"one", etag=None)
+    with pytest.raises(Conflict):
+        storage.replace_if_match(uri, b"two", etag=None)
+    data, etag = storage.read_with_etag(uri)
+    assert data == b"one"
+    storage.replace_if_match(uri, b"two", etag=etag)
+    with pytest.raises(Conflict, match=r"current\.json was changed by somebody else"):
+        storage.replace_if_match(uri, b"three", etag=etag)
+    assert storage.read(uri) == b"two"
+
+
+def test_replacing_what_was_deleted_is_a_conflict(root: str) -> None:
+    uri = storage.join(root, "current.json")
+    storage.replace_if_match(uri, b"one", etag=None)
+    _, etag = storage.read_with_etag(uri)
+    storage.delete(uri)
+    with pytest.raises(Conflict):
+        storage.replace_if_match(uri, b"two", etag=etag)
+
+
+def test_ranges_come_in_the_order_asked_for(root: str) -> None:
+    one, two = storage.join(root, "1"), storage.join(root, "2")
+    storage.write(one, bytes(range(100)))
+    storage.write(two, bytes(range(100, 200)))
+    found = storage.read_ranges([Range(two, 5, 7), Range(one, 0, 1), Range(one, 98, 100), Range(one, 4, 4)])
+    assert found == [bytes([105, 106]), bytes([0]), bytes([98, 99]), b""]
+    assert storage.read_ranges([]) == []
+
+
+def test_a_range_past_the_end_is_an_error_that_names_the_object(root: str) -> None:
+    uri = storage.join(root, "short")
+    storage.write(uri, b"12345")
+    with pytest.raises(StorageError, match="short"):
+        storage.read_ranges([Range(uri, 3, 9)])
+
+
+def test_streams_read_and_seek(root: str) -> None:
+    uri = storage.join(root, "stream")
+    storage.write(uri, b"0123456789")
+    with storage.open_stream(uri) as stream:
+        assert stream.read(4) == b"0123"
+        stream.seek(8)
+        assert stream.read() == b"89"
+
+
+def test_names_are_listed_below_a_folder(root: str) -> None:
+    for name in ("b/2", "b/10", "a", "c/d/e"):
+        storage.write(storage.join(root, name), b"")
+    assert storage.list_names(root) == ["a", "b/10", "b/2", "c/d/e"]
+    assert storage.list_names(storage.join(root, "b")) == ["10", "2"]
+    assert storage.list_names(storage.join(root, "nothing")) == []
+
+
+def test_a_missing_object_is_named(root: str) -> None:
+    uri = storage.join(root, "nowhere")
+    for act in (storage.read, storage.size, storage.read_with_etag, storage.open_stream):
+        with pytest.raises(ObjectMissing, match="nowhere"):
+            act(uri)
+    storage.delete(uri)
+
+
+def test_a_writable_place_passes_and_stays_clean(root: str) -> None:
+    storage.check_writable(root)
+    assert storage.list_names(root) == []
+
+
+def test_a_folder_that_is_a_file_is_not_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file is not writable.*check that you may write"):
+        storage.check_writable(str(tmp_path / "file"))
+
+
+@pytest.mark.s3
+def test_a_missing_bucket_is_not_writable(s3: str) -> None:
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket.*create"):
+        storage.check_writable(f"{s3.replace(s3.removeprefix('s3://'), 'no-such-bucket')}/a")
+
+
+@pytest.mark.s3
+def test_wrong_credentials_are_an_error_without_the_secret(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-very-wrong-secret")
+    with pytest.raises(StorageError) as caught, fresh_connections():
+        storage.check_writable(s3)
+    assert "AWS_SECRET_ACCESS_KEY" in str(caught.value)
+    assert "a-very-wrong-secret" not in str(caught.value)
+
+
+class fresh_connections:
+    """Leaves the connections of this process aside, as a new process would."""
+
+    def __enter__(self) -> None:
+        buckets.Buckets._filesystem_of.cache_clear()
+
+    def __exit__(self, *_: object) -> None:
+        buckets.Buckets._filesystem_of.cache_clear()
+
+
+@pytest.mark.s3
+def test_a_file_of_many_parts_arrives_whole(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "_PART_BYTES", 5 << 20)
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(13 << 20))
+    uri = storage.join(s3, "large")
+    storage.upload(path, uri)
+    assert storage.sha256_of(uri) == storage.sha256_of_file(path)
+    assert not storage.upload_if_absent(path, uri)
+
+
+def test_an_unknown_kind_of_uri_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gs://bucket"):
+        storage.read("gs://bucket/key")
+    with pytest.raises(ConfigError, match="names no object"):
+        storage.write("s3://bucket", b"")
+
+
+def test_the_cache_downloads_once_and_verifies(tmp_path: Path) -> None:
+    uri = str(tmp_path / "object")
+    storage.write(uri, b"contents")
+    cache = Cache(tmp_path / "cache", max_bytes=100)
+    digest = storage.sha256(b"contents")
+    assert cache.get(digest) is None
+    path = cache.path(uri, sha256=digest)
+    storage.delete(uri)
+    assert cache.path(uri, sha256=digest) == path
+    assert path.read_bytes() == b"contents"
+
+
+def test_the_cache_refuses_a_damaged_object(tmp_path: Path) -> None:
+    uri = str(tmp_path / "object")
+    storage.write(uri, b"other")
+    cache = Cache(tmp_path / "cache", max_bytes=100)
+    with pytest.raises(StorageError, match="damaged"):
+        cache.path(uri, sha256=storage.sha256(b"contents"))
+    assert cache.get(storage.sha256(b"contents")) is None
+
+
+def test_the_cache_evicts_what_was_used_least_recently(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", max_bytes=25)
+    digests = []
+    for number in range(3):
+        uri, data = str(tmp_path / str(number)), bytes([number]) * 10
+        storage.write(uri, data)
+        digests.append(storage.sha256(data))
+        path = cache.path(uri, sha256=digests[-1])
+        os.utime(path, (number, number))
+        if number == 1:
+            os.utime(tmp_path / "cache" / digests[0], (9, 9))
+    assert [cache.get(digest) is not None for digest in digests] == [True, False, True]
+
+
+def test_half_a_download_of_a_killed_process_goes_away(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", max_bytes=1000)
+    uri = str(tmp_path / "object")
+    storage.write(uri, b"whole")
+    cache.folder.mkdir()
+    for name, age_s in (("old", 2 * 24 * 3600), ("new", 60)):
+        (cache.folder / f".{name}").write_bytes(b"half")
+        os.utime(cache.folder / f".{name}", (time.time() - age_s,) * 2)
+    cache.path(uri, sha256=storage.sha256(b"whole"))
+    assert sorted(path.name for path in cache.folder.iterdir()) == [".new", storage.sha256(b"whole")]
+
+
+def _fetch(cache_folder: Path, uri: str, digest: str, results: "multiprocessing.Queue[bytes]") -> None:
+    results.put(Cache(cache_folder, 1 << 20).path(uri, sha256=digest).read_bytes())
+
+
+@pytest.mark.slow
+def test_the_cache_is_shared_by_processes(tmp_path: Path) -> None:
+    uri = str(tmp_path / "object")
+    storage.write(uri, b"z" * 1000)
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[bytes] = context.Queue()
+    arguments = (tmp_path / "cache", uri, storage.sha256(b"z" * 1000), results)
+    processes = [context.Process(target=_fetch, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [b"z" * 1000] * 3
+    for process in processes:
+        process.join(timeout=30)

@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from namr.errors import ManifestError, ShapeError, StorageError
+from namr.store import tables
+from namr.store.tables import EmbeddingTable, SampleTable
+
+
+def sample_table(num: int) -> SampleTable:
+    return SampleTable(
+        ids=np.arange(num) + (7 << 32),
+        keys=[f"schlüssel-{row}" for row in range(num)],
+        labels=[None if row % 2 else "a" for row in range(num)],
+        fields=[tables.fields_text({"price": row, "name": "ä"}) for row in range(num)],
+        offsets=np.arange(num) * 512,
+        sizes=np.full(num, 100),
+    )
+
+
+def embedding_table(num: int, num_refused: int, dtype: type) -> EmbeddingTable:
+    rng = np.random.default_rng(0)
+    return EmbeddingTable(
+        ids=np.arange(num),
+        keys=[str(row) for row in range(num)],
+        labels=[None if row % 2 else "a" for row in range(num)],
+        embeddings=rng.normal(size=(num, 4)).astype(dtype),
+        structures=rng.normal(size=(num, 4)).astype(dtype),
+        refused_ids=np.arange(num_refused) + num,
+        refused_keys=[f"bad-{row}" for row in range(num_refused)],
+        refused_reasons=["truncated"] * num_refused,
+    )
+
+
+def assert_equal(one: object, other: object) -> None:
+    for name, value in vars(one).items():
+        np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
+        if isinstance(value, np.ndarray):
+            assert value.dtype == getattr(other, name).dtype
+
+
+@pytest.mark.parametrize("num", [0, 1, 5])
+def test_sample_tables_read_back_equal(num: int) -> None:
+    table = sample_table(num)
+    assert_equal(table, tables.decode_samples(tables.encode_samples(table)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(("num", "num_refused"), [(3, 2), (3, 0), (0, 2), (0, 0)])
+def test_embedding_tables_read_back_equal(num: int, num_refused: int, dtype: type) -> None:
+    table = embedding_table(num, num_refused, dtype)
+    assert_equal(table, tables.decode_embeddings(tables.encode_embeddings(table)))
+
+
+def test_the_same_table_has_the_same_bytes() -> None:
+    assert tables.encode_embeddings(embedding_table(9, 2, np.float16)) == tables.encode_embeddings(
+        embedding_table(9, 2, np.float16)
+    )
+
+
+def test_columns_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ShapeError, match=r"\[1, 2\]"):
+        SampleTable(
+            ids=np.arange(2), keys=["a"], labels=[None, None], fields=["{}", "{}"],
+            offsets=np.arange(2), sizes=np.arange(2),
+        )  # fmt: skip
+
+
+def test_what_is_no_such_table_is_refused() -> None:
+    data = tables.encode_samples(sample_table(3))
+    with pytest.raises(ManifestError, match="not a Parquet file"):
+        tables.decode_samples(data[:-20])
+    with pytest.raises(ManifestError, match=r"lacks the columns \['embedding', 'refused', 'structure'\]"):
+        tables.decode_embeddings(data)
+
+
+def test_columns_are_mapped_and_written_once(tmp_path: Path) -> None:
+    folder = tmp_path / "columns"
+    tables.write_columns(folder, {"a": np.arange(5), "b": np.zeros((2, 3), np.float16)})
+    tables.write_columns(folder, {"a": np.arange(9)})
+    columns = tables.open_columns(folder)
+    assert isinstance(columns["a"], np.memmap)
+    np.testing.assert_array_equal(columns["a"], np.arange(5))
+    assert not columns["a"].flags.writeable
+    assert [path.name for path in tmp_path.iterdir()] == ["columns"]
+
+
+def test_missing_columns_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="holds no columns"):
+        tables.open_columns(tmp_path / "none")
+
+
+def test_every_value_of_a_csv_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('path,label,sku\na.jpg,,007\n"b,c.jpg",cat,12\n')
+    assert tables.read_rows(path) == {
+        "path": ["a.jpg", "b,c.jpg"],
+        "label": [None, "cat"],
+        "sku": ["007", "12"],
+    }
+
+
+def test_a_parquet_of_the_users_keeps_its_types(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"path": ["a"], "price": [1.5]}), tmp_path / "t.parquet")
+    assert tables.read_rows(tmp_path / "t.parquet") == {"path": ["a"], "price": [1.5]}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_an_unreadable_table_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"a,b\n1\n")
+    with pytest.raises(ManifestError, match=name):
+        tables.read_rows(path)
