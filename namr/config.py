@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
 import tyro
 
 from namr.errors import ConfigError, NamrError
@@ -59,9 +60,7 @@ def to_flat(job: Any) -> dict[str, Scalar]:
 
 def to_toml(job: Any) -> str:
     """The resolved job as TOML that `--config` reads back."""
-    lines: list[str] = []
-    _toml_table(job, "", lines)
-    return "\n".join(lines).strip() + "\n"
+    return tomli_w.dumps(_table(job))
 
 
 def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -113,25 +112,15 @@ def _flat(job: Any, prefix: str) -> Iterator[tuple[str, Scalar]]:
             yield f"{prefix}{field.name}", value if isinstance(value, Scalar) else str(value)
 
 
-def _toml_table(job: Any, prefix: str, lines: list[str]) -> None:
-    tables = []
-    for field in dataclasses.fields(job):
-        value = getattr(job, field.name)
-        if dataclasses.is_dataclass(value):
-            tables.append((f"{prefix}{field.name}", value))
-        elif value is not None:
-            lines.append(f"{field.name} = {_toml_value(value)}")
-    for name, value in tables:
-        lines += ["", f"[{name}]"]
-        _toml_table(value, f"{name}.", lines)
+def _table(job: Any) -> dict[str, Any]:
+    """As TOML can hold it: None left out, what is neither scalar nor list as text."""
+    values = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
+    return {name: _value(value) for name, value in values.items() if value is not None}
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
+def _value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _table(value)
     if isinstance(value, tuple | list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+        return [_value(item) for item in value]
+    return value if isinstance(value, Scalar) else str(value)

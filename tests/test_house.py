@@ -27,13 +27,15 @@ HOUSE = (  # from the top down; a module of namr/ itself is named by itself
     ("data",),
     ("index",),
     ("store",),
-    ("collectives", "config", "progress", "ray_connection"),
+    ("collectives", "ray_connection"),
+    ("checks", "config", "hashing", "progress"),
     ("errors",),
 )
 """Packages side by side in a row don't import each other."""
 
 DOORS: dict[str, set[str]] = {
     "tyro": {"config"},
+    "tomli_w": {"config"},
     "fsspec": {"store.buckets"},
     "s3fs": {"store.buckets"},
     "pyarrow": {"store.tables", "store.storage"},
@@ -59,7 +61,7 @@ DOORS: dict[str, set[str]] = {
     "rich": {"progress", "demo.demo"},
 }
 FREE_LIBRARIES = {"numpy", "torch"}
-WITHOUT_ARRAYS = {"cli", "config", "errors", "progress", "store.buckets", "store.folders"}
+WITHOUT_ARRAYS = {"checks", "cli", "config", "errors", "progress", "store.buckets", "store.folders"}
 """Modules that even the free libraries are closed to."""
 CLOSED = {"serve.client": {"errors"}}
 """What a module may import of namr, where that is less than its place in the house allows."""

@@ -18,7 +18,6 @@ Not covered: erasing bytes, and collecting what killed jobs left behind.
 import functools
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import ClassVar
@@ -28,7 +27,7 @@ import numpy.typing as npt
 
 from namr.data.shards import MAX_SHARD_NUMBER, make_id
 from namr.errors import ConfigError, ManifestError, ObjectMissing
-from namr.store import manifests, storage, tables
+from namr.store import manifests, read_ahead, storage, tables
 from namr.store.manifests import Pointer, StoredObject
 from namr.store.tables import SampleTable
 
@@ -169,10 +168,8 @@ def head(dataset_uri: str) -> Head:
 
 def read_samples(dataset_uri: str, entries: Sequence[ShardEntry]) -> Iterator[SampleTable]:
     """The sample indexes of shards, verified; ManifestError for one that is gone, damaged or another's."""
-    with ThreadPoolExecutor(_NUM_READERS) as readers:
-        for start in range(0, len(entries), _NUM_READERS):
-            some = entries[start : start + _NUM_READERS]
-            yield from readers.map(functools.partial(_read_samples, dataset_uri), some)
+    read = functools.partial(_read_samples, dataset_uri)
+    return read_ahead.in_order(read, entries, num_threads=_NUM_READERS)
 
 
 def publish_version(

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from namr import checks
 from namr.errors import ConfigError, ImageRefused, ShapeError
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -67,8 +68,7 @@ class Preprocessing:
     """"squash" resizes both sides to the square; "crop" takes the largest centred square."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size_px <= 4096:
-            raise ConfigError(f"size_px is {self.size_px}; expected 1 to 4096 pixels")
+        checks.in_range(self, "size_px", at_least=1, at_most=4096)
         if self.interpolation not in _RESAMPLE:
             raise ConfigError(f"interpolation is {self.interpolation!r}; expected bilinear or bicubic")
         if self.fit not in ("squash", "crop"):
@@ -89,10 +89,8 @@ class AugmentConfig:
     """Brightness, contrast and saturation are each multiplied by 1 - j .. 1 + j; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_area <= 1:
-            raise ConfigError(f"min_area is {self.min_area}; expected a share above 0 and up to 1")
-        if not 0 <= self.color_jitter < 1:
-            raise ConfigError(f"color_jitter is {self.color_jitter}; expected 0 or more and below 1")
+        checks.in_range(self, "min_area", above=0, at_most=1)
+        checks.in_range(self, "color_jitter", at_least=0, below=1)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side_px: int | None = None) -> Image.Image:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, ClassVar, cast
@@ -21,7 +20,7 @@ from namr.data.datasets import ShardEntry
 from namr.data.shards import Member, Sample
 from namr.data.sources import SourceImage
 from namr.errors import ImageRefused, ObjectMissing
-from namr.store import manifests, storage, tables
+from namr.store import manifests, read_ahead, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.tables import SampleTable
 
@@ -76,10 +75,12 @@ def run_plan(plan: ShardPlan) -> Receipt:
 
     Where that attempt refused images they are looked at again: they may have been repaired.
     """
-    if storage.exists(plan.receipt_uri):
-        done = manifests.read_manifest(plan.receipt_uri, Receipt)
-        if not done.refused:
-            return done
+    return manifests.recorded(
+        plan.receipt_uri, Receipt, lambda: _made(plan), holds=lambda receipt: not receipt.refused
+    )
+
+
+def _made(plan: ShardPlan) -> Receipt:
     refused: list[RefusedImage] = []
     if plan.foreign:
         tar, table = _index_foreign(plan.number, plan.foreign.name, refused)
@@ -89,9 +90,7 @@ def run_plan(plan: ShardPlan) -> Receipt:
     if tar and len(table):
         index = _write_named(plan, tables.encode_samples(table), "parquet")
         entry = ShardEntry(number=plan.number, tar=tar, index=index, num_samples=len(table))
-    receipt = Receipt(entry=entry, refused=tuple(refused))
-    storage.write(plan.receipt_uri, manifests.encode_manifest(receipt))
-    return receipt
+    return Receipt(entry=entry, refused=tuple(refused))
 
 
 def _write_own(plan: ShardPlan, refused: list[RefusedImage]) -> tuple[StoredObject, SampleTable]:
@@ -111,21 +110,19 @@ def _write_named(plan: ShardPlan, data: bytes | Path, suffix: str) -> StoredObje
 
 def _accepted(found: Sequence[SourceImage], refused: list[RefusedImage]) -> Iterator[Sample]:
     """The images that decode, read some ahead; the others go to `refused`."""
-    with ThreadPoolExecutor(_NUM_READERS) as readers:
-        for start in range(0, len(found), 4 * _NUM_READERS):
-            some = found[start : start + 4 * _NUM_READERS]
-            for image, data in zip(some, readers.map(_bytes_or_none, some), strict=True):
-                reason = "nothing is there" if data is None else _objection(data)
-                if data is None or reason:
-                    refused.append(RefusedImage(key=image.key, location=image.location, reason=reason or ""))
-                else:
-                    yield Sample(
-                        key=image.key,
-                        image=data,
-                        extension=shards.extension_of(data) or "",
-                        label=image.label,
-                        fields=image.fields,
-                    )
+    contents = read_ahead.in_order(_bytes_or_none, found, num_threads=_NUM_READERS)
+    for image, data in zip(found, contents, strict=True):
+        reason = "nothing is there" if data is None else _objection(data)
+        if data is None or reason:
+            refused.append(RefusedImage(key=image.key, location=image.location, reason=reason or ""))
+        else:
+            yield Sample(
+                key=image.key,
+                image=data,
+                extension=shards.extension_of(data) or "",
+                label=image.label,
+                fields=image.fields,
+            )
 
 
 def _bytes_or_none(image: SourceImage) -> bytes | None:

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from namr import progress, ray_connection
+from namr import checks, progress, ray_connection
 from namr.data import datasets
 from namr.data.datasets import Head, ShardEntry, SourceRecord
 from namr.data.pack_shard import Receipt, RefusedImage, ShardPlan, run_plan
@@ -64,10 +64,8 @@ class PackingConfig:
     """where torchvision's data sets are downloaded to"""
 
     def __post_init__(self) -> None:
-        if self.shard_bytes <= 0:
-            raise ConfigError(f"shard_bytes is {self.shard_bytes}; expected more than 0")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
+        checks.in_range(self, "shard_bytes", above=0)
+        checks.in_range(self, "max_bad_fraction", at_least=0, at_most=1)
         if self.classes != "all" and self.source.startswith(_FOREIGN_PREFIX):
             raise ConfigError(f"classes is {self.classes}; foreign shards are indexed whole, expected all")
 

@@ -27,13 +27,14 @@ import numpy.typing as npt
 import torch
 import torch.utils.data
 
+from namr import checks
 from namr.data import images, sampling
 from namr.data.datasets import Dataset, ShardEntry
 from namr.data.images import AugmentConfig, Preprocessing
 from namr.data.sample_index import SampleIndex, write_sample_index
 from namr.data.sampling import BatchSampler, ClassIndex, Pick, PKConfig
 from namr.data.shards import shard_of
-from namr.errors import ConfigError, ImageRefused, ManifestError, NamrError
+from namr.errors import ImageRefused, ManifestError, NamrError
 from namr.store import ranges, storage
 from namr.store.cache import Cache
 
@@ -79,14 +80,9 @@ class LoaderConfig:
     """limit of the shard cache; not used for datasets on local disk"""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise ConfigError(f"num_workers is {self.num_workers}; expected 0 or more")
-        if self.prefetch_batches_per_worker < 1:
-            raise ConfigError(
-                f"prefetch_batches_per_worker is {self.prefetch_batches_per_worker}; expected 1 or more"
-            )
-        if self.cache_bytes <= 0:
-            raise ConfigError(f"cache_bytes is {self.cache_bytes}; expected more than 0")
+        checks.in_range(self, "num_workers", at_least=0)
+        checks.in_range(self, "prefetch_batches_per_worker", at_least=1)
+        checks.in_range(self, "cache_bytes", above=0)
 
 
 def stream(dataset: Dataset, entry: ShardEntry) -> Iterator[StreamedSample]:

@@ -23,10 +23,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from namr import checks, hashing
 from namr.errors import ConfigError, ShapeError
+from namr.hashing import Hashes
 
 Ints = NDArray[np.int64]
-Hashes = NDArray[np.uint64]
 
 # What a hash is for; no two draws share a stream.
 _ORDER, _SAMPLES, _SHUFFLE, _AUGMENTATION = range(4)
@@ -81,11 +82,8 @@ class PKConfig:
     """Decides, with the step, everything that is drawn."""
 
     def __post_init__(self) -> None:
-        for name in ("classes_per_batch", "samples_per_class"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"{name} is {getattr(self, name)}: a batch without pairs; at least 2")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed is {self.seed}, expected 0 to 2^63 - 1")
+        checks.in_range(self, "classes_per_batch", "samples_per_class", at_least=2)  # fewer make no pairs
+        checks.in_range(self, "seed", at_least=0, at_most=2**63 - 1)
 
     @property
     def num_samples(self) -> int:
@@ -260,8 +258,5 @@ def _hash(purpose: int, seed: int, number: int, values: NDArray[np.integer]) -> 
     """64 well-mixed bits for each value (n,), by splitmix64's finaliser over the four integers."""
     mixed = np.zeros(len(values), dtype=np.uint64)
     for part in (purpose, seed, number, values):
-        mixed = mixed + np.uint64(0x9E3779B97F4A7C15) + np.asarray(part).astype(np.uint64)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed = mixed ^ (mixed >> np.uint64(31))
+        mixed = hashing.mix(mixed + np.uint64(hashing.GOLDEN) + np.asarray(part).astype(np.uint64))
     return mixed

@@ -12,7 +12,6 @@ Not covered: deleting the embeddings of models that nobody uses any more.
 """
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -22,7 +21,7 @@ from namr.data import datasets
 from namr.data.datasets import Dataset, ShardEntry
 from namr.data.shards import make_id, row_of
 from namr.errors import ManifestError, ObjectMissing
-from namr.store import manifests, storage, tables
+from namr.store import manifests, read_ahead, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.tables import EmbeddingTable
 
@@ -223,10 +222,7 @@ def open_set(root_uri: str, model_digest: str, dataset: Dataset) -> EmbeddingSet
 
 def iterate(embedding_set: EmbeddingSet) -> Iterator[EmbeddingTable]:
     """The verified tables of all shards, by ascending id, some read ahead."""
-    files = embedding_set.files
-    with ThreadPoolExecutor(_NUM_READERS) as readers:
-        for start in range(0, len(files), _NUM_READERS):
-            yield from readers.map(embedding_set.read, files[start : start + _NUM_READERS])
+    return read_ahead.in_order(embedding_set.read, embedding_set.files, num_threads=_NUM_READERS)
 
 
 def _name(model_digest: str, shard_sha256: str) -> str:

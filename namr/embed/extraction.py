@@ -28,14 +28,14 @@ import numpy.typing as npt
 import ray
 import torch
 
-from namr import progress, ray_connection
+from namr import checks, progress, ray_connection
 from namr.data import images, reading
 from namr.data.datasets import Dataset, ShardEntry
 from namr.data.images import Preprocessing
 from namr.data.reading import StreamedSample
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile, EmbeddingSet
-from namr.errors import ConfigError, ImageRefused, ModelMismatch, NamrError, ShapeError
+from namr.errors import ImageRefused, ModelMismatch, NamrError, ShapeError
 from namr.model import model
 from namr.model.model import NamrModel
 from namr.store import storage
@@ -63,12 +63,9 @@ class ExtractionConfig:
     """the run fails if a larger share of the images is refused"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size_per_worker", "num_workers", "decode_threads_per_worker"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; expected 1 or more")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"max_bad_fraction is {self.max_bad_fraction}; expected 0 to 1")
+        counts = ("batch_size_per_worker", "num_workers", "decode_threads_per_worker")
+        checks.in_range(self, *counts, at_least=1)
+        checks.in_range(self, "max_bad_fraction", at_least=0, at_most=1)
 
 
 class Refused(NamedTuple):

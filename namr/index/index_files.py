@@ -16,6 +16,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from namr import hashing
 from namr.errors import ConfigError, ManifestError
 
 Ids = npt.NDArray[np.int64]
@@ -142,10 +143,7 @@ def ids_of(index: Any) -> Ids:
 def sum_of_ids(ids: Ids) -> int:
     """Sum of splitmix64 of every id, modulo 2^64: tells sets of ids apart, in any order and in any pieces."""
     with np.errstate(over="ignore"):
-        z = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return int((z ^ (z >> np.uint64(31))).sum(dtype=np.uint64))
+        return int(hashing.mix(ids.astype(np.uint64) + np.uint64(hashing.GOLDEN)).sum(dtype=np.uint64))
 
 
 def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any]) -> None:

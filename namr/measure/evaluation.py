@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from namr import checks
 from namr.data import datasets, reading
 from namr.data.datasets import Dataset
 from namr.data.images import Preprocessing
@@ -149,9 +150,7 @@ class EvaluationConfig:
     """MLflow, for registered models."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        checks.in_range(self, "depth", "batch_size", at_least=1)
         for text in self.models:
             if not all(text.partition("=")):
                 raise ConfigError(f"models has {text!r}; expected NAME=FOLDER or NAME=models:/<name>@<alias>")

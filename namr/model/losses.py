@@ -38,6 +38,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils.loss_and_miner_utils import get_random_triplet_indices
 from torch import Tensor, nn
 
+from namr import checks
 from namr.errors import ConfigError, ShapeError
 from namr.model import distances
 from namr.model.distances import Metric
@@ -69,19 +70,13 @@ class LossConfig:
     """What contrastive and margin work on: unit-length x, or x divided by its mean pairwise distance."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ranking_weight < float("inf"):
-            raise ConfigError(f"loss.ranking_weight is {self.ranking_weight}; expected 0 or more")
-        if self.num_clusters < 2:
-            raise ConfigError(f"loss.num_clusters is {self.num_clusters}; expected 2 or more")
-        for name in ("alpha", "t"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"loss.{name} is {getattr(self, name)}; expected a number above 0")
+        checks.in_range(self, "ranking_weight", "margin", at_least=0, place="loss")
+        checks.in_range(self, "num_clusters", at_least=2, place="loss")
+        checks.in_range(self, "alpha", "t", above=0, place="loss")
         if self.margin is not None and self.base == "multi_similarity":
             raise ConfigError(
                 f"loss.margin is {self.margin}, but multi_similarity has no margin: leave it out"
             )
-        if self.margin is not None and not 0 <= self.margin < float("inf"):
-            raise ConfigError(f"loss.margin is {self.margin}; expected 0 or more")
         if self.view == "scaled" and self.base not in ("contrastive", "margin"):
             raise ConfigError(f'loss.view is "scaled", which {self.base} has no choice about: leave it out')
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from namr import checks
 from namr.data import images
 from namr.data.images import Fit, Preprocessing
 from namr.errors import ConfigError, ManifestError, ShapeError
@@ -63,13 +64,8 @@ class ModelConfig:
             raise ConfigError(
                 f"weights is {self.weights!r}; expected timm, none or the URI of a .safetensors file"
             )
-        for name in ("embedding_dim", "structure_hidden_dim", "image_size_px"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected 1 or more")
-        if not 0 <= self.structure_range < 1:
-            raise ConfigError(
-                f"structure_range is {self.structure_range}; expected 0 (no structure) or more, and below 1"
-            )
+        checks.in_range(self, "embedding_dim", "structure_hidden_dim", "image_size_px", at_least=1)
+        checks.in_range(self, "structure_range", at_least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from namr import checks
 from namr.errors import ConfigError
 from namr.model.distances import Side
 from namr.release import held_out
@@ -38,10 +39,8 @@ class AssessmentConfig:
     """candidates that are re-ranked"""
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ConfigError(f"depth is {self.depth}; expected 1 or more")
-        if not 0 < self.target_recall <= 1:
-            raise ConfigError(f"target_recall is {self.target_recall}; expected above 0, at most 1")
+        checks.in_range(self, "depth", at_least=1)
+        checks.in_range(self, "target_recall", above=0, at_most=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from namr import checks
 from namr.data import datasets
 from namr.data.datasets import Dataset
 from namr.embed import extraction
 from namr.embed.extraction import ExtractionConfig, ExtractReport
-from namr.errors import ConfigError, NamrError
+from namr.errors import NamrError
 from namr.measure import report
 from namr.model import model
 from namr.model.model import NamrModel
@@ -51,9 +52,15 @@ class GateConfig:
     """how far Recall@1 of labelled images may fall below the current release's"""
 
     def __post_init__(self) -> None:
-        for name in ("min_recall_at_10", "max_lost_share", "max_recall_at_1_drop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"gate.{name} is {getattr(self, name)}; expected 0 to 1")
+        checks.in_range(
+            self,
+            "min_recall_at_10",
+            "max_lost_share",
+            "max_recall_at_1_drop",
+            at_least=0,
+            at_most=1,
+            place="gate",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from namr import progress, ray_connection
+from namr import checks, progress, ray_connection
 from namr.data.datasets import Dataset
 from namr.data.shards import row_of
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile, SetManifest
-from namr.errors import ConfigError, ManifestError
+from namr.errors import ManifestError
 from namr.index import ivf, planning
 from namr.index.index_files import sum_of_ids
 from namr.index.ivf import IndexInfo, Template
@@ -78,8 +78,7 @@ class BuildConfig:
     """where parts are kept until they are merged; <releases_uri>/building where none is named"""
 
     def __post_init__(self) -> None:
-        if self.num_held_out < 0:
-            raise ConfigError(f"num_held_out is {self.num_held_out}; expected 0 or more")
+        checks.in_range(self, "num_held_out", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

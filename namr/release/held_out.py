@@ -7,6 +7,8 @@ answer. An image stays held out as long as the share does, whatever else comes i
 import numpy as np
 import numpy.typing as npt
 
+from namr import hashing
+
 _LARGEST_SHARE = 0.2
 
 
@@ -18,8 +20,5 @@ def share(num: int, num_samples: int) -> float:
 def mask(ids: npt.NDArray[np.int64], *, share: float, seed: int) -> npt.NDArray[np.bool_]:
     """(n,) True where held out: SplitMix64 of id and seed lies in the lowest `share` of its range."""
     with np.errstate(over="ignore"):
-        mixed = ids.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
+        mixed = hashing.mix(ids.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(hashing.GOLDEN))
     return (mixed >> np.uint64(11)).astype(np.float64) < share * 2.0**53

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from namr import checks
 from namr.errors import ConfigError
 from namr.model import model
 from namr.model.model import NamrModel
@@ -46,11 +47,8 @@ class ServeConfig:
     """larger requests are refused before they are read"""
 
     def __post_init__(self) -> None:
-        for name in ("poll_interval_s", "max_upload_bytes", "cache_bytes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
-        if not 0 <= self.port < 65536:
-            raise ConfigError(f"port is {self.port}; expected 0 to 65535")
+        checks.in_range(self, "poll_interval_s", "max_upload_bytes", "cache_bytes", above=0)
+        checks.in_range(self, "port", at_least=0, at_most=65535)
 
 
 def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:

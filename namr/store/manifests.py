@@ -6,6 +6,7 @@ carries its writer's token, so that a writer whose answer was lost recognises it
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -24,6 +25,10 @@ class Manifest(Protocol):
 
 
 M = TypeVar("M", bound=Manifest)
+
+
+def _always(_: object) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,25 @@ def decode_manifest(data: bytes, kind: type[M], uri: str) -> M:
         raise ManifestError(
             f"{uri} is damaged: {place}: {first['msg']}; restore it or make it anew"
         ) from error
+
+
+def recorded(uri: str, kind: type[M], make: Callable[[], M], *, holds: Callable[[M], bool] = _always) -> M:
+    """The record at `uri`, or, where there is none that still holds, what `make` does and returns, recorded.
+
+    The record is written last, so work that was killed is done again. Of two attempts at once the first
+    record counts; one that no longer holds (what it speaks of is gone) is replaced.
+    """
+    earlier = read_manifest(uri, kind) if storage.exists(uri) else None
+    if earlier is not None and holds(earlier):
+        return earlier
+    made = make()
+    if earlier is not None:
+        storage.write(uri, encode_manifest(made))
+        return made
+    if storage.write_if_absent(uri, encode_manifest(made)):
+        return made
+    first = read_manifest(uri, kind)
+    return first if holds(first) else made
 
 
 def read_pointer(uri: str) -> Pointer | None:

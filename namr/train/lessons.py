@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from namr import checks
 from namr.data import reading, sampling
 from namr.data.datasets import Dataset
 from namr.data.images import AugmentConfig
@@ -47,8 +48,7 @@ class DataConfig:
     """The share of classes to hold out where there is no validation dataset; at least 2 are."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_out_share < 1:
-            raise ConfigError(f"data.held_out_share is {self.held_out_share}; expected between 0 and 1")
+        checks.in_range(self, "held_out_share", above=0, below=1, place="data")
 
 
 class _Source:

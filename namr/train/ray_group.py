@@ -23,7 +23,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from namr import ray_connection
+from namr import checks, ray_connection
 from namr.errors import ConfigError, NamrError
 from namr.progress import shown
 from namr.store import storage
@@ -47,12 +47,8 @@ class WorkersConfig:
     """How long to wait for a cluster to have the resources free."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "cpus_per_worker"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"workers.{name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("max_failures", "wait_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"workers.{name} is {getattr(self, name)}; expected 0 or more")
+        checks.in_range(self, "num_workers", "cpus_per_worker", at_least=1, place="workers")
+        checks.in_range(self, "max_failures", "wait_s", at_least=0, place="workers")
 
     @property
     def each(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from namr import collectives
+from namr import checks, collectives, hashing
 from namr.errors import ConfigError, NamrError
 from namr.model.losses import JointLoss, LossTerms
 from namr.model.model import BatchNormPolicy, ModelConfig, NamrModel, set_batchnorm_policy
@@ -66,15 +66,12 @@ class TrainingConfig:
     """Seeds the heads, the batches, the augmentation and the miners."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "evaluation_interval", "checkpoint_interval"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("learning_rate", "proxy_learning_rate", "max_gradient_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; expected a number above 0")
-        for name in ("backbone_learning_rate", "weight_decay", "warmup_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; expected 0 or more")
+        steps = ("num_steps", "evaluation_interval", "checkpoint_interval")
+        checks.in_range(self, *steps, at_least=1, place="training")
+        rates = ("learning_rate", "proxy_learning_rate", "max_gradient_norm")
+        checks.in_range(self, *rates, above=0, place="training")
+        may_be_0 = ("backbone_learning_rate", "weight_decay", "warmup_steps")
+        checks.in_range(self, *may_be_0, at_least=0, place="training")
 
     @property
     def frozen_backbone(self) -> bool:
@@ -233,7 +230,7 @@ class Learning:
         self.next_step = int(state["step"])
 
     def _gradients(self, inputs: Tensor, labels: Tensor) -> LossTerms:
-        torch.manual_seed(_mixed(self.config.seed, self.next_step, collectives.rank()))
+        torch.manual_seed(hashing.mix_of(self.config.seed, self.next_step, collectives.rank()) >> 1)
         self.optimiser.zero_grad(set_to_none=True)
         terms: LossTerms = self._parallel(inputs, labels, self.next_step)
         terms.total.backward()  # type: ignore[no-untyped-call]
@@ -274,11 +271,3 @@ def _check_finite(result: StepResult) -> None:
         f"step {result.step} is not finite: {terms}. The last checkpoint is good; lower the learning rates "
         "or use float32, and resume under the same name"
     )
-
-
-def _mixed(seed: int, step: int, rank: int) -> int:
-    """One 63-bit seed from three numbers (splitmix64's finaliser over their combination)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**64 - 1)
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (mixed ^ (mixed >> 31)) >> 1
