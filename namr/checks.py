@@ -38,8 +38,6 @@ def in_range(
 def _range(at_least: float | None, above: float | None, at_most: float | None, below: float | None) -> str:
     if at_least is not None and at_most is not None:
         return f"{at_least} to {at_most}"
-    lower = (
-        f"{at_least} or more" if at_least is not None else f"more than {above}" if above is not None else ""
-    )
-    upper = f"at most {at_most}" if at_most is not None else f"less than {below}" if below is not None else ""
-    return " and ".join(filter(None, (lower, upper))) or "a finite number"
+    told = {"{} or more": at_least, "more than {}": above, "at most {}": at_most, "less than {}": below}
+    limits = [words.format(limit) for words, limit in told.items() if limit is not None]
+    return " and ".join(limits) or "a finite number"

@@ -19,12 +19,6 @@ def test_different_numbers_have_different_hashes() -> None:
 
 
 def test_the_order_and_the_sign_of_numbers_count() -> None:
-    found = {
-        hashing.mix_of(1, 2),
-        hashing.mix_of(2, 1),
-        hashing.mix_of(1),
-        hashing.mix_of(-1),
-        hashing.mix_of(),
-    }
-    assert len(found) == 5
-    assert all(0 <= each < 2**64 for each in found)
+    hashes = {hashing.mix_of(*numbers) for numbers in ((1, 2), (2, 1), (1,), (-1,), ())}
+    assert len(hashes) == 5
+    assert all(0 <= each < 2**64 for each in hashes)
