@@ -21,13 +21,19 @@ help:
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+# With uv the versions that were tested (uv.lock), from whatever index is configured; else the newest in range.
+.venv/installed: pyproject.toml uv.lock
 	@echo 'installing into .venv (about 6 minutes and 8 GB the first time)'
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "namr needs Python 3.11 or newer, \
 	this is " + sys.version.split()[0] + "; say which one to use: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	@if command -v uv >/dev/null; then \
+		uv export --quiet --frozen --extra dev --no-emit-project --output-file .venv/locked.txt && \
+		uv pip install --quiet --python $(BIN)/python --requirement .venv/locked.txt && \
+		uv pip install --quiet --python $(BIN)/python --no-deps --editable . ; \
+	else \
+		$(BIN)/pip install --quiet --upgrade pip && $(BIN)/pip install --quiet --editable '.[dev]'; \
+	fi
 	@touch $@
 
 demo: install
