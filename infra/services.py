@@ -44,7 +44,7 @@ class ObjectStore:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach it, for namr.storage, boto3 and pyarrow alike."""
+        """What a process needs to reach it, for namr.store, boto3 and pyarrow alike."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -75,7 +75,10 @@ class ObjectStore:
 
 @dataclass(frozen=True, kw_only=True)
 class MlflowServer:
+    """A running MLflow server, and the folder with its database and log."""
+
     tracking_uri: str
+    folder: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +167,7 @@ def mlflow_server(
     ) as program:
         tracking_uri = f"http://{host}:{port}"
         program.wait_until(lambda: http_status(f"{tracking_uri}/health") == 200, timeout_s=120)
-        yield MlflowServer(tracking_uri=tracking_uri)
+        yield MlflowServer(tracking_uri=tracking_uri, folder=folder)
 
 
 def ray_node_ports(dashboard_url: str) -> set[int]:
@@ -197,7 +200,8 @@ class RayCluster:
         ]
         self.programs: list[Program] = []
         """One per node, the head first."""
-        self._session_paths: list[Path] = []
+        self.session_paths: list[Path] = []
+        """Where each node keeps its logs and sockets."""
 
     def add(self, node: RayNode) -> Program:
         """Start one more node and wait until it is counted; the first one is the head."""
@@ -209,7 +213,7 @@ class RayCluster:
         joining = [f"--address={self.address}", "--include-log-monitor=false"]
         # A node that shares the folder of another's session removes job files that the other still uses.
         session_path = Path(tempfile.mkdtemp(prefix="namr-ray-", dir="/tmp"))
-        self._session_paths.append(session_path)
+        self.session_paths.append(session_path)
         command = [
             *(*node.prefix, str(SCRIPTS_PATH / "ray"), "start", "--block", "--disable-usage-stats"),
             f"--node-ip-address={node.host}",
@@ -231,7 +235,7 @@ class RayCluster:
         """End all nodes, the head last."""
         for program in reversed(self.programs):
             program.stop()
-        for session_path in self._session_paths:
+        for session_path in self.session_paths:
             shutil.rmtree(session_path, ignore_errors=True)
 
 

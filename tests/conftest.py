@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from infra import services
+from tests import canaries
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +78,8 @@ def ray_stack(
 
     The test process stays outside of it, so that it can live beside ray_local.
     """
-    environment = {**object_store.environment, "MLFLOW_TRACKING_URI": mlflow_server.tracking_uri}
+    address = mlflow_server.tracking_uri.replace("://", f"://people:{canaries.MLFLOW_PASSWORD}@")
+    environment = {**object_store.environment, "MLFLOW_TRACKING_URI": address}
     nodes = [services.RayNode(), services.RayNode()]
     with services.ray_cluster(
         tmp_path_factory.mktemp("ray"), nodes=nodes, environment=environment

@@ -225,6 +225,7 @@ def test_a_module_has_tests_of_its_name(path: Path) -> None:
 TESTED_WITH: dict[str, str] = {
     "store.folders": "store/test_storage.py runs every test on both kinds of store",
     "store.buckets": "store/test_storage.py runs every test on both kinds of store",
+    "demo.demo": "integration/test_demo.py runs it",
 }
 """Modules that another module's tests cover, each with the reason."""
 

@@ -13,6 +13,7 @@ from infra import services
 from namr.registry import registry
 from namr.release import releases
 from namr.store import storage
+from tests import canaries
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.mlflow, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -23,25 +24,33 @@ class Stack(NamedTuple):
     cluster: services.RayCluster
     root_uri: str
     tracking_uri: str
+    told: dict[str, str]
+    """What each job said."""
 
 
 @pytest.fixture
 def stack(ray_stack: services.RayCluster, s3: str, mlflow_server: services.MlflowServer) -> Stack:
-    return Stack(ray_stack, s3, mlflow_server.tracking_uri)
+    return Stack(ray_stack, s3, mlflow_server.tracking_uri, {})
 
 
-def submit(stack: Stack, job: str, *flags: str) -> str:
-    """What `ray job submit --working-dir . -- python jobs/<job>.py ...` said; it has to end well."""
+def submit(stack: Stack, job: str, *flags: str, code: int = 0) -> str:
+    """What `ray job submit --working-dir . -- python jobs/<job>.py ...` said; it has to end well.
+
+    code: what the job itself is to exit with; `ray job submit` tells it in its last lines.
+    """
     words = [
         *(str(services.SCRIPTS_PATH / "ray"), "job", "submit", "--address", stack.cluster.dashboard_url),
         *("--working-dir", ".", "--", "python", f"jobs/{job}.py", *flags),
     ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    stack.told[f"{len(stack.told)}: {job}"] = done.stdout + done.stderr
+    assert (done.returncode == 0) == (code == 0), done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 
 
-def test_from_images_to_answers_on_s3(stack: Stack, tmp_path: Path) -> None:
+def test_from_images_to_answers_on_s3(
+    stack: Stack, object_store: services.ObjectStore, mlflow_server: services.MlflowServer, tmp_path: Path
+) -> None:
     at = {
         name: storage.join(stack.root_uri, name)
         for name in ("train", "gallery", "runs", "embeddings", "releases")
@@ -84,6 +93,18 @@ def test_from_images_to_answers_on_s3(stack: Stack, tmp_path: Path) -> None:
     assert (manifest.model_name, manifest.model_version) == ("chain", "1")
     assert "nothing is new; current is release " + manifest.release_id in submit(stack, "reindex", *night)
     check_service(stack, at["releases"], tmp_path, manifest.release_id)
+    nobody = f"http://people:{canaries.MLFLOW_PASSWORD}@127.0.0.1:9"
+    wrong = submit(stack, "reindex", *night, "--tracking-uri", nobody, code=2)
+    assert "no MLflow server answers at http://***@127.0.0.1:9" in wrong
+    secrets = {
+        "the store's secret key": object_store.secret_key,
+        "MLflow's password": canaries.MLFLOW_PASSWORD,
+    }
+    logs = [path / "session_latest" / "logs" for path in stack.cluster.session_paths]
+    traces = canaries.traces(
+        secrets, texts=stack.told, folders=[mlflow_server.folder, *logs], store=object_store
+    )
+    assert traces == []
 
 
 def check_service(stack: Stack, releases_uri: str, folder: Path, release_id: str) -> None:
