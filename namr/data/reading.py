@@ -80,7 +80,7 @@ class LoaderConfig:
     """limit of the shard cache; not used for datasets on local disk"""
 
     def __post_init__(self) -> None:
-        checks.in_range(self, "num_workers", at_least=0)
+        checks.in_range(self, "num_workers", at_least=0, at_most=1024, place="loader")
         checks.in_range(self, "prefetch_batches_per_worker", at_least=1)
         checks.in_range(self, "cache_bytes", above=0)
 

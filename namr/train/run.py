@@ -40,6 +40,8 @@ _RUN_TAG = "namr.run"
 class TrainJobConfig:
     """One training run, from a dataset to a registered model version."""
 
+    MOVED: ClassVar[dict[str, str]] = {"batch.seed": "seed", "training.seed": "seed"}
+
     run_name: str
     """The run's name in storage and in MLflow; the same name goes on with the run."""
     storage_uri: str
