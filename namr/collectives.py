@@ -88,6 +88,15 @@ def sum_over_ranks(t: Tensor) -> Tensor:
     return total.to(t.device)
 
 
+def broadcast(t: Tensor) -> Tensor:
+    """Rank 0's tensor, on every rank; all pass one of the same shape and type. No gradient."""
+    if not is_distributed():
+        return t
+    told = t.detach().to(_meeting_device(t)).contiguous()
+    dist.broadcast(told, src=0)
+    return told.to(t.device)
+
+
 def _meeting_device(t: Tensor) -> torch.device:
     """Where ranks can exchange a tensor: NCCL takes none on the CPU."""
     if t.device.type == "cpu" and dist.get_backend() == dist.Backend.NCCL:

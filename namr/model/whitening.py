@@ -11,7 +11,7 @@ Such a start has no large common offset, which makes cosine meaningless, and its
 of the features themselves; a random start throws both away.
 
 These are ordinary weights: nothing has to be saved, folded or versioned. Axes along which the features don't
-vary (fewer images or a lower rank than D) start at zero. Not covered: whose features (`train.material`).
+vary (fewer images or a lower rank than D) start at zero. Not covered: whose features (`train.loop`).
 
 Legend: N images, F features, D embedding dimension.
 """

@@ -8,7 +8,7 @@ Not covered: measuring (`training_data`, `measure.validation`).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from namr.measure import validation
 from namr.model.model import SearchDefaults
@@ -20,6 +20,13 @@ _NOT_MEASURED = -1.0
 _RECALL, _MAP = "validation/recall_at_1/", "validation/map_at_r/"
 
 
+class Worth(NamedTuple):
+    """Two shares, 0 to 1."""
+
+    recall_at_1: float
+    map_at_r: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Examination:
     """One checkpoint's numbers; without `recall_at_1` and with a score of -1 where nothing was measured."""
@@ -27,9 +34,11 @@ class Examination:
     step: int
     """Steps that were done."""
     mean_distance: float
-    """Of the last batch's embeddings; what `model.fold_scale` folds in."""
+    """Of the unseen images' embeddings (of the last batch's where nothing was measured): what
+    `model.fold_scale` folds in."""
     score: float = _NOT_MEASURED
-    """Recall@1, searched in the way that `search` recommends."""
+    """The mean of Recall@1 and MAP@R, searched in the way that `search` recommends: of two checkpoints with
+    one Recall@1 the one whose neighbourhoods are purer is better."""
     search: SearchDefaults = field(default_factory=SearchDefaults)
     """The way that the checkpoint would be served in (`validation.choose`)."""
     recall_at_1: Mapping[str, float] = field(default_factory=dict)
@@ -51,11 +60,17 @@ class Examination:
         return cls(
             step=step,
             mean_distance=mean_distance,
-            score=results[best].recall_at_1,
+            score=(results[best].recall_at_1 + results[best].map_at_r) / 2,
             search=best,
             recall_at_1={validation.name_of(way): results[way].recall_at_1 for way in ways},
             map_at_r={validation.name_of(way): results[way].map_at_r for way in ways},
         )
+
+    @property
+    def recommended(self) -> "Worth":
+        """What was measured for the way of searching that is recommended."""
+        way = validation.name_of(self.search)
+        return Worth(self.recall_at_1[way], self.map_at_r[way])
 
     @property
     def named(self) -> dict[str, float]:

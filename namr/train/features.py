@@ -77,14 +77,21 @@ def cached(
     return stored
 
 
-def batches_of(model: NamrModel, pixels: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Computed]:
-    """The features of (uint8 (b, 3, H, W), places (b,)) batches, in eval mode, on the model's device."""
+def batches_of(
+    model: NamrModel, pixels: Iterable[tuple[Tensor, Tensor]], *, batch_size: int
+) -> Iterator[Computed]:
+    """The features of (uint8 (b, 3, H, W), places (b,)) batches, in eval mode, on the model's device.
+
+    A batch of fewer than `batch_size` images is padded, so that an image's features are the same bits
+    whichever batch, and so whichever rank, it falls to.
+    """
     device = next(model.parameters()).device
     model.eval()
     for images, places in pixels:
+        padding = images.new_zeros((batch_size - len(images), *images.shape[1:]))
         with torch.no_grad():
-            values = model.features(images.to(device, non_blocking=True))
-        yield Computed(places.numpy(), values.float().cpu().numpy())
+            values = model.features(torch.cat([images, padding]).to(device, non_blocking=True))
+        yield Computed(places.numpy(), values[: len(places)].float().cpu().numpy())
 
 
 def _fill(rows: Values, batches: Iterable[Computed]) -> None:

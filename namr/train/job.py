@@ -21,7 +21,7 @@ import torch
 from namr import collectives, ray_connection
 from namr import config as configuration
 from namr.data.datasets import Dataset
-from namr.errors import Conflict, NamrError, StorageError
+from namr.errors import Conflict, NamrError, ShapeError, StorageError
 from namr.measure import report, validation
 from namr.model import model
 from namr.model.losses import search_metric_of
@@ -33,7 +33,7 @@ from namr.train import diary, loop, ray_group
 from namr.train import run as run_store
 from namr.train.diary import Diary
 from namr.train.examination import Examination
-from namr.train.loop import Checkpoint
+from namr.train.loop import Checkpoint, Trained
 from namr.train.ray_group import Outcome, Worker
 from namr.train.run import FitResult, TrainingRun, TrainJobConfig
 from namr.train.step import NotFinite
@@ -102,8 +102,8 @@ class Given(NamedTuple):
     """Of the lease that the driver held when it started the workers."""
 
 
-def _work(given: Given, worker: Worker) -> float | NamrError:
-    """What each worker runs. Returns images a second, or why no repetition would help."""
+def _work(given: Given, worker: Worker) -> Trained | NamrError:
+    """What each worker runs. Returns what came of it, or why no repetition would help."""
     config, run, _ = given
     train, unseen = run_store.open_datasets(config, run)
     data = TrainingData(
@@ -135,7 +135,7 @@ def _work(given: Given, worker: Worker) -> float | NamrError:
                 diary=told,
                 checkpoint=_fenced(worker.checkpoint, given, writes=worker.rank == 0),
             )
-    except NotFinite as error:
+    except (NotFinite, ShapeError) as error:
         return NamrError(f"run {config.run_name!r}, {error}")
     except Conflict as error:
         return error
@@ -170,6 +170,7 @@ def _publish(
     config: TrainJobConfig, run: TrainingRun, runs: Registry, train: Dataset, outcome: Outcome
 ) -> FitResult:
     """The best weights with their scale folded in, saved, registered; the same again after a kill."""
+    trained: Trained = outcome.value
     best = model.build(replace(config.model, weights="none"), seed=0)
     with outcome.checkpoint.as_directory() as folder:
         best.load_state_dict(loop.read_state(Path(folder))["model"])
@@ -203,9 +204,10 @@ def _publish(
         num_steps=config.training.num_steps,
         best_step=outcome.examination.step,
         validation=outcome.examination.named,
-        recall_at_1=outcome.examination.score,
+        recall_at_1=outcome.examination.recommended.recall_at_1,
+        start=trained.start,
         search=best.search,
-        images_per_s=outcome.value,
+        images_per_s=trained.images_per_s,
     )
 
 

@@ -10,28 +10,40 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from namr import collectives
 from namr.data.images import AugmentConfig
 from namr.measure import validation
-from namr.model import model
+from namr.model import model, whitening
 from namr.model.losses import JointLoss, LossConfig, search_metric_of
 from namr.model.model import ModelConfig
+from namr.model.whitening import Whitening
 from namr.train.diary import Diary
 from namr.train.examination import Examination
-from namr.train.step import StepResult, Trainer, TrainingConfig
+from namr.train.step import Start, StepResult, Trainer, TrainingConfig
 from namr.train.training_data import TrainingData
 
 _TELL_EVERY_STEPS = 10
 _UNSTEADY_STEPS = 5
 _STATE_FILE = "state.pt"
+_MOST_WHITENED = 16_384
 
 Write = Callable[[Path], None] | None
 """What fills a checkpoint's folder; None on all ranks but 0."""
 Checkpoint = Callable[[Write, Examination], None]
 """Keep what is written, and the numbers that belong to it."""
+
+
+class Trained(NamedTuple):
+    """What a whole run came to, beside its checkpoints."""
+
+    images_per_s: float
+    """Of all ranks, without examinations and checkpoints, since the last start."""
+    start: Start | None
+    """None for a run that was begun before starts were kept."""
 
 
 class _Speed:
@@ -85,12 +97,14 @@ def train(
     num_images: int,
     diary: Diary | None,
     checkpoint: Checkpoint,
-) -> float:
-    """Train to the last step; images a second of all ranks. num_images: of a global batch.
+) -> Trained:
+    """Train to the last step. num_images: of a global batch.
 
     NotFinite, from `Trainer.step`, leaves the last checkpoint as the good one.
     """
     config = trainer.config
+    if trainer.start is None and trainer.next_step == 0:
+        _begin(trainer, data, diary=diary, checkpoint=checkpoint)
     batches = data.batches(
         trainer.model,
         first_step=trainer.next_step,
@@ -108,14 +122,13 @@ def train(
         if examines or done % config.checkpoint_interval == 0:
             examination = Examination(step=done, mean_distance=result.mean_distance)
             if examines:
-                examination = _examine(trainer, data, examination)
+                examination = _examine(trainer, data)
                 if diary:
-                    recall = f"Recall@1 {100 * examination.score:.1f} % on unseen classes"
-                    diary.say(done, f"loss {result.total:.4f}, {recall}")
+                    diary.say(done, f"loss {result.total:.4f}, {_in_words(examination)}")
                     diary.write(examination.named, step=done)
             checkpoint(partial(write_checkpoint, trainer, diary) if diary else None, examination)
             speed.pause()
-    return speed.images_per_s
+    return Trained(speed.images_per_s, trainer.start)
 
 
 def write_checkpoint(trainer: Trainer, diary: Diary, folder: Path) -> None:
@@ -135,7 +148,41 @@ def _told(result: StepResult, speed: _Speed) -> dict[str, float]:
     return numbers | {"train/images_per_s": speed.images_per_s}
 
 
-def _examine(trainer: Trainer, data: TrainingData, before: Examination) -> Examination:
+def _begin(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpoint: Checkpoint) -> None:
+    """Give the sample head its first weights, and examine and keep the model as it is before its first step.
+
+    So training that never beats its start leaves the start as the best.
+    """
+    words = _whiten(trainer, data)
+    examination = _examine(trainer, data)
+    trainer.start = Start(words, *examination.recommended)
+    if diary:
+        diary.say(0, f"starts from {words}: {_in_words(examination)}")
+        diary.write(examination.named, step=0)
+    checkpoint(partial(write_checkpoint, trainer, diary) if diary else None, examination)
+
+
+def _whiten(trainer: Trainer, data: TrainingData) -> str:
+    """Where the sample head's weights come from, in words; whitened features' where there are any."""
+    model, power = trainer.model, trainer.config.whitening_power
+    if power is None or model.config.weights == "none":
+        return "random weights" if power is None else "random weights, since the backbone does too"
+    features = data.sample_features(model, num=_MOST_WHITENED)
+    dim = model.config.embedding_dim
+    if len(features) <= dim:
+        return f"random weights, since {len(features)} images are too few to whiten {dim} dimensions"
+    start = whitening.whitening(features, dim=dim, power=power)
+    # An eigensolver may round otherwise on another machine; all ranks begin with the first one's bits.
+    start = Whitening(*(collectives.broadcast(torch.from_numpy(part)).numpy() for part in start))
+    whitening.start_from(model.heads.sample, start)
+    return f"the whitened features of {len(features)} images (power {power:g})"
+
+
+def _in_words(examination: Examination) -> str:
+    return f"Recall@1 {100 * examination.recommended.recall_at_1:.1f} % on unseen classes"
+
+
+def _examine(trainer: Trainer, data: TrainingData) -> Examination:
     ways = validation.ways(search_metric_of(trainer.whole.loss.config))
-    results = data.examine(trainer.model, ways)
-    return Examination.of(results, ways, step=before.step, mean_distance=before.mean_distance)
+    results, mean_distance = data.examine(trainer.model, ways)
+    return Examination.of(results, ways, step=trainer.next_step, mean_distance=mean_distance)

@@ -176,7 +176,8 @@ def run(
     if isinstance(result.return_value, NamrError):
         raise result.return_value
     kept = [(Examination.from_flat(told), checkpoint) for checkpoint, told in result.best_checkpoints]
-    examination, checkpoint = max(kept, key=lambda each: (each[0].score, each[0].step))
+    # Of equals the earliest: training that gained nothing leaves its start.
+    examination, checkpoint = max(kept, key=lambda each: (each[0].score, -each[0].step))
     return Outcome(result.return_value, examination, checkpoint)
 
 

@@ -26,7 +26,7 @@ from namr.model.model import ModelConfig, SearchDefaults
 from namr.registry.registry import Registry
 from namr.store import manifests, storage
 from namr.train.ray_group import WorkersConfig
-from namr.train.step import TrainingConfig
+from namr.train.step import Start, TrainingConfig
 from namr.train.training_data import DataConfig
 
 _MOST_IMAGES = 2**16
@@ -137,8 +137,23 @@ class FitResult:
     """the way of searching that validation recommends"""
     images_per_s: float
     """of all workers, without validation and checkpoints, since the last start"""
+    start: Start | None = None
+    """the model before its first step; None for a run that was begun before starts were kept"""
     was_finished: bool = False
     """True where `fit` found the run finished and only told of it"""
+
+    @property
+    def beat_its_start(self) -> bool:
+        """False where no step was better than none."""
+        return self.best_step > 0
+
+    @property
+    def against_start(self) -> str:
+        """Whether training paid, in words."""
+        if self.start is None:
+            return "what it began with was not kept"
+        began = f"it began with {self.start.words} at {100 * self.start.recall_at_1:.1f} %"
+        return began if self.beat_its_start else f"{began} and NO STEP WAS BETTER: that start is this model"
 
 
 def absolute(config: TrainJobConfig) -> TrainJobConfig:

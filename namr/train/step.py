@@ -56,6 +56,9 @@ class TrainingConfig:
     """Arithmetic of the backbone; heads and losses always use float32."""
     max_gradient_norm: float = 10.0
     """Gradients with a longer norm are shortened to this."""
+    whitening_power: float | None = 0.25
+    """The sample head starts from the backbone's features, each axis divided by its variance to this power:
+    0 is PCA, 0.5 makes all axes alike. None starts at random, as a backbone from scratch does anyway."""
     augment: bool = True
     """Random crops, flips and colours. Without it and with a frozen backbone, features are computed once."""
     evaluation_interval: int = 200
@@ -70,6 +73,7 @@ class TrainingConfig:
         checks.in_range(self, *rates, above=0, place="training")
         may_be_0 = ("backbone_learning_rate", "weight_decay", "warmup_steps")
         checks.in_range(self, *may_be_0, at_least=0, place="training")
+        checks.in_range(self, "whitening_power", at_least=0, at_most=1, place="training")
 
     @property
     def frozen_backbone(self) -> bool:
@@ -139,6 +143,16 @@ class StepResult(NamedTuple):
     """What all peak rates were multiplied by."""
 
 
+class Start(NamedTuple):
+    """What a run began with, before its first step."""
+
+    words: str
+    """Where the sample head's weights came from."""
+    recall_at_1: float
+    """On the unseen classes, searched in the way that was recommended then."""
+    map_at_r: float
+
+
 class Trainer:
     """A model with its loss, optimiser and place in the schedule.
 
@@ -157,6 +171,7 @@ class Trainer:
         self.config, self.seed, self.device = config, seed, device
         self.whole = ModelWithLoss(model, loss, seed=seed, precision=config.precision).to(device)
         self.next_step = 0
+        self.start: Start | None = None
         self._peaks = {
             "backbone": config.backbone_learning_rate,
             "heads": config.learning_rate,
@@ -215,6 +230,7 @@ class Trainer:
         """All that a resumed run needs, on the CPU; `load_state` takes it back."""
         return {
             "step": self.next_step,
+            "start": self.start and self.start._asdict(),
             "model": {name: value.cpu() for name, value in self.model.state_dict().items()},
             "loss": {name: value.cpu() for name, value in self.whole.loss.state_dict().items()},
             "optimiser": self.optimiser.state_dict(),
@@ -226,6 +242,7 @@ class Trainer:
         self.whole.loss.load_state_dict(state["loss"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.next_step = int(state["step"])
+        self.start = Start(**state["start"]) if state.get("start") else None
 
     def _gradients(self, inputs: Tensor, labels: Tensor) -> LossTerms:
         torch.manual_seed(hashing.mix_of(self.seed, self.next_step, collectives.rank()) >> 1)

@@ -8,8 +8,10 @@ Not covered: the steps (`step`), what the numbers of an examination mean (`measu
 Legend: C classes, N validation images, D dimension, F features.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +27,13 @@ from namr.data.sample_index import SampleIndex
 from namr.data.sampling import PKConfig, slice_of_rank
 from namr.errors import ConfigError
 from namr.measure import validation
+from namr.model import distances
 from namr.model.model import NamrModel, SearchDefaults, backbone_digest
 from namr.train import features
 from namr.train.features import Computed, Values
 
 _BLOCK_ROWS = 64
+_MOST_MEAN_ROWS = 2048
 
 Ints = npt.NDArray[np.int64]
 
@@ -67,6 +71,18 @@ class _Labelled:
     def cache_features(self, model: NamrModel, *, rank: int, world_size: int, writes: bool) -> None:
         """Compute the features of all labelled images, or map what is on disk already."""
         name = f"{backbone_digest(model)[:24]}-{self.dataset.digest[:24]}.npy"
+        self.features = features.cached(
+            self.loader.cache_folder.expanduser() / "features" / name,
+            lambda: self.compute_features(model, rank=rank, world_size=world_size),
+            num_rows=len(self.index.labelled_ids),
+            width=model.heads.sample.in_features,
+            writes=writes,
+        )
+
+    def compute_features(
+        self, model: NamrModel, *, rank: int, world_size: int, ids: Ints | None = None
+    ) -> Iterator[Computed]:
+        """The rank's share of the features of all labelled images, or of those of `ids`."""
         loader = reading.make_evaluation_loader(
             self.dataset,
             self.loader,
@@ -74,14 +90,10 @@ class _Labelled:
             rank=rank,
             world_size=world_size,
             prep=model.preprocessing,
+            ids=ids,
         )
-        self.features = features.cached(
-            self.loader.cache_folder.expanduser() / "features" / name,
-            lambda: features.batches_of(model, ((batch.pixels, batch.positions) for batch in loader)),
-            num_rows=len(self.index.labelled_ids),
-            width=model.heads.sample.in_features,
-            writes=writes,
-        )
+        pixels = ((batch.pixels, batch.positions) for batch in loader)
+        return features.batches_of(model, pixels, batch_size=_BLOCK_ROWS)
 
     def features_of(self, ids: Ints) -> Tensor:
         """(b, F) float32; `cache_features` came first."""
@@ -91,6 +103,14 @@ class _Labelled:
     def classes_of(self, ids: Ints) -> Ints:
         """(b,) class numbers."""
         return self.index.classes(self.index.places(ids))
+
+
+class Examined(NamedTuple):
+    """What an examination measured."""
+
+    results: validation.Results
+    mean_distance: float
+    """Mean pairwise L2 distance of (a sample of) the unseen images' embeddings, as the model returns them."""
 
 
 class TrainingData:
@@ -147,6 +167,19 @@ class TrainingData:
                 model, rank=self._rank, world_size=self._world_size, writes=self._writes_cache
             )
 
+    def sample_features(self, model: NamrModel, *, num: int) -> Values:
+        """(n, F) of `num` images to train on, drawn by the seed (of all where there are fewer). Collective.
+
+        The same bits on every rank and on any number of ranks.
+        """
+        every = np.sort(self.classes.rows)
+        chosen = np.random.default_rng(self._seed).choice(len(every), min(num, len(every)), replace=False)
+        ids = every[np.sort(chosen)]
+        if self._train.features is not None:
+            return self._train.features_of(ids).numpy()
+        computed = self._train.compute_features(model, rank=self._rank, world_size=self._world_size, ids=ids)
+        return features.whole(computed, num_rows=len(ids), width=model.heads.sample.in_features)
+
     def batches(
         self, model: NamrModel, *, first_step: int, num_steps: int, augment: AugmentConfig | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -174,16 +207,17 @@ class TrainingData:
         for batch in loader:
             yield batch.pixels, self._numbers[batch.labels]
 
-    def examine(self, model: NamrModel, ways: Sequence[SearchDefaults]) -> validation.Results:
+    def examine(self, model: NamrModel, ways: Sequence[SearchDefaults]) -> Examined:
         """Every unseen image once over all ranks, each way of searching. Collective; leaves eval mode on."""
         model.eval()
         dim = model.config.embedding_dim
         computed = self._of_features(model) if self._unseen.features is not None else self._of_images(model)
         vectors = features.whole(computed, num_rows=len(self.validation_ids), width=2 * dim)
         device = next(model.parameters()).device
-        return validation.measure(
-            vectors[:, :dim], vectors[:, dim:], self._validation_labels, ways=ways, device=device
-        )
+        x = vectors[:, :dim]
+        results = validation.measure(x, vectors[:, dim:], self._validation_labels, ways=ways, device=device)
+        some = x[:: math.ceil(len(x) / _MOST_MEAN_ROWS)]
+        return Examined(results, float(distances.mean_pairwise(torch.from_numpy(some.copy()))))
 
     def _of_features(self, model: NamrModel) -> Iterator[Computed]:
         mine = slice_of_rank(len(self.validation_ids), rank=self._rank, world_size=self._world_size)
