@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import tomli_w
 import tyro
 
+from namr import secrets
 from namr.errors import ConfigError, NamrError
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except NamrError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(secrets.without_secrets(f"{type(error).__name__}: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -29,7 +29,7 @@ HOUSE = (  # from the top down; a module of namr/ itself is named by itself
     ("store",),
     ("collectives", "ray_connection"),
     ("checks", "config", "hashing", "progress"),
-    ("errors",),
+    ("errors", "secrets"),
 )
 """Packages side by side in a row don't import each other."""
 
@@ -61,7 +61,10 @@ DOORS: dict[str, set[str]] = {
     "rich": {"progress", "demo.demo"},
 }
 FREE_LIBRARIES = {"numpy", "torch"}
-WITHOUT_ARRAYS = {"checks", "cli", "config", "errors", "progress", "store.buckets", "store.folders"}
+WITHOUT_ARRAYS = {
+    *("checks", "cli", "config", "errors", "progress", "secrets"),
+    *("store.buckets", "store.cache", "store.folders", "store.lease", "store.scratch"),
+}
 """Modules that even the free libraries are closed to."""
 CLOSED = {"serve.client": {"errors"}}
 """What a module may import of namr, where that is less than its place in the house allows."""

@@ -9,7 +9,6 @@ Not covered: which plans there are, and running them in parallel (`packing`).
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from namr.data.datasets import ShardEntry
 from namr.data.shards import Member, Sample
 from namr.data.sources import SourceImage
 from namr.errors import ImageRefused, ObjectMissing
-from namr.store import manifests, read_ahead, storage, tables
+from namr.store import manifests, read_ahead, scratch, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.tables import SampleTable
 
@@ -94,7 +93,7 @@ def _made(plan: ShardPlan) -> Receipt:
 
 
 def _write_own(plan: ShardPlan, refused: list[RefusedImage]) -> tuple[StoredObject, SampleTable]:
-    with tempfile.TemporaryDirectory(prefix="namr-packing-") as folder:
+    with scratch.folder("packing-") as folder:
         path = Path(folder) / "shard.tar"
         table = shards.write_shard(path, _accepted(plan.images, refused), number=plan.number)
         return _write_named(plan, path, "tar"), table

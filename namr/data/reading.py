@@ -157,7 +157,8 @@ class SampleReader:
     def read(self, ids: Ints, offsets: Ints, sizes: Ints) -> list[bytes]:
         """The images' bytes, in the order asked; (b,) each. A sample may be asked for twice."""
         numbers = shard_of(ids).tolist()
-        uris = {number: self._uri(number) for number in set(numbers)}
+        places = {number: self._place(number) for number in set(numbers)}  # cached ones stay while these live
+        uris = {number: str(place) for number, place in places.items()}
         self._fill(uris)
         wanted = [
             storage.Range(uris[number], start, start + size)
@@ -165,7 +166,7 @@ class SampleReader:
         ]
         return ranges.read_near(wanted)
 
-    def _uri(self, number: int) -> str:
+    def _place(self, number: int) -> Path | str:
         try:
             entry = self._entries[number]
         except KeyError:
@@ -173,7 +174,7 @@ class SampleReader:
                 f"{self.dataset.uri} has no shard {number} in version {self.dataset.version.version}"
             ) from None
         cached = self.cache.get(entry.tar.sha256) if self.cache else None
-        return str(cached) if cached else self.dataset.shard_uri(entry)
+        return cached or self.dataset.shard_uri(entry)
 
     def _fill(self, uris: dict[int, str]) -> None:
         if self._filler:
@@ -213,8 +214,10 @@ class _Filler:
         try:
             for entry in fitting:
                 uri = self._dataset.shard_uri(entry)
-                if not storage.is_local(uri):
-                    self._cache.path(uri, sha256=entry.tar.sha256)
+                if storage.is_local(uri):
+                    continue
+                if self._cache.path_if_room(uri, sha256=entry.tar.sha256) is None:
+                    break  # the rest is somebody else's, who uses it
         except (NamrError, OSError) as error:
             self._failures.put(error)
 

@@ -14,7 +14,6 @@ Not covered: reading and checking the images (`packing` does), and foreign shard
 """
 
 import inspect
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import torchvision.datasets
 from namr.data import images
 from namr.data.shards import EXTENSIONS, Scalar
 from namr.errors import ConfigError, StorageError
-from namr.store import storage, tables
+from namr.store import scratch, storage, tables
 
 Classes = Literal["all", "first_half", "second_half"]
 
@@ -131,7 +130,7 @@ def _table(source: str) -> Iterator[SourceImage]:
     if storage.is_local(uri):
         columns = tables.read_rows(Path(uri))
     else:
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch.folder("table-") as folder:
             path = Path(folder) / PurePosixPath(uri).name
             storage.download(uri, path)
             columns = tables.read_rows(path)

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +34,7 @@ from namr.registry import registry
 from namr.search.searcher import Searcher
 from namr.serve import process
 from namr.serve.process import ServeConfig
+from namr.store import scratch
 from namr.store.cache import Cache
 from namr.train import job
 from namr.train.job import FitResult, TrainJobConfig
@@ -204,7 +204,7 @@ def _report(
     runs_registry = registry.connect(tracking_uri)
     losses = {run.run_name: runs_registry.history(run.mlflow_run_id, "train/metric") for run in runs}
     manifest = night.release.manifest
-    with tempfile.TemporaryDirectory(prefix="namr-demo-") as temporary:
+    with scratch.folder("demo-") as temporary:
         cache = Cache(Path(temporary), max_bytes=1 << 30)
         searcher = Searcher.of(night.release, cache=cache, query_model=None)
         dataset = datasets.open_version(manifest.dataset_uri, manifest.dataset_version)

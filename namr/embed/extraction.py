@@ -14,7 +14,6 @@ Not covered: test-time augmentation, and models that don't fit one device.
 
 import logging
 import pickle
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -38,7 +37,7 @@ from namr.embed.embeddings import EmbeddingFile, EmbeddingSet
 from namr.errors import ImageRefused, ModelMismatch, NamrError, ShapeError
 from namr.model import model
 from namr.model.model import NamrModel
-from namr.store import storage
+from namr.store import scratch, storage
 from namr.store.tables import EmbeddingTable
 
 _CPUS_PER_WORKER = 0.5  # a whole one each would leave none for Ray Data's own tasks, and the run would hang
@@ -306,7 +305,7 @@ def _run(
 
 
 def _load(files: Mapping[str, bytes]) -> NamrModel:
-    with tempfile.TemporaryDirectory(prefix="namr-model-") as folder:
+    with scratch.folder("model-") as folder:
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
         return model.load(Path(folder))

@@ -11,7 +11,6 @@ Legend: N images, D dimension.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ from namr.model import model
 from namr.model.distances import Metric
 from namr.model.model import NamrModel, SearchDefaults
 from namr.registry import references
-from namr.store import storage
+from namr.store import scratch, storage
 
 Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -235,7 +234,7 @@ class _Loaded(NamedTuple):
 
 def _load(text: str, tracking_uri: str | None) -> _Loaded:
     name, _, reference = text.partition("=")
-    with tempfile.TemporaryDirectory(prefix="namr-model-") as folder:
+    with scratch.folder("model-") as folder:
         path = references.fetch(reference, folder=Path(folder), tracking_uri=tracking_uri).path
         one, description = model.load(path), model.describe(path)
     trained_for = description.extra.get(validation.TRAINED_FOR, description.search.metric)

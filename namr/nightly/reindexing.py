@@ -9,7 +9,6 @@ Not covered: when to run (a CronJob says), training (the champion is promoted by
 """
 
 import logging
-import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,7 @@ from namr.release import build, releases
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.releases import Release, ReleaseManifest
 from namr.search.searcher import Searcher
-from namr.store import manifests, storage
+from namr.store import manifests, scratch, storage
 from namr.store.cache import Cache
 
 _LOG = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def _run(
     storage.check_writable(root)
     expected = releases.read_pointer(root)
     current = releases.open_release(root, expected.target) if expected else None
-    with tempfile.TemporaryDirectory(prefix="namr-model-") as folder:
+    with scratch.folder("model-") as folder:
         found = references.fetch(config.model, folder=Path(folder), tracking_uri=config.tracking_uri)
         query_model = model.load(found.path)
         digest = model.digest(query_model)
@@ -148,7 +147,7 @@ def _run(
         metric=query_model.search.metric,
     )
     draft = _draft(found, query_model, built, config.assessment, clock())
-    with tempfile.TemporaryDirectory(prefix="namr-assess-") as folder:
+    with scratch.folder("assess-") as folder:
         cache = Cache(Path(folder), max_bytes=1 << 40)
         searcher = Searcher.of(Release(root, draft), cache=cache, query_model=None)
         manifest, measured = _measured(searcher, draft, built, config)

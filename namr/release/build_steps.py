@@ -8,7 +8,6 @@ Not covered: which steps there are, and running them in parallel (`build`).
 """
 
 import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -26,7 +25,7 @@ from namr.model import distances
 from namr.model.distances import Metric
 from namr.release import held_out, releases
 from namr.release.releases import VectorShard
-from namr.store import manifests, storage
+from namr.store import manifests, scratch, storage
 from namr.store.manifests import StoredObject
 
 _MOST_TRAINING_THREADS = 8
@@ -124,7 +123,7 @@ def build_part(task: PartTask) -> IndexFile:
     record_uri = storage.join(task.work_uri, f"part-{task.number:05d}.json")
     if not _is_there(record_uri, task.work_uri):
         blocks = (task.source.read(rows.file, slice(rows.start, rows.stop)) for rows in task.slices)
-        with tempfile.TemporaryDirectory(prefix="namr-part-") as folder:
+        with scratch.folder("part-") as folder:
             path = Path(folder, "part.faiss")
             info = ivf.build_part(task.template, blocks, path, num_threads=1)
             name = f"part-{task.number:05d}-{storage.sha256_of_file(path)[:12]}.faiss"
@@ -147,7 +146,7 @@ def merge(task: MergeTask) -> IndexFile:
     """Merge the parts into a segment of the releases, unless an earlier attempt has."""
     record_uri = storage.join(task.work_uri, "segment.json")
     if not _is_there(record_uri, task.releases_uri):
-        with tempfile.TemporaryDirectory(prefix="namr-merge-") as folder:
+        with scratch.folder("merge-") as folder:
             paths = [_fetched(task.work_uri, part.stored, Path(folder)) for part in task.parts]
             merged = Path(folder, "index.faiss")
             info = ivf.merge_parts(task.template, paths, merged)

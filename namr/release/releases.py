@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import numpy as np
@@ -31,7 +30,7 @@ from namr.errors import ConfigError, ManifestError, ObjectMissing, ShapeError
 from namr.index import ivf
 from namr.model import distances
 from namr.model.distances import Metric, Side
-from namr.store import manifests, storage, tables
+from namr.store import manifests, scratch, storage, tables
 from namr.store.cache import Cache
 from namr.store.manifests import Pointer, StoredObject
 from namr.store.tables import EmbeddingTable, SampleTable
@@ -294,7 +293,8 @@ def export(release: Release, out_path: Path) -> ivf.IndexInfo:
             f"release {manifest.release_id} hides {len(release.tombstones())} dead entries that plain FAISS "
             "would find; run a full build, which leaves them out, and export that"
         )
-    with TemporaryDirectory(dir=out_path.parent, prefix=".export-") as folder:
+    scratch.sweep(out_path.parent)
+    with scratch.folder_beside(out_path) as folder:
         paths = []
         for at, segment in enumerate(manifest.segments):
             path = Path(folder, f"{at}.faiss")

@@ -8,17 +8,16 @@ Not covered: other object stores (their conditional writes differ), deleting who
 """
 
 import hashlib
-import os
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from namr import secrets
 from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
-from namr.store import buckets
+from namr.store import buckets, scratch
 from namr.store.buckets import Buckets
-from namr.store.folders import Folders, temporary_beside
+from namr.store.folders import Folders
 
 
 class Range(NamedTuple):
@@ -53,12 +52,19 @@ def join(base: str, *names: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """True for a path of this machine; ConfigError for a scheme that namr doesn't know."""
+    """True for a path of this machine; ConfigError for a scheme that namr doesn't know, or credentials."""
     if "://" not in uri:
         return True
-    if uri.startswith(buckets.PREFIX):
-        return False
-    raise ConfigError(f"{uri!r}: unknown kind of URI; expected s3://bucket/key or a local path")
+    shown = secrets.without_secrets(uri)
+    if not uri.startswith(buckets.PREFIX):
+        raise ConfigError(f"{shown!r}: unknown kind of URI; expected s3://bucket/key or a local path")
+    bucket = uri.removeprefix(buckets.PREFIX).partition("/")[0]
+    if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+        raise ConfigError(
+            "an s3 URI has credentials in it; expected s3://bucket/key, with AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in the environment"
+        )
+    return False
 
 
 def local_path(uri: str) -> Path:
@@ -85,14 +91,14 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     if not wanted:
         return [b""] * len(ranges)
     with _explained("read ranges of", wanted[0].uri):
-        found = _backend(wanted[0].uri).read_ranges(wanted)
-    for asked, data in zip(wanted, found, strict=True):
+        parts = _backend(wanted[0].uri).read_ranges(wanted)
+    for asked, data in zip(wanted, parts, strict=True):
         if len(data) != asked.stop - asked.start:
             raise StorageError(
                 f"{asked.uri}: wanted bytes {asked.start} to {asked.stop}, got {len(data)} of "
                 f"{asked.stop - asked.start}; the object is shorter than its index says"
             )
-    remaining = iter(found)
+    remaining = iter(parts)
     return [next(remaining) if asked.stop > asked.start else b"" for asked in ranges]
 
 
@@ -128,10 +134,11 @@ def upload_if_absent(path: Path, uri: str) -> bool:
 
 def download(uri: str, path: Path) -> None:
     """Copy an object to a local file, which appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _explained("read", uri), temporary_beside(path) as temporary:
-        _backend(uri).download(uri, temporary)
-        temporary.replace(path)
+    with _explained("copy", uri, f" to {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.beside(path) as temporary:
+            _backend(uri).download(uri, temporary)
+            temporary.replace(path)
 
 
 def read_with_etag(uri: str) -> tuple[bytes, str]:
@@ -180,13 +187,20 @@ def delete(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Raise StorageError, saying what to do, unless objects can be written below `uri`."""
-    probe = join(uri, f".namr-probe-{os.getpid()}-{os.urandom(4).hex()}")
+    """Raise StorageError, saying what to do, unless objects can be written below `uri`.
+
+    Every job asks this first of each place it writes to. In a folder, it removes what killed writers left.
+    """
     try:
-        if not is_local(uri):
-            with _explained("write", uri):
+        with _explained("write", uri):
+            if is_local(uri):
+                _check_folder(Path(uri))
+            else:
                 _s3.check_bucket(uri)
-        write(probe, b"")
+        if not is_local(uri):
+            probe = join(uri, ".namr-probe")  # one name, so that a killed job leaves nothing for good
+            write(probe, b"")
+            delete(probe)
     except StorageError as error:
         remedy = (
             "check that you may write to this folder"
@@ -194,7 +208,13 @@ def check_writable(uri: str) -> None:
             else "create the bucket, and check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
         )
         raise StorageError(f"{uri} is not writable: {error}; {remedy}") from error
-    delete(probe)
+
+
+def _check_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch.sweep(folder, below=True)
+    with scratch.beside(folder / "probe"):
+        pass
 
 
 def sha256(data: bytes) -> str:
@@ -234,26 +254,26 @@ def _backend(uri: str) -> _Backend:
 
 
 @contextmanager
-def _explained(verb: str, uri: str) -> Iterator[None]:
-    """Failures of the libraries become ObjectMissing or StorageError that name the URI."""
+def _explained(verb: str, uri: str, more: str = "") -> Iterator[None]:
+    """Failures of the libraries become ObjectMissing or StorageError that name the URI and no secret."""
     try:
         yield
     except FileNotFoundError as error:
         if buckets.error_code(error) == "NoSuchBucket":
-            raise StorageError(f"cannot {verb} {uri}: there is no such bucket; create it first") from error
-        raise ObjectMissing(f"cannot {verb} {_without_secrets(uri)}: nothing is there") from error
+            reason = "there is no such bucket; create it first"
+            raise StorageError(f"cannot {verb} {uri}{more}: {reason}") from secrets.cause_of(error)
+        raise ObjectMissing(f"cannot {verb} {uri}{more}: nothing is there") from secrets.cause_of(error)
     except OSError as error:
-        raise StorageError(f"cannot {verb} {_without_secrets(uri)}: {_reason(error)}") from error
+        raise _told(f"cannot {verb} {uri}{more}: {_reason(error)}") from secrets.cause_of(error)
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
-            raise StorageError(f"cannot {verb} {_without_secrets(uri)}: {error}") from error
-        raise
+        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+            raise
+        raise _told(f"cannot {verb} {uri}{more}: {error}") from secrets.cause_of(error)
+
+
+def _told(text: str) -> StorageError:
+    return StorageError(secrets.without_secrets(text))
 
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
-
-
-def _without_secrets(uri: str) -> str:
-    parts = urllib.parse.urlsplit(uri)
-    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "") if "@" in parts.netloc else uri

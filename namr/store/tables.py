@@ -6,7 +6,6 @@ travel as JSON text, one object a row, so that shards of different years need no
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from namr.errors import ManifestError, ShapeError, StorageError
+from namr.store import scratch
 
 Ids = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
@@ -163,18 +163,15 @@ def write_columns(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}"
-    temporary.mkdir()
-    for name, column in columns.items():
-        np.save(temporary / f"{name}.npy", column)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        for path in temporary.iterdir():
-            path.unlink()
-        temporary.rmdir()
-        if not folder.exists():
-            raise
+    scratch.sweep(folder.parent)
+    with scratch.folder_beside(folder) as temporary:
+        for name, column in columns.items():
+            np.save(temporary / f"{name}.npy", column)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
 
 
 def open_columns(folder: Path) -> dict[str, npt.NDArray[Any]]:

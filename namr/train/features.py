@@ -5,7 +5,6 @@ Legend: N images, W width of what is computed of an image, F features, b images 
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 from namr import collectives
 from namr.errors import ShapeError
 from namr.model.model import NamrModel
+from namr.store import scratch
 
 Values = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int64]
@@ -109,11 +109,9 @@ def _fill(found: Values, runs: Iterable[Computed]) -> None:
 
 def _write(path: Path, runs: Iterable[Computed], shape: tuple[int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    scratch.sweep(path.parent)
+    with scratch.beside(path) as temporary:
         columns = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
         _fill(columns, runs)
         columns.flush()
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ Not covered: two drivers that work on one run name at once; elastic training (th
 while a run lasts, and may differ when it goes on).
 """
 
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -34,7 +33,7 @@ from namr.model.losses import LossConfig, search_metric_of
 from namr.model.model import ModelConfig, SearchDefaults
 from namr.registry import registry
 from namr.registry.registry import Registry
-from namr.store import manifests, storage
+from namr.store import manifests, scratch, storage
 from namr.train import loop, ray_group
 from namr.train.lessons import DataConfig, Lessons
 from namr.train.loop import Diary
@@ -314,7 +313,7 @@ def _exported(
         "data_version": str(train.version.version),
         "data_digest": train.digest,
     }
-    with tempfile.TemporaryDirectory(prefix="namr-model-") as temporary:
+    with scratch.folder("model-") as temporary:
         model.save(best, Path(temporary), extra=extra)
         for name in (model.WEIGHTS_FILE, model.DESCRIPTION_FILE):
             storage.upload(Path(temporary) / name, storage.join(uri, "model", name))

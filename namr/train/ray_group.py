@@ -7,7 +7,6 @@ Not covered: what the function does (`training`); groups that change their size 
 """
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from namr import checks, ray_connection
 from namr.errors import ConfigError, NamrError
 from namr.progress import shown
-from namr.store import storage
+from namr.store import scratch, storage
 
 _train: Any = ray.train  # its annotations are those of the API before V2
 
@@ -83,7 +82,7 @@ class Place(NamedTuple):
 
         Collective; one rank writes and the others pass None.
         """
-        with tempfile.TemporaryDirectory(prefix="namr-checkpoint-") as folder:
+        with scratch.folder("checkpoint-") as folder:
             checkpoint = None
             if write is not None:
                 write(Path(folder))
