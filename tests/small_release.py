@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from namr.data import datasets, images, shards
 from namr.index import ivf
 from namr.model import distances, model
-from namr.release import releases
+from namr.release import publication, releases
 from namr.release.releases import Counts, ReleaseManifest, Segment, VectorShard
 from namr.store import manifests, storage, tables
 from namr.store.tables import EmbeddingTable, SampleTable
@@ -235,7 +235,7 @@ def publish(root: Path, recipe: Recipe, *, release_id: str = "first", **more) ->
     """A published release."""
     manifest = make_manifest(root, recipe, release_id=release_id, **more)
     uri = more.get("releases_uri") or str(root / "releases")
-    return releases.publish(uri, manifest, expected=releases.read_pointer(uri))
+    return publication.publish(uri, manifest, expected=releases.read_pointer(uri))
 
 
 def renamed(manifest: ReleaseManifest, release_id: str, *, created: str | None = None) -> ReleaseManifest:
