@@ -17,10 +17,10 @@ from tests.small_release import NOW, Recipe
 DATASET = "s3://somewhere/photos"
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> str:
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The root of some releases."""
-    return str(tmp_path / "releases")
+    return str(tmp_path / "releases") if request.param == "local" else str(request.getfixturevalue("s3"))
 
 
 def test_nothing_is_taken_down_where_there_is_no_list(root: str) -> None:
