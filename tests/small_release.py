@@ -122,7 +122,7 @@ def embed(
     dataset: datasets.Dataset, recipe: Recipe, of_images: Callable[[list[bytes]], Vectors] | None = None
 ):
     """The embedding table of each shard, as extraction would write it."""
-    found: list[EmbeddingTable] = []
+    embedded: list[EmbeddingTable] = []
     for entry in dataset.shards:
         table = dataset.samples(entry)
         if of_images:
@@ -133,7 +133,7 @@ def embed(
             vectors = random_vectors(len(table), recipe.dim, seed=recipe.seed + entry.number)
         refused = np.isin(table.ids, recipe.refused)
         kept = np.flatnonzero(~refused & dataset.live(table.ids))
-        found.append(
+        embedded.append(
             EmbeddingTable(
                 ids=table.ids[kept],
                 keys=[table.keys[row] for row in kept],
@@ -145,7 +145,7 @@ def embed(
                 refused_reasons=["truncated"] * int(refused.sum()),
             )
         )
-    return found
+    return embedded
 
 
 def items_of(dataset: datasets.Dataset, ids: npt.NDArray[np.int64]) -> SampleTable:
