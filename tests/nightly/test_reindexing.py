@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import reindex
 from namr.data import datasets
 from namr.embed.extraction import ExtractionConfig
 from namr.errors import Conflict, NamrError
@@ -141,7 +142,9 @@ def test_what_decides_a_release_is_in_its_digest(tmp_path: Path) -> None:
     assert len({reindexing.config_digest(each) for each in alike}) == 1
 
 
-def test_a_night_over_a_pin_says_so_before_any_work(tmp_path: Path) -> None:
+def test_a_night_over_a_pin_says_so_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = small_release.make_manifest(tmp_path, Recipe(num_shards=1))
     config = config_of(tmp_path, tmp_path / "no model")
     report = releases.store(config.releases_uri, "report.json", manifests.encode_manifest(a_report()))
@@ -151,6 +154,12 @@ def test_a_night_over_a_pin_says_so_before_any_work(tmp_path: Path) -> None:
     assert night.held == (NOW.isoformat(), "cats answer for dogs")
     assert (night.is_new, night.extracted, night.report) == (False, None, a_report())
     assert night.release.manifest.release_id == "first"
+    names = ("dataset", "embeddings", "releases")
+    flags = [word for name in names for word in (f"--{name}-uri", str(tmp_path / name))]
+    monkeypatch.setattr("sys.argv", ["reindex.py", *flags])
+    reindex.main()
+    said = "held: release first is pinned since 2026-11-01T02:00:00+00:00 (cats answer for dogs); nothing was"
+    assert capsys.readouterr().out.startswith(said)
     publication.unpin(config.releases_uri)
     with pytest.raises(NamrError, match="no saved model in"):
         reindexing.reindex(config)
