@@ -89,3 +89,21 @@ def test_an_unknown_key_takes_nothing_out(root: str, tmp_path: Path) -> None:
         takedowns.take_out(root, dataset.uri, ["digit/3", "digit/99"], now=NOW)
     assert not len(takedowns.taken_down(root, dataset.uri))
     assert datasets.open_version(dataset.uri).version.version == 1
+
+
+def test_killed_between_the_list_and_the_dataset_the_same_call_finishes(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=1, rows_per_shard=10))
+
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "tombstone", dies)
+        with pytest.raises(KeyboardInterrupt):
+            takedowns.take_out(root, dataset.uri, ["digit/3"], now=NOW)
+    assert takedowns.taken_down(root, dataset.uri).tolist() == [3]
+    takedowns.take_out(root, dataset.uri, ["digit/3"], now=NOW)
+    assert takedowns.taken_down(root, dataset.uri).tolist() == [3]
+    assert datasets.open_version(dataset.uri).version.tombstones == (3,)
