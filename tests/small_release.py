@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from namr.data import datasets, images, shards
 from namr.index import ivf
 from namr.model import distances, model
-from namr.release import releases
+from namr.release import publication, releases
 from namr.release.releases import Counts, ReleaseManifest, Segment, VectorShard
 from namr.store import manifests, storage, tables
 from namr.store.tables import EmbeddingTable, SampleTable
@@ -122,7 +122,7 @@ def embed(
     dataset: datasets.Dataset, recipe: Recipe, of_images: Callable[[list[bytes]], Vectors] | None = None
 ):
     """The embedding table of each shard, as extraction would write it."""
-    found: list[EmbeddingTable] = []
+    embedded: list[EmbeddingTable] = []
     for entry in dataset.shards:
         table = dataset.samples(entry)
         if of_images:
@@ -133,7 +133,7 @@ def embed(
             vectors = random_vectors(len(table), recipe.dim, seed=recipe.seed + entry.number)
         refused = np.isin(table.ids, recipe.refused)
         kept = np.flatnonzero(~refused & dataset.live(table.ids))
-        found.append(
+        embedded.append(
             EmbeddingTable(
                 ids=table.ids[kept],
                 keys=[table.keys[row] for row in kept],
@@ -145,7 +145,7 @@ def embed(
                 refused_reasons=["truncated"] * int(refused.sum()),
             )
         )
-    return found
+    return embedded
 
 
 def items_of(dataset: datasets.Dataset, ids: npt.NDArray[np.int64]) -> SampleTable:
@@ -235,7 +235,7 @@ def publish(root: Path, recipe: Recipe, *, release_id: str = "first", **more) ->
     """A published release."""
     manifest = make_manifest(root, recipe, release_id=release_id, **more)
     uri = more.get("releases_uri") or str(root / "releases")
-    return releases.publish(uri, manifest, expected=releases.read_pointer(uri))
+    return publication.publish(uri, manifest, expected=releases.read_pointer(uri))
 
 
 def renamed(manifest: ReleaseManifest, release_id: str, *, created: str | None = None) -> ReleaseManifest:

@@ -297,8 +297,8 @@ def nearest(x: Floats, centroids: Floats) -> Ids:
     the origin and near each other. One distance is off by at most (D + 4) 2^-24 (|x| + |c|)^2, either way it
     is computed (Higham, Accuracy and Stability, 3.1).
     """
-    squared, found = faiss.knn(x, centroids, min(2, len(centroids)))
-    rows: Ids = found[:, 0].copy()
+    squared, two_nearest = faiss.knn(x, centroids, min(2, len(centroids)))
+    rows: Ids = two_nearest[:, 0].copy()
     if len(centroids) == 1:
         return rows
     reach = np.linalg.norm(x, axis=1) + np.linalg.norm(centroids, axis=1).max()

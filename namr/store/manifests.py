@@ -2,14 +2,15 @@
 
 A manifest class is a frozen, keyword-only dataclass with two class variables, FORMAT and FORMAT_VERSION. Its
 JSON carries both, and readers refuse what they don't know. A pointer (`current.json`) names its target and
-carries its writer's token, so that a writer whose answer was lost recognises its own swap.
+carries its writer's token, so that a writer whose answer was lost recognises its own swap; it may be pinned,
+with a reason, by those who want it to stay.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import pydantic
 
@@ -25,6 +26,8 @@ class Manifest(Protocol):
 
 
 M = TypeVar("M", bound=Manifest)
+Id = Annotated[int, pydantic.Field(ge=0, lt=1 << 53)]
+"""A sample's id as a manifest lists it: below 2^53, so that it is exact in everybody's JSON."""
 
 
 def _always(_: object) -> bool:
@@ -40,12 +43,21 @@ class StoredObject:
     sha256: str
 
 
+class Pin(NamedTuple):
+    """Why a pointer is to stay where it is until somebody lifts the pin."""
+
+    since: str
+    """ISO 8601, UTC"""
+    reason: str
+
+
 class Pointer(NamedTuple):
     """What a pointer said when it was read."""
 
     target: str
     token: str
     etag: str
+    pin: Pin | None = None
 
 
 def write_object(root_uri: str, name: str, data: bytes | Path) -> StoredObject:
@@ -153,26 +165,37 @@ def read_pointer(uri: str) -> Pointer | None:
         data, etag = storage.read_with_etag(uri)
     except ObjectMissing:
         return None
-    body = _parse(data, uri)
-    target, token = body.get("target"), body.get("token")
-    if not isinstance(target, str) or not isinstance(token, str):
-        raise ManifestError(f"{uri} is damaged: expected a target and a token; point it anew")
-    return Pointer(target, token, etag)
+    try:
+        said = pydantic.TypeAdapter(_PointerBody).validate_python(_parse(data, uri))
+    except pydantic.ValidationError as error:
+        raise ManifestError(f"{uri} is damaged: expected a target and a token; point it anew") from error
+    return Pointer(said.target, said.token, etag, said.pin)
 
 
-def swap_pointer(uri: str, target: str, *, expected: Pointer | None, token: str) -> None:
+def swap_pointer(
+    uri: str, target: str, *, expected: Pointer | None, token: str, pin: Pin | None = None
+) -> None:
     """Point to `target`, if the pointer is still what it was when `expected` was read; else Conflict.
 
     `token` is the writer's own, new for each swap. If the swap happened but its answer was lost, the
-    repeated attempt finds the token and is content.
+    repeated attempt finds the token and is content. A pin is kept beside the target; none lifts it.
     """
-    data = json.dumps({"target": target, "token": token}).encode()
+    body = {"target": target, "token": token} | ({"pin": pin._asdict()} if pin else {})
     try:
-        storage.replace_if_match(uri, data, etag=expected.etag if expected else None)
+        storage.replace_if_match(uri, json.dumps(body).encode(), etag=expected.etag if expected else None)
     except Conflict:
-        found = read_pointer(uri)
-        if found is None or found.token != token:
+        now = read_pointer(uri)
+        if now is None or now.token != token:
             raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PointerBody:
+    """The JSON of a pointer."""
+
+    target: str
+    token: str
+    pin: Pin | None = None
 
 
 def _parse(data: bytes, uri: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -123,6 +123,22 @@ def decode_samples(data: bytes) -> SampleTable:
     )
 
 
+class KeyedIds(NamedTuple):
+    """Some rows of a sample table."""
+
+    ids: Ids
+    """(n,)"""
+    keys: list[str]
+
+
+def rows_without_key_in(data: bytes, other: bytes) -> KeyedIds:
+    """The samples in one Parquet file whose keys the other lacks; only these become Python objects."""
+    ours = _decode(data, ["id", "key"], only=["id", "key"])
+    theirs = _decode(other, ["key"], only=["key"])
+    lacking = ours.filter(pc.invert(pc.is_in(ours["key"], value_set=theirs["key"])))
+    return KeyedIds(_numbers(lacking, "id"), lacking["key"].to_pylist())
+
+
 def encode_embeddings(table: EmbeddingTable) -> bytes:
     """The Parquet file of an embedding table; refused images are rows of NaN, with a reason."""
     num, num_refused = len(table.ids), len(table.refused_ids)
@@ -212,9 +228,9 @@ def _encode(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _decode(data: bytes, names: Sequence[str]) -> pa.Table:
+def _decode(data: bytes, names: Sequence[str], *, only: list[str] | None = None) -> pa.Table:
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data), columns=only)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"not a Parquet file that can be read ({len(data)} bytes): {error}") from error
     missing = set(names) - set(table.column_names)

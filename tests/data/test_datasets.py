@@ -121,6 +121,15 @@ def test_damage_is_a_named_error(tmp_path: Path) -> None:
         datasets.open_version(str(root))
 
 
+def test_a_tombstone_that_is_no_id_is_a_named_error(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    publish(root, 0, ["a"])
+    path = root / "versions" / "1.json"
+    path.write_text(path.read_text().replace('"tombstones": []', f'"tombstones": [0, {2**70}]'))
+    with pytest.raises(ManifestError, match=r"1\.json is damaged: tombstones\.1: .*less than"):
+        datasets.open_version(str(root))
+
+
 def test_an_index_of_another_shard_is_a_named_error(tmp_path: Path) -> None:
     root = tmp_path / "set"
     one, two = make_shard(root, 0, ["a"]), make_shard(root, 1, ["b"])

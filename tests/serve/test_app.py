@@ -20,7 +20,7 @@ from namr import config
 from namr.data import datasets
 from namr.data.shards import make_id
 from namr.errors import ConfigError
-from namr.release import releases
+from namr.release import publication, releases
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
 from namr.serve.process import ServeConfig, _Follower
@@ -344,7 +344,7 @@ def test_a_new_release_is_taken_up_without_a_failed_query(tmp_path: Path) -> Non
 
                 manifest = releases.open_release(uri).manifest
                 second = small_release.renamed(manifest, "second")
-                releases.publish(uri, second, expected=releases.read_pointer(uri))
+                publication.publish(uri, second, expected=releases.read_pointer(uri))
                 wait_for(served, "second")
 
                 other = small_release.publish_with_model(tmp_path, release_id="third", seed=1)
@@ -353,7 +353,10 @@ def test_a_new_release_is_taken_up_without_a_failed_query(tmp_path: Path) -> Non
                 (tmp_path / "model").unlink()
                 (tmp_path / "model").symlink_to(other)
                 wait_for(served, "third")
-                assert releases.roll_back(uri, "second").manifest.release_id == "second"
+                assert (
+                    publication.roll_back(uri, "second", now=small_release.NOW).manifest.release_id
+                    == "second"
+                )
                 (tmp_path / "model").unlink()
                 (tmp_path / "model").symlink_to(folder)
                 wait_for(served, "second")

@@ -7,7 +7,7 @@ import pytest
 
 from namr.errors import Conflict, ManifestError, ObjectMissing
 from namr.store import manifests, storage
-from namr.store.manifests import StoredObject
+from namr.store.manifests import Pin, StoredObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +120,37 @@ def test_a_damaged_pointer_is_refused(tmp_path: Path) -> None:
     storage.write(uri, b'{"target": 5}')
     with pytest.raises(ManifestError, match=r"current\.json is damaged"):
         manifests.read_pointer(uri)
+
+
+def test_a_pin_lies_beside_the_target_until_a_swap_without_one(root: str) -> None:
+    uri, pin = storage.join(root, "current.json"), Pin("2026-11-01T02:00:00+00:00", "Grüße")
+    manifests.swap_pointer(uri, "1", expected=None, token="a", pin=pin)
+    pinned = manifests.read_pointer(uri)
+    assert pinned is not None and (pinned.target, pinned.pin) == ("1", pin)
+    manifests.swap_pointer(uri, "1", expected=pinned, token="b")
+    lifted = manifests.read_pointer(uri)
+    assert lifted is not None and (lifted.target, lifted.pin) == ("1", None)
+
+
+@pytest.mark.parametrize("pin", ['"why"', '["since"]', '{"since": 1, "reason": "x"}', '{"reason": "x"}'])
+def test_a_pin_that_is_none_is_damage(tmp_path: Path, pin: str) -> None:
+    uri = str(tmp_path / "current.json")
+    storage.write(uri, f'{{"target": "1", "token": "a", "pin": {pin}}}'.encode())
+    with pytest.raises(ManifestError, match=r"current\.json is damaged"):
+        manifests.read_pointer(uri)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ids:
+    FORMAT: ClassVar[str] = "namr-test-ids"
+    FORMAT_VERSION: ClassVar[int] = 1
+    ids: tuple[manifests.Id, ...]
+
+
+@pytest.mark.parametrize("wrong", [2**70, 2**53, -1])
+def test_an_id_that_is_none_is_told_by_its_place(wrong: int) -> None:
+    body = json.loads(manifests.encode_manifest(Ids(ids=(0, 2**53 - 1))))
+    assert manifests.decode_manifest(json.dumps(body).encode(), Ids, "x").ids == (0, 2**53 - 1)
+    body["ids"].append(wrong)
+    with pytest.raises(ManifestError, match=r"x is damaged: ids\.2: "):
+        manifests.decode_manifest(json.dumps(body).encode(), Ids, "x")
