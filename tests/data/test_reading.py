@@ -79,7 +79,7 @@ def test_pictures_are_read_by_many_threads_and_their_version_opened_when_the_fir
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(pictures.read, ids, offsets, sizes)) == [image(9), image(2), image(11)]
     gone = reading.Pictures(dataset.uri, 99)
-    with pytest.raises(ManifestError, match="no such version"):
+    with pytest.raises(ManifestError, match="no such version as 99"):
         gone.read(ids[0], offsets[0], sizes[0])
 
 
