@@ -25,7 +25,6 @@ JOB_COMMANDS = [command for command in COMMANDS if command.job()]
 MOST_LINES = 350
 MOST_TEST_LINES = 500
 LONGER_FILES = {
-    "namr/data/reading.py": "stream, read by id and make batches are the three readers of one layout",
     "namr/search/searcher.py": "the Searcher and the answers that its stages give",
     "namr/serve/app.py": "one HTTP interface: routes, their models and their refusals",
 }

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from namr import ray_connection
 from namr.data import packing
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.demo import recipes
 from namr.demo.recipes import Recipe
 from namr.measure import evaluation, report

@@ -21,10 +21,10 @@ import numpy.typing as npt
 import torch
 
 from namr import checks
-from namr.data import datasets, reading
+from namr.data import datasets, loading
 from namr.data.datasets import Dataset
 from namr.data.images import Preprocessing
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.embed import embeddings
 from namr.errors import ConfigError
 from namr.measure import metrics, validation
@@ -291,8 +291,8 @@ def _raw_pixels(config: EvaluationConfig, dataset: Dataset) -> tuple[Entry, Labe
 
 def _batches(
     config: EvaluationConfig, dataset: Dataset, prep: Preprocessing
-) -> "torch.utils.data.DataLoader[reading.Batch]":
-    return reading.make_evaluation_loader(
+) -> "torch.utils.data.DataLoader[loading.Batch]":
+    return loading.make_evaluation_loader(
         dataset,
         config.loader,
         batch_size_per_worker=config.batch_size,

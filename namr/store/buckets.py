@@ -79,6 +79,12 @@ class Buckets:
         loop = self.filesystem().loop
         return cast(tuple[bytes, str], fsspec.asyn.sync(loop, self._get_with_etag, bucket, key))
 
+    def read_with_state(self, uri: str) -> tuple[bytes, str]:
+        return self.read_with_etag(uri)
+
+    def state(self, uri: str) -> str:
+        return str(self.filesystem().info(uri)["ETag"])
+
     async def _get_with_etag(self, bucket: str, key: str) -> tuple[bytes, str]:
         answer = await self.filesystem()._call_s3("get_object", Bucket=bucket, Key=key)
         async with answer["Body"] as body:

@@ -59,6 +59,14 @@ class Folders:
     def download(self, uri: str, path: Path) -> None:
         shutil.copyfile(uri, path)
 
+    def read_with_state(self, uri: str) -> tuple[bytes, str]:
+        before = self.state(uri)
+        return self.read(uri), before
+
+    def state(self, uri: str) -> str:
+        status = Path(uri).stat()
+        return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+
     def read_with_etag(self, uri: str) -> tuple[bytes, str]:
         data = self.read(uri)
         return data, _tag(data)

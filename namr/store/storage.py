@@ -39,6 +39,8 @@ class _Backend(Protocol):
     def upload(self, path: Path, uri: str) -> None: ...
     def upload_if_absent(self, path: Path, uri: str) -> bool: ...
     def download(self, uri: str, path: Path) -> None: ...
+    def read_with_state(self, uri: str) -> tuple[bytes, str]: ...
+    def state(self, uri: str) -> str: ...
     def read_with_etag(self, uri: str) -> tuple[bytes, str]: ...
     def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool: ...
     def size(self, uri: str) -> int: ...
@@ -145,6 +147,18 @@ def read_with_etag(uri: str) -> tuple[bytes, str]:
     """A whole object and the tag that `replace_if_match` compares."""
     with _explained("read", uri):
         return _backend(uri).read_with_etag(uri)
+
+
+def read_with_state(uri: str) -> tuple[bytes, str]:
+    """A whole object and its `state` as it was read, or just before."""
+    with _explained("read", uri):
+        return _backend(uri).read_with_state(uri)
+
+
+def state(uri: str) -> str:
+    """What is another when the object was replaced or written to: known without reading it."""
+    with _explained("look at", uri):
+        return _backend(uri).state(uri)
 
 
 def replace_if_match(uri: str, data: bytes, *, etag: str | None) -> None:

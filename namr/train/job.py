@@ -24,7 +24,7 @@ from namr import ray_connection
 from namr.data import datasets
 from namr.data.datasets import Dataset
 from namr.data.images import AugmentConfig
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
 from namr.errors import ConfigError, ManifestError, NamrError, StorageError
 from namr.measure import report, validation

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from namr.data import datasets, images
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.embed import embeddings
 from namr.errors import ConfigError, ManifestError
 from namr.measure import evaluation

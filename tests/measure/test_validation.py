@@ -80,7 +80,7 @@ def test_classes_with_one_image_are_not_held_out() -> None:
 def test_an_index_of_some_classes_numbers_them_anew() -> None:
     index = ClassIndex.from_labels(np.array([2, 0, 1, 2, 0, 2]))
     some = validation.only(index, np.array([2, 0]))
-    assert some.rows.tolist() == [0, 3, 5, 1, 4]
+    assert some.ids.tolist() == [0, 3, 5, 1, 4]
     assert some.starts.tolist() == [0, 3, 5]
     assert validation.only(index, np.empty(0, np.int64)).num_classes == 0
 

@@ -14,7 +14,7 @@ import torch
 
 from namr.data import datasets, images, shards
 from namr.data.images import AugmentConfig
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
 from namr.data.shards import Sample
 from namr.errors import ConfigError, NamrError, StorageError
@@ -277,7 +277,7 @@ def test_held_out_classes_are_never_learnt_and_all_examined(make: Make) -> None:
     config = make()
     lesson = make_lessons(config)
     assert (lesson.num_classes, len(lesson.validation_ids)) == (6, 10)
-    learnt = set(lesson.classes.rows.tolist())
+    learnt = set(lesson.classes.ids.tolist())
     assert learnt.isdisjoint(lesson.validation_ids.tolist())
     built = model.build(config.model, seed=0)
     labels = [y for _, y in lesson.batches(built, first_step=0, num_steps=6, augment=None)]
