@@ -71,34 +71,6 @@ class RetrievalSums(NamedTuple):
     num_skipped: int
 
 
-def retrieval(
-    embeddings: Array,
-    labels: Ints,
-    *,
-    structures: Array | None = None,
-    side: Side = "none",
-    metric: Metric = "l2",
-    depth: int = 100,
-    ks: Sequence[int] = (1, 2, 4, 8),
-    block_rows: int = 1024,
-) -> RetrievalMetrics:
-    """Leave-one-out retrieval over all rows. Arguments as in `retrieval_sums`."""
-    return combine(
-        [
-            retrieval_sums(
-                embeddings,
-                labels,
-                structures=structures,
-                side=side,
-                metric=metric,
-                depth=depth,
-                ks=ks,
-                block_rows=block_rows,
-            )
-        ]
-    )
-
-
 @torch.no_grad()
 def retrieval_sums(
     embeddings: Array,
