@@ -8,7 +8,7 @@ The same run name goes on from its last checkpoint. `--help` explains every flag
 
 from namr import config
 from namr.train import job
-from namr.train.job import TrainJobConfig
+from namr.train.run import TrainJobConfig
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
         f"run {result.run_name} {'was finished already' if result.was_finished else 'is finished'}: "
         f"{result.model_name} {result.model_version} is step {result.best_step} of {result.num_steps}, "
         f"Recall@1 {100 * result.recall_at_1:.1f} % on unseen classes; it recommends "
-        f"search by {result.search.metric}, structure {result.search.structure_side}; it learnt "
+        f"search by {result.search.metric}, structure {result.search.structure_side}; it trained on "
         f"{result.images_per_s:.0f} images/s; {result.model_uri}"
     )
 

@@ -24,7 +24,7 @@ def in_range(
         if value is None:
             continue
         fits = (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # an int may be too large for a float
             and (at_least is None or value >= at_least)
             and (above is None or value > above)
             and (at_most is None or value <= at_most)

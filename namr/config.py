@@ -11,7 +11,7 @@ import io
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +29,11 @@ def load(job: type[T], argv: Sequence[str] | None = None, *, description: str = 
     """The job that `--config file.toml` and the flags describe; else ConfigError, with what is near.
 
     argv: the arguments without the program's name; None takes those of this process. `--help` prints and
-    exits.
+    exits. A job's class variable MOVED names fields that it had once, each with the one that took its place.
     """
     path, flags = _split_config(list(sys.argv[1:] if argv is None else argv))
     from_file = list(_flags_of(_read_toml(path), "")) if path else []
+    _check_not_moved(getattr(job, "MOVED", {}), [*from_file, *flags])
     help_text = f"{description}\n\nFlags win over the TOML file that --config names.".strip()
     said = io.StringIO()
     try:
@@ -73,6 +74,13 @@ def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
         if word.startswith("--config="):
             return Path(word.partition("=")[2]), argv[:at] + argv[at + 1 :]
     return None, argv
+
+
+def _check_not_moved(moved: Mapping[str, str], words: Sequence[str]) -> None:
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in moved:
+            raise ConfigError(f"{name} is no field any more; set {moved[name]}, which took its place")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class LoaderConfig:
     """limit of the shard cache; not used for datasets on local disk"""
 
     def __post_init__(self) -> None:
-        checks.in_range(self, "num_workers", at_least=0)
+        checks.in_range(self, "num_workers", at_least=0, at_most=1024, place="loader")
         checks.in_range(self, "prefetch_batches_per_worker", at_least=1)
         checks.in_range(self, "cache_bytes", above=0)
 
@@ -126,6 +126,7 @@ def make_loader(
     config: LoaderConfig,
     *,
     batches: PKConfig,
+    seed: int,
     rank: int,
     world_size: int,
     first_step: int,
@@ -136,19 +137,21 @@ def make_loader(
 ) -> "torch.utils.data.DataLoader[Batch]":
     """The rank's slices of the P x K global batches first_step .. first_step + num_steps - 1.
 
-    classes: which to draw from, None is all of them. Labels are class numbers of the whole
-    dataset. ConfigError where there are too few classes with two images or more.
+    seed: of the batches and the augmentation, 0 to 2^63 - 1. classes: which to draw from, None is all of
+    them. Labels are class numbers of the whole dataset. ConfigError where there are too few classes with two
+    images or more.
     """
     index = sample_index.build(dataset, config.cache_folder)
     sampler = BatchSampler(
         classes or index.class_index,
         batches,
+        seed=seed,
         first_step=first_step,
         num_steps=num_steps,
         rank=rank,
         world_size=world_size,
     )
-    return _loader(dataset, config, index, sampler, prep=prep, augment=augment, seed=batches.seed)
+    return _loader(dataset, config, index, sampler, prep=prep, augment=augment, seed=seed)
 
 
 def make_evaluation_loader(

@@ -78,12 +78,9 @@ class PKConfig:
     """P: distinct classes in a global batch."""
     samples_per_class: int
     """K: samples of each of them."""
-    seed: int
-    """Decides, with the step, everything that is drawn."""
 
     def __post_init__(self) -> None:
         checks.in_range(self, "classes_per_batch", "samples_per_class", at_least=2)  # fewer make no pairs
-        checks.in_range(self, "seed", at_least=0, at_most=2**63 - 1)
 
     @property
     def num_samples(self) -> int:
@@ -111,15 +108,18 @@ def check_drawable(index: ClassIndex, config: PKConfig) -> None:
         )
 
 
-def global_batch(index: ClassIndex, config: PKConfig, *, step: int) -> Ints:
-    """The ids of one global batch (P * K,) int64, class by class: the K samples of a class lie together."""
+def global_batch(index: ClassIndex, config: PKConfig, *, seed: int, step: int) -> Ints:
+    """The ids of one global batch (P * K,) int64, class by class: the K samples of a class lie together.
+
+    seed: 0 to 2^63 - 1.
+    """
     check_drawable(index, config)
     if step < 0:
         raise ConfigError(f"step is {step}, expected 0 or more")
-    places = _class_places(len(index.drawn_classes), config, step=step)
+    places = _class_places(len(index.drawn_classes), config, seed=seed, step=step)
     classes = index.drawn_classes[places]
     sizes = index.starts[classes + 1] - index.starts[classes]
-    draws = _hash(_SAMPLES, config.seed, step, np.arange(config.num_samples))
+    draws = _hash(_SAMPLES, seed, step, np.arange(config.num_samples))
     within = _subsets(sizes, config.samples_per_class, draws)
     ids: Ints = index.ids[index.starts[classes][:, None] + within].ravel()
     return ids
@@ -144,6 +144,7 @@ class BatchSampler:
         index: ClassIndex,
         config: PKConfig,
         *,
+        seed: int,
         first_step: int,
         num_steps: int,
         rank: int,
@@ -157,6 +158,7 @@ class BatchSampler:
             )
         self._index = index
         self._config = config
+        self._seed = seed
         self._steps = range(first_step, first_step + num_steps)
         self._slice = slice_of_rank(config.num_samples, rank=rank, world_size=world_size)
 
@@ -166,8 +168,9 @@ class BatchSampler:
     def __iter__(self) -> Iterator[list[Pick]]:
         start = self._slice.start
         for step in self._steps:
-            ids = global_batch(self._index, self._config, step=step)[self._slice].tolist()
-            yield [Pick(id, step, position) for position, id in enumerate(ids, start)]
+            ids = global_batch(self._index, self._config, seed=self._seed, step=step)
+            mine = ids[self._slice].tolist()
+            yield [Pick(id, step, position) for position, id in enumerate(mine, start)]
 
 
 def augmentation_seed(seed: int, step: int, position: int) -> int:
@@ -175,16 +178,16 @@ def augmentation_seed(seed: int, step: int, position: int) -> int:
     return int(_hash(_AUGMENTATION, seed, step, np.array([position]))[0] >> np.uint64(1))
 
 
-def _class_places(num: int, config: PKConfig, *, step: int) -> Ints:
+def _class_places(num: int, config: PKConfig, *, seed: int, step: int) -> Ints:
     """Which P of `num` classes the step takes, in an order of its own."""
     taken = config.classes_per_batch
     if 2 * taken <= num:
-        places = _window(num, taken, seed=config.seed, step=step)
+        places = _window(num, taken, seed=seed, step=step)
     else:
         kept = np.ones(num, dtype=bool)
-        kept[_window(num, num - taken, seed=config.seed, step=step)] = False
+        kept[_window(num, num - taken, seed=seed, step=step)] = False
         places = np.flatnonzero(kept)
-    return places[np.argsort(_hash(_SHUFFLE, config.seed, step, places), kind="stable")]
+    return places[np.argsort(_hash(_SHUFFLE, seed, step, places), kind="stable")]
 
 
 def _window(num: int, width: int, *, seed: int, step: int) -> Ints:

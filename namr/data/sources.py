@@ -29,7 +29,7 @@ from namr.data import files, images
 from namr.data.leftovers import PassedOver, RefusedImage, Tally, printable
 from namr.data.shards import EXTENSIONS, Scalar
 from namr.errors import ConfigError, ImageRefused, ManifestError, StorageError
-from namr.store import storage, tables
+from namr.store import scratch, storage, tables
 
 Classes = Literal["all", "first_half", "second_half"]
 

@@ -38,9 +38,9 @@ from namr.serve.process import ServeConfig
 from namr.store import scratch
 from namr.store.cache import Cache
 from namr.train import job
-from namr.train.job import FitResult, TrainJobConfig
-from namr.train.lessons import DataConfig
 from namr.train.ray_group import WorkersConfig
+from namr.train.run import FitResult, TrainJobConfig
+from namr.train.training_data import DataConfig
 
 _CORES = 2
 

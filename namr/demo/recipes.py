@@ -76,9 +76,7 @@ def recipe_of(
             embedding_dim=64 if digits else 256,
             image_size_px=32 if digits else 128,
         ),
-        batch=PKConfig(
-            classes_per_batch=max(2, min(num_learnt, 32)), samples_per_class=12 if digits else 4, seed=0
-        ),
+        batch=PKConfig(classes_per_batch=max(2, min(num_learnt, 32)), samples_per_class=12 if digits else 4),
         training=TrainingConfig(
             num_steps=num_steps,
             learning_rate=rate,

@@ -101,8 +101,8 @@ class Comparison:
         ks = sorted(self.rows[0].by_column["l2"].recall_at_k) if self.rows else []
         table = [["plain (%)", *(f"Recall@{k}" for k in ks), "MAP@R", "R-precision", "NMI"]]
         for row in self.rows:
-            found = row.by_column[row.metric]
-            numbers = [*(found.recall_at_k[k] for k in ks), found.map_at_r, found.r_precision]
+            plain = row.by_column[row.metric]
+            numbers = [*(plain.recall_at_k[k] for k in ks), plain.map_at_r, plain.r_precision]
             nmi = "" if row.nmi is None else f"{100 * row.nmi:.1f}"
             table.append([row.name, *(f"{100 * number:.1f}" for number in numbers), nmi])
         return table
@@ -197,10 +197,8 @@ def compare(
         ways = validation.ways(entry.metric)
         if entry.structures is None:
             ways = tuple(way for way in ways if way.structure_side == "none")
-        found = validation.measure(
-            entry.embeddings, entry.structures, labels, ways=ways, depth=depth
-        )  # fmt: skip
-        by_column = {_column(way): found[way] for way in ways}
+        results = validation.measure(entry.embeddings, entry.structures, labels, ways=ways, depth=depth)
+        by_column = {_column(way): results[way] for way in ways}
         nmi = metrics.nmi(entry.embeddings, labels, seed=0) if with_nmi else None
         rows.append(Row(name=entry.name, metric=entry.metric, by_column=by_column, nmi=nmi))
     return Comparison(
@@ -311,8 +309,8 @@ def _column(way: SearchDefaults) -> str:
     return way.metric if way.structure_side == "none" else way.structure_side
 
 
-def _cell(found: RetrievalMetrics | None) -> str:
-    return "" if found is None else f"{100 * found.recall_at_1:.1f} / {100 * found.map_at_r:.2f}"
+def _cell(cell: RetrievalMetrics | None) -> str:
+    return "" if cell is None else f"{100 * cell.recall_at_1:.1f} / {100 * cell.map_at_r:.2f}"
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:

@@ -2,8 +2,8 @@
 
     pixels (B, 3, H, W) uint8 --backbone--> features (B, F) --heads--> embedding x (B, D), structure s (B, D)
 
-A saved model is a folder: `model.safetensors`, and last `model.json`
-with config, preprocessing, search defaults and the digest that names its embedding space.
+A saved model is a folder: `model.safetensors`, and last `model.json` with config, preprocessing, search
+defaults and the digest that names its embedding space.
 
 Not covered: fine-grained freezing of backbone layers, models whose features are not one vector per image.
 Legend: B batch, F features, D embedding dimension.
@@ -12,9 +12,9 @@ Legend: B batch, F features, D embedding dimension.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import safetensors.torch
@@ -29,14 +29,12 @@ from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.model import backbones
 from namr.model.distances import Metric, Side
 from namr.model.heads import Embeddings, TwinHeads
-from namr.store import storage
+from namr.store import manifests, storage
 
 BatchNormPolicy = Literal["frozen", "sync", "local"]
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
-FORMAT = "namr-model"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,10 @@ class SearchDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a saved model says of itself, without its weights being read."""
+    """What a saved model says of itself, without its weights being read; its `model.json`."""
+
+    FORMAT: ClassVar[str] = "namr-model"
+    FORMAT_VERSION: ClassVar[int] = 1
 
     config: ModelConfig
     preprocessing: Preprocessing
@@ -86,6 +87,7 @@ class Description:
     digest: str
     weights_sha256: str
     extra: Mapping[str, str] = field(default_factory=dict)
+    """Texts that travel along (the training job's config, say)."""
 
 
 class NamrModel(nn.Module):
@@ -175,18 +177,16 @@ def fold_scale(model: NamrModel, mean_distance: float) -> None:
 def save(model: NamrModel, folder: Path, *, extra: Mapping[str, str] | None = None) -> None:
     """Write the folder that `load` reads; `extra` are texts to travel along (the job's config, say)."""
     weights = safetensors.torch.save({name: tensor for name, tensor in _tensors(model)})
-    body = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "config": asdict(model.config),
-        "preprocessing": asdict(model.preprocessing),
-        "search": asdict(model.search),
-        "digest": digest(model),
-        "weights_sha256": storage.sha256(weights),
-        "extra": dict(extra or {}),
-    }
+    description = Description(
+        config=model.config,
+        preprocessing=model.preprocessing,
+        search=model.search,
+        digest=digest(model),
+        weights_sha256=storage.sha256(weights),
+        extra=dict(extra or {}),
+    )
     storage.write(str(folder / WEIGHTS_FILE), weights)
-    storage.write(str(folder / DESCRIPTION_FILE), json.dumps(body, indent=1).encode())
+    storage.write(str(folder / DESCRIPTION_FILE), manifests.encode_manifest(description))
 
 
 def describe(folder: Path) -> Description:
@@ -195,29 +195,9 @@ def describe(folder: Path) -> Description:
     if not path.is_file():
         raise ManifestError(f"{path} is missing, so there is no model here; check the folder")
     try:
-        body = json.loads(path.read_bytes())
-        found, version = body.get("format"), body.get("format_version")
-    except (ValueError, AttributeError) as error:
+        return manifests.decode_manifest(path.read_bytes(), Description, str(path))
+    except ConfigError as error:  # a number that no model can have
         raise ManifestError(f"{path} is damaged: {error}; restore it or train anew") from error
-    if found != FORMAT:
-        raise ManifestError(f"{path} has format {found!r}; expected {FORMAT!r}")
-    if version != FORMAT_VERSION:
-        raise ManifestError(
-            f"{path} has format version {version}, and this namr reads {FORMAT_VERSION}; use a newer namr"
-        )
-    try:
-        pixels = body["preprocessing"]
-        pixels = pixels | {"mean": tuple(pixels["mean"]), "std": tuple(pixels["std"])}
-        return Description(
-            config=ModelConfig(**body["config"]),
-            preprocessing=Preprocessing(**pixels),
-            search=SearchDefaults(**body["search"]),
-            digest=body["digest"],
-            weights_sha256=body["weights_sha256"],
-            extra=body["extra"],
-        )
-    except (KeyError, TypeError, ConfigError) as error:
-        raise ManifestError(f"{path} is damaged: {error!r}; restore it or train anew") from error
 
 
 def load(folder: Path) -> NamrModel:
@@ -236,6 +216,9 @@ def load(folder: Path) -> NamrModel:
     backbones.set_input_size(model.backbone, description.config.image_size_px)
     backbones.load_strictly(model, safetensors.torch.load(weights), str(path))
     model.preprocessing, model.search = description.preprocessing, description.search
+    if not description.config.structure_range and digest(model) != description.digest:
+        # Python's 0 and 0.0 are two texts in the digest; what is read from JSON is always 0.0.
+        model.config = replace(description.config, structure_range=0)
     if digest(model) != description.digest:
         raise ManifestError(
             f"{folder} describes another model: its digest is {digest(model)}, {DESCRIPTION_FILE} says "
@@ -251,11 +234,12 @@ def digest(model: NamrModel) -> str:
     are not in it.
     """
     config = {name: value for name, value in asdict(model.config).items() if name != "weights"}
-    found = hashlib.sha256(json.dumps([config, asdict(model.preprocessing)], sort_keys=True).encode())
-    for name, tensor in _tensors(model):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return _digest(json.dumps([config, asdict(model.preprocessing)], sort_keys=True), model)
+
+
+def backbone_digest(model: NamrModel) -> str:
+    """SHA-256 over the backbone's weights and the preprocessing: all that an image's features depend on."""
+    return _digest(f"{model.config.backbone} {model.preprocessing}", model.backbone)
 
 
 def embed(
@@ -272,16 +256,16 @@ def embed(
         raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
     was_training = model.training
     model.to(device).eval()
-    found = np.empty((2, len(pixels), model.config.embedding_dim), np.float32)
+    both = np.empty((2, len(pixels), model.config.embedding_dim), np.float32)
     with torch.inference_mode():
         for start in range(0, len(pixels), batch_size):
             rows = pixels[start : start + batch_size]
             batch = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
             batch[: len(rows)] = rows
-            for out, tensor in zip(found, model(torch.from_numpy(batch).to(device)), strict=True):
+            for out, tensor in zip(both, model(torch.from_numpy(batch).to(device)), strict=True):
                 out[start : start + len(rows)] = tensor[: len(rows)].float().cpu().numpy()
     model.train(was_training)
-    return found[0], found[1]
+    return both[0], both[1]
 
 
 def _assemble(config: ModelConfig, *, pretrained: bool, seed: int) -> NamrModel:
@@ -290,6 +274,15 @@ def _assemble(config: ModelConfig, *, pretrained: bool, seed: int) -> NamrModel:
         torch.manual_seed(seed)
         backbone = backbones.create(config.backbone, pretrained=pretrained)
         return NamrModel(config, backbone)
+
+
+def _digest(beside: str, module: nn.Module) -> str:
+    """SHA-256 over a text, and the name, type, shape and bytes of every tensor."""
+    hashed = hashlib.sha256(beside.encode())
+    for name, tensor in _tensors(module):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -31,13 +31,13 @@ def fetch(reference: str, *, folder: Path, tracking_uri: str | None = None) -> F
     """
     if not reference.startswith("models:"):
         return FoundModel(_saved(reference, folder), reference.rstrip("/").rpartition("/")[2], "none")
-    found = _REGISTERED.fullmatch(reference)
-    if found is None:
+    registered = _REGISTERED.fullmatch(reference)
+    if registered is None:
         raise ConfigError(
             f"model {reference!r}: expected models:/<name>@<alias>, models:/<name>/<version> or a folder"
         )
     path, version = registry.connect(tracking_uri).fetch(
-        found["name"], alias=found["alias"], version=found["version"], folder=folder
+        registered["name"], alias=registered["alias"], version=registered["version"], folder=folder
     )
     return FoundModel(path, version.name, version.version)
 

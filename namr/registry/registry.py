@@ -5,7 +5,8 @@ is replaced goes on in the same run. A model version is the folder that `model.s
 model: `mlflow.pyfunc.load_model` turns image bytes into both embeddings, and `fetch` brings the folder back
 for `model.load`. No tracking URI is set globally.
 
-Not covered: deleting runs and versions (MLflow's own commands do), MLflow's file store.
+Not covered: deleting runs and versions (MLflow's own commands do), MLflow's file store; two jobs that
+register for one run at once (the training job's lease sees to it).
 """
 
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from namr import secrets
 from namr.errors import ConfigError, ModelMismatch, ObjectMissing, StorageError
 from namr.model import model
-from namr.registry import pyfunc, tracking
+from namr.registry import fetched, pyfunc, tracking
 from namr.store import scratch
 
 if TYPE_CHECKING:
@@ -55,18 +56,25 @@ class ModelVersion:
 
 def connect(uri: str | None) -> "Registry":
     """A registry that has answered; StorageError within seconds if it doesn't. Makes a SQLite file anew."""
+    resolved = tracking.resolve(uri)
+    tracking.check_reachable(resolved)
+    opened = unasked(resolved)
+    with _explained(resolved, "answer"), tracking.quiet():
+        opened._client.search_experiments(max_results=1)
+    return opened
+
+
+def unasked(uri: str | None) -> "Registry":
+    """A registry that nothing was asked of yet: its server may be away until it is needed."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # before MLflow is imported: telemetry begins there
     resolved = tracking.resolve(uri)
-    tracking.check_reachable(resolved)
-    with _explained(resolved, "answer"), tracking.quiet():
+    with _explained(resolved, "be opened"), tracking.quiet():
         from mlflow import MlflowClient
 
         if resolved.startswith("sqlite:///"):
             Path(resolved.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        client = MlflowClient(tracking_uri=resolved, registry_uri=resolved)
-        client.search_experiments(max_results=1)
-    return Registry(resolved, client)
+        return Registry(resolved, MlflowClient(tracking_uri=resolved, registry_uri=resolved))
 
 
 class Registry:
@@ -101,20 +109,39 @@ class Registry:
             for start in range(0, len(entries), 100):
                 self._client.log_batch(run_id, params=entries[start : start + 100])
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int) -> None:
-        """Numbers of one step, in one request."""
+    def running(self, experiment: str, *, tag: str, value: str) -> list[str]:
+        """The ids of the experiment's runs with that tag (a value without quotes) that have not ended."""
+        with self._doing(f"find runs in experiment {experiment!r}"):
+            known = self._client.get_experiment_by_name(experiment)
+            if known is None:
+                return []
+            query = f"tags.`{tag}` = '{value}' and attributes.status = 'RUNNING'"
+            return [str(run.info.run_id) for run in self._client.search_runs([known.experiment_id], query)]
+
+    def go_on(self, run_id: str) -> None:
+        """Say that a run, however it had ended, is running."""
+        with self._doing(f"go on with run {run_id}"):
+            self._client.update_run(run_id, status="RUNNING")
+
+    def log_metrics(
+        self, run_id: str, metrics: Mapping[str, float], *, step: int, time_ms: int | None = None
+    ) -> None:
+        """Numbers of one step, in one request; the same again, of the same time, is no second entry.
+
+        time_ms: since 1970; None is now.
+        """
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        at = time.time_ns() // 1_000_000 if time_ms is None else time_ms
+        entries = [Metric(name, float(value), at, step) for name, value in metrics.items()]
         with self._doing(f"log metrics of run {run_id}"):
             self._client.log_batch(run_id, metrics=entries)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """(step, value) of one metric, by step; of a step that was logged twice the later value."""
         with self._doing(f"read {metric!r} of run {run_id}"):
-            found = self._client.get_metric_history(run_id, metric)
-        by_step = {entry.step: entry.value for entry in sorted(found, key=lambda entry: entry.timestamp)}
+            entries = self._client.get_metric_history(run_id, metric)
+        by_step = {entry.step: entry.value for entry in sorted(entries, key=lambda entry: entry.timestamp)}
         return sorted(by_step.items())
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
@@ -141,8 +168,18 @@ class Registry:
         alias: str | None = CANDIDATE,
         tags: Mapping[str, str] | None = None,
     ) -> ModelVersion:
-        """Store what `model.save` wrote with the run, as the next version of `name`; `alias` points to it."""
+        """Store what `model.save` wrote with the run, as the next version of `name`; `alias` points to it.
+
+        The version that this run made of this model before, where it did: then `alias` moves to it only if no
+        other version came after it.
+        """
         digest = model.describe(folder).digest
+        known = self._versions_if_any(name)
+        for version in known:
+            if (version.run_id, version.digest) == (run_id, digest):
+                if alias and version is known[0]:
+                    self.set_alias(name, alias, version.version)
+                return self.version(name, version=version.version)
         place = f"model-{digest[:16]}"  # a run may register several models
         with scratch.folder("register-") as temporary:
             package = Path(temporary) / "model"
@@ -152,12 +189,12 @@ class Registry:
         with self._doing(f"register model {name!r}"):
             self._ensure_model(name)
             source = f"{self._client.get_run(run_id).info.artifact_uri}/{place}"
-            found = self._client.create_model_version(
+            made = self._client.create_model_version(
                 name, source, run_id, tags={**(tags or {}), DIGEST_TAG: digest}
             )
             if alias:
-                self._client.set_registered_model_alias(name, alias, str(found.version))
-        return self.version(name, version=str(found.version))
+                self._client.set_registered_model_alias(name, alias, str(made.version))
+        return self.version(name, version=str(made.version))
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point an alias to a version, away from where it pointed."""
@@ -167,28 +204,27 @@ class Registry:
 
     def promote(self, name: str, *, version: str | None = None) -> ModelVersion:
         """Make a version (None: the candidate) the champion."""
-        found = self.version(name, version=version, alias=None if version else CANDIDATE)
-        self.set_alias(name, CHAMPION, found.version)
-        return self.version(name, version=found.version)
+        chosen = self.version(name, version=version, alias=None if version else CANDIDATE)
+        self.set_alias(name, CHAMPION, chosen.version)
+        return self.version(name, version=chosen.version)
 
     def version(self, name: str, *, version: str | None = None, alias: str | None = None) -> ModelVersion:
         """One version, by its number or by an alias; ObjectMissing with what there is instead."""
         if (version is None) == (alias is None):
             raise ConfigError(f"version {version!r} and alias {alias!r} of {name!r}; expected one of the two")
-        for found in self.versions(name):
-            if version == found.version or (alias is not None and alias in found.aliases):
-                return found
+        known = self.versions(name)
+        for each in known:
+            if version == each.version or (alias is not None and alias in each.aliases):
+                return each
         wanted = f"{name}@{alias}" if alias else f"{name} {version}"
-        there = "; ".join(
-            f"{found.version} ({', '.join(found.aliases) or 'no alias'})" for found in self.versions(name)
-        )
+        there = "; ".join(f"{each.version} ({', '.join(each.aliases) or 'no alias'})" for each in known)
         raise ObjectMissing(f"no model version {wanted} at {self._shown}; there is: {there or 'nothing'}")
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of a model, newest first; ObjectMissing if there is no such model."""
         with self._doing(f"find model {name!r}"):
             aliases = self._client.get_registered_model(name).aliases
-            found = list(_pages(self._client, f"name='{_quoted(name)}'"))
+            entries = list(_pages(self._client, f"name='{_quoted(name)}'"))
         versions = [
             ModelVersion(
                 name=name,
@@ -197,7 +233,7 @@ class Registry:
                 digest=str(each.tags.get(DIGEST_TAG, "")),
                 aliases=tuple(sorted(a for a, v in aliases.items() if str(v) == str(each.version))),
             )
-            for each in found
+            for each in entries
         ]
         return sorted(versions, key=lambda each: int(each.version), reverse=True)
 
@@ -206,28 +242,25 @@ class Registry:
     ) -> tuple[Path, ModelVersion]:
         """Bring a version to `folder/<name>-<version>`, for `model.load`; what is there already is kept.
 
-        ModelMismatch if what was stored is not the model that was registered.
+        Several processes may fetch into one folder. ModelMismatch for another model than was registered.
         """
-        found = self.version(name, version=version, alias=alias)
-        target = folder / f"{name}-{found.version}"
-        if not (target / model.DESCRIPTION_FILE).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            scratch.sweep(folder)
-            with scratch.folder_beside(target) as temporary:
-                self._download(found, temporary).rename(target)
+        wanted = self.version(name, version=version, alias=alias)
+        target = folder / f"{name}-{wanted.version}"
+        names = (model.WEIGHTS_FILE, model.DESCRIPTION_FILE)
+        fetched.folder(target, lambda partial: self._download(wanted, partial), names=names)
         digest = model.describe(target).digest
-        if found.digest and digest != found.digest:
+        if wanted.digest and digest != wanted.digest:
             raise ModelMismatch(
-                f"{target} holds a model with digest {digest}, and {name} {found.version} was registered "
-                f"with {found.digest}; delete that folder and fetch again"
+                f"{target} holds a model with digest {digest}, and {name} {wanted.version} was registered "
+                f"with {wanted.digest}; delete that folder and fetch again"
             )
-        return target, found
+        return target, wanted
 
-    def _download(self, found: ModelVersion, folder: Path) -> Path:
-        with self._doing(f"fetch {found.name} {found.version}"):
+    def _download(self, wanted: ModelVersion, folder: Path) -> Path:
+        with self._doing(f"fetch {wanted.name} {wanted.version}"):
             from mlflow import artifacts
 
-            uri = self._client.get_model_version_download_uri(found.name, found.version)
+            uri = self._client.get_model_version_download_uri(wanted.name, wanted.version)
             return Path(
                 artifacts.download_artifacts(
                     artifact_uri=f"{uri}/{pyfunc.DATA_PATH}",
@@ -239,15 +272,15 @@ class Registry:
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
+        known = self._client.get_experiment_by_name(name)
+        if known is None:
             try:
                 return str(self._client.create_experiment(name, artifact_location=self._artifacts(name)))
             except MlflowException:  # another job may have made it in between
-                found = self._client.get_experiment_by_name(name)
-                if found is None:
+                known = self._client.get_experiment_by_name(name)
+                if known is None:
                     raise
-        return str(found.experiment_id)
+        return str(known.experiment_id)
 
     def _artifacts(self, experiment: str) -> str | None:
         """Where artifacts of an experiment go: beside a SQLite file, else where the server puts them."""
@@ -255,6 +288,12 @@ class Registry:
             return None
         root = Path(self.tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts"
         return (root / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
+
+    def _versions_if_any(self, name: str) -> list[ModelVersion]:
+        try:
+            return self.versions(name)
+        except ObjectMissing:
+            return []
 
     def _ensure_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException

@@ -143,7 +143,7 @@ def nearest_exact(
 
     Reads every vector: for small galleries, and as the reference of what re-ranking misses. hidden: ids,
     ascending, that must not be found; own_ids (Q,): one id that each query must not find. With side
-    "query" this is d_s^2 = const(q) + <s, x x> - <2 s q, x>, the inner product of `one_stage_queries`.
+    "query" this is d_s^2 = const(q) + <s, x x> - <2 s q, x>, an inner product of [x, x x].
     """
     q64, s64 = q.double(), None if s_q is None else s_q.double()
     best = _nothing(len(q), 0)

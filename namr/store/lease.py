@@ -141,6 +141,12 @@ class Lease:
             raise Conflict(f"{self.uri} changed while it was renewed")
 
 
+def fence_of(uri: str) -> int | None:
+    """The fence of whoever took the lease last, for processes that work on behalf of a holder."""
+    record, _ = _read(uri)
+    return record.fence if record else None
+
+
 def _take(uri: str, wanted: _Record, clock: Clock) -> tuple[_Record, float]:
     """The record as it was put, and the time before the put."""
     watched: str | None = None

@@ -4,7 +4,6 @@ Not covered: reading the images (`reading`), and who computes which (`sampling.s
 Legend: N images, W width of what is computed of an image, F features, b images of a batch.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -49,9 +48,9 @@ def from_all_ranks(mine: Iterable[Computed], *, width: int) -> Iterator[Computed
 
 def whole(mine: Iterable[Computed], *, num_rows: int, width: int) -> Values:
     """(N, W) float32, on every rank; ShapeError unless every place came once."""
-    found = np.empty((num_rows, width), np.float32)
-    _fill(found, from_all_ranks(mine, width=width))
-    return found
+    rows = np.empty((num_rows, width), np.float32)
+    _fill(rows, from_all_ranks(mine, width=width))
+    return rows
 
 
 def cached(
@@ -63,26 +62,19 @@ def cached(
     """
     missing = collectives.sum_over_ranks(torch.tensor([int(not path.exists())]))
     if int(missing):
-        runs = from_all_ranks(compute(), width=width)
+        batches = from_all_ranks(compute(), width=width)
         if writes and not path.exists():
-            _write(path, runs, (num_rows, width))
+            _write(path, batches, (num_rows, width))
         else:
-            for _ in runs:
+            for _ in batches:
                 pass
         collectives.barrier()
-    found: Values = np.load(path, mmap_mode="r")
-    if found.shape != (num_rows, width):
-        raise ShapeError(f"{path} holds {found.shape}, expected {(num_rows, width)}; delete it and run again")
-    return found
-
-
-def backbone_digest(model: NamrModel) -> str:
-    """SHA-256 over the backbone's weights and the preprocessing: all that an image's features depend on."""
-    digest = hashlib.sha256(f"{model.config.backbone} {model.preprocessing}".encode())
-    for name, value in sorted(model.backbone.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    stored: Values = np.load(path, mmap_mode="r")
+    if stored.shape != (num_rows, width):
+        raise ShapeError(
+            f"{path} holds {stored.shape}, expected {(num_rows, width)}; delete it and run again"
+        )
+    return stored
 
 
 def batches_of(model: NamrModel, pixels: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Computed]:
@@ -95,23 +87,23 @@ def batches_of(model: NamrModel, pixels: Iterable[tuple[Tensor, Tensor]]) -> Ite
         yield Computed(places.numpy(), values.float().cpu().numpy())
 
 
-def _fill(found: Values, runs: Iterable[Computed]) -> None:
-    seen = np.zeros(len(found), np.int64)
-    for places, values in runs:
-        found[places] = values
-        seen[places] += 1
-    wrong = np.flatnonzero(seen != 1)
+def _fill(rows: Values, batches: Iterable[Computed]) -> None:
+    times = np.zeros(len(rows), np.int64)
+    for places, values in batches:
+        rows[places] = values
+        np.add.at(times, places, 1)
+    wrong = np.flatnonzero(times != 1)
     if len(wrong):
         raise ShapeError(
-            f"{len(wrong)} of {len(found)} images were not computed exactly once, first {wrong[0]}"
+            f"{len(wrong)} of {len(rows)} images were not computed exactly once, first {wrong[0]}"
         )
 
 
-def _write(path: Path, runs: Iterable[Computed], shape: tuple[int, int]) -> None:
+def _write(path: Path, batches: Iterable[Computed], shape: tuple[int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch.sweep(path.parent)
     with scratch.beside(path) as temporary:
-        columns = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-        _fill(columns, runs)
-        columns.flush()
+        rows = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+        _fill(rows, batches)
+        rows.flush()
         temporary.replace(path)

@@ -1,11 +1,13 @@
-"""The loop of one worker: steps, validation and checkpoints at intervals, what is told on the way.
+"""The loop of one worker: steps, examinations and checkpoints at intervals, what is told on the way.
 
 It knows neither Ray nor the object store: checkpoints go to a function that is handed in, numbers to the
 diary of rank 0. All functions are collective where there are several ranks.
+
+Not covered: one step (`step`), where batches come from and what an examination measures (`training_data`).
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,60 +15,27 @@ from typing import Any
 import torch
 
 from namr.data.images import AugmentConfig
-from namr.errors import StorageError
 from namr.measure import validation
 from namr.model import model
 from namr.model.losses import JointLoss, LossConfig, search_metric_of
-from namr.model.model import ModelConfig, SearchDefaults
-from namr.registry.registry import Registry
-from namr.train.lessons import Lessons
-from namr.train.step import Learning, StepResult, TrainingConfig
-
-SCORE = "score"
-"""The number by which checkpoints are compared: Recall@1 on the unseen classes, searched in the way that the
-checkpoint would be served in (`validation.choose`); -1 where it was not measured."""
+from namr.model.model import ModelConfig
+from namr.train.diary import Diary
+from namr.train.examination import Examination
+from namr.train.step import StepResult, Trainer, TrainingConfig
+from namr.train.training_data import TrainingData
 
 _TELL_EVERY_STEPS = 10
 _UNSTEADY_STEPS = 5
 _STATE_FILE = "state.pt"
 
-Checkpoint = Callable[[Callable[[Path], None] | None, dict[str, Any]], None]
-"""Keep what a function writes into a folder (None on all ranks but 0), and the numbers that belong to it."""
-
-
-class Diary:
-    """What rank 0 tells: numbers to MLflow, and how far it is to whoever shows it.
-
-    Numbers that MLflow didn't take are kept and sent with the next ones, so a server that is away for a while
-    costs nothing; `close` raises StorageError if some are left.
-    """
-
-    def __init__(self, runs: Registry, run_id: str, say: Callable[[int, str], object]) -> None:
-        self._runs, self._run_id, self._say = runs, run_id, say
-        self._unsent: list[tuple[int, dict[str, float]]] = []
-
-    def write(self, numbers: dict[str, float], *, step: int) -> None:
-        """Keep numbers, and send what can be sent."""
-        self._unsent.append((step, numbers))
-        try:
-            self.close()
-        except StorageError as error:
-            self.say(step, f"(MLflow: {error}; kept {len(self._unsent)} entries)")
-
-    def say(self, step: int, words: str) -> None:
-        """How far it is."""
-        self._say(step, words)
-
-    def close(self) -> None:
-        """Send what is left."""
-        while self._unsent:
-            step, numbers = self._unsent[0]
-            self._runs.log_metrics(self._run_id, numbers, step=step)
-            self._unsent.pop(0)
+Write = Callable[[Path], None] | None
+"""What fills a checkpoint's folder; None on all ranks but 0."""
+Checkpoint = Callable[[Write, Examination], None]
+"""Keep what is written, and the numbers that belong to it."""
 
 
 class _Speed:
-    """Images a second of the whole group, of steps alone: validation and checkpoints don't count."""
+    """Images a second of the whole group, of steps alone: examinations and checkpoints don't count."""
 
     def __init__(self, num_images: int) -> None:
         self._num_images = num_images
@@ -90,79 +59,73 @@ class _Speed:
         return self._num_images * self._num_steps / self._seconds if self._seconds else 0.0
 
 
-def begin(
+def make_trainer(
     model_config: ModelConfig,
     loss: LossConfig,
     training: TrainingConfig,
-    lessons: Lessons,
+    data: TrainingData,
     *,
+    seed: int,
     device: torch.device,
-) -> Learning:
-    """A learner before its first step; features of a frozen backbone are cached here."""
-    built = model.build(model_config, seed=training.seed)
-    joint = JointLoss(
-        loss,
-        num_classes=lessons.num_classes,
-        embedding_dim=model_config.embedding_dim,
-        seed=training.seed,
-    )
-    learning = Learning(built, joint, training, device=device)
+) -> Trainer:
+    """A trainer before its first step; features of a frozen backbone are cached here."""
+    built = model.build(model_config, seed=seed)
+    joint = JointLoss(loss, num_classes=data.num_classes, embedding_dim=model_config.embedding_dim, seed=seed)
+    trainer = Trainer(built, joint, training, seed=seed, device=device)
     if training.cached_features:
-        lessons.prepare(built)
-    return learning
+        data.cache_features(built)
+    return trainer
 
 
-def teach(
-    learning: Learning,
-    lessons: Lessons,
+def train(
+    trainer: Trainer,
+    data: TrainingData,
     *,
     augment: AugmentConfig,
     num_images: int,
     diary: Diary | None,
     checkpoint: Checkpoint,
 ) -> float:
-    """Learn to the last step; images a second of all ranks. num_images: of a global batch.
+    """Train to the last step; images a second of all ranks. num_images: of a global batch.
 
-    NotFinite, from `Learning.step`, leaves the last checkpoint as the good one.
+    NotFinite, from `Trainer.step`, leaves the last checkpoint as the good one.
     """
-    config = learning.config
-    batches = lessons.batches(
-        learning.model,
-        first_step=learning.next_step,
-        num_steps=config.num_steps - learning.next_step,
+    config = trainer.config
+    batches = data.batches(
+        trainer.model,
+        first_step=trainer.next_step,
+        num_steps=config.num_steps - trainer.next_step,
         augment=augment if config.augment else None,
     )
     speed = _Speed(num_images)
-    for result in learning.run(batches):
+    for result in trainer.run(batches):
         speed.step()
-        done, is_last = learning.next_step, learning.next_step == config.num_steps
+        done, is_last = trainer.next_step, trainer.next_step == config.num_steps
         if diary and (done % _TELL_EVERY_STEPS == 0 or is_last):
             diary.say(done, f"loss {result.total:.4f}, {speed.images_per_s:.0f} images/s")
             diary.write(_told(result, speed), step=done)
-        examined = done % config.evaluation_interval == 0 or is_last
-        if examined or done % config.checkpoint_interval == 0:
-            numbers = _examined(learning, lessons) if examined else {SCORE: -1.0}
-            numbers |= {"step": done, "mean_distance": result.mean_distance}
-            if diary and examined:
-                told = {name: value for name, value in numbers.items() if name.startswith("validation/")}
-                diary.say(
-                    done, f"loss {result.total:.4f}, Recall@1 {100 * numbers[SCORE]:.1f} % on unseen classes"
-                )
-                diary.write(told, step=done)
-            checkpoint(partial(write_state, learning) if diary else None, numbers)
+        examines = done % config.evaluation_interval == 0 or is_last
+        if examines or done % config.checkpoint_interval == 0:
+            examination = Examination(step=done, mean_distance=result.mean_distance)
+            if examines:
+                examination = _examine(trainer, data, examination)
+                if diary:
+                    recall = f"Recall@1 {100 * examination.score:.1f} % on unseen classes"
+                    diary.say(done, f"loss {result.total:.4f}, {recall}")
+                    diary.write(examination.named, step=done)
+            checkpoint(partial(write_checkpoint, trainer, diary) if diary else None, examination)
             speed.pause()
-    if diary:
-        diary.close()
     return speed.images_per_s
 
 
-def write_state(learning: Learning, folder: Path) -> None:
+def write_checkpoint(trainer: Trainer, diary: Diary, folder: Path) -> None:
     """Write all that a resumed run needs."""
-    torch.save(learning.state(), folder / _STATE_FILE)
+    torch.save(trainer.state(), folder / _STATE_FILE)
+    diary.write_unsent(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read it back, for `Learning.load_state`."""
+    """What the checkpoint in this folder holds for `Trainer.load_state`."""
     state: dict[str, Any] = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
     return state
 
@@ -172,19 +135,7 @@ def _told(result: StepResult, speed: _Speed) -> dict[str, float]:
     return numbers | {"train/images_per_s": speed.images_per_s}
 
 
-def _examined(learning: Learning, lessons: Lessons) -> dict[str, Any]:
-    ways = validation.ways(search_metric_of(learning.learner.loss.config))
-    return summary(lessons.examine(learning.model, ways), ways)
-
-
-def summary(results: validation.Results, ways: Sequence[SearchDefaults]) -> dict[str, Any]:
-    """Recall@1 and MAP@R of every way of searching, the way to recommend, and the score."""
-    best = validation.choose(results, ways)
-    numbers: dict[str, Any] = {
-        SCORE: results[best].recall_at_1, "metric": best.metric, "structure_side": best.structure_side
-    }  # fmt: skip
-    for way in ways:
-        name = validation.name_of(way)
-        numbers[f"validation/recall_at_1/{name}"] = results[way].recall_at_1
-        numbers[f"validation/map_at_r/{name}"] = results[way].map_at_r
-    return numbers
+def _examine(trainer: Trainer, data: TrainingData, before: Examination) -> Examination:
+    ways = validation.ways(search_metric_of(trainer.whole.loss.config))
+    results = data.examine(trainer.model, ways)
+    return Examination.of(results, ways, step=before.step, mean_distance=before.mean_distance)

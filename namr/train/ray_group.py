@@ -1,9 +1,9 @@
 """A group of processes under Ray Train: reserve them, run a function in each, keep its checkpoints.
 
-The function gets its `Place` in the group. Lost workers are replaced and begin again with the last
-checkpoint; the best by score and the last are kept in storage, under the run's name.
+The function is told which `Worker` of the group it runs in. Lost workers are replaced and begin again with
+the last checkpoint; the best by score and the last are kept in storage, under the run's name.
 
-Not covered: what the function does (`training`); groups that change their size while they run.
+Not covered: what the function does (`job`); groups that change their size while they run.
 """
 
 import logging
@@ -26,8 +26,12 @@ from namr import checks, ray_connection
 from namr.errors import ConfigError, NamrError
 from namr.progress import shown
 from namr.store import scratch, storage
+from namr.train.examination import SCORE, Examination
 
 _train: Any = ray.train  # its annotations are those of the API before V2
+
+_MOST_WORKERS = 4096
+"""More is a slip of the hand, and Ray would be asked to reserve all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ class WorkersConfig:
     """How long to wait for a cluster to have the resources free."""
 
     def __post_init__(self) -> None:
-        checks.in_range(self, "num_workers", "cpus_per_worker", at_least=1, place="workers")
+        checks.in_range(self, "num_workers", at_least=1, at_most=_MOST_WORKERS, place="workers")
+        checks.in_range(self, "cpus_per_worker", at_least=1, place="workers")
         checks.in_range(self, "max_failures", "wait_s", at_least=0, place="workers")
 
     @property
@@ -56,8 +61,8 @@ class WorkersConfig:
         return {"CPU": float(self.cpus_per_worker), **gpu}
 
 
-class Place(NamedTuple):
-    """Where in the group a process stands, and what it can do there."""
+class Worker(NamedTuple):
+    """One process of the group, and what it can do there."""
 
     rank: int
     world_size: int
@@ -77,8 +82,8 @@ class Place(NamedTuple):
             with checkpoint.as_directory() as folder:
                 yield Path(folder)
 
-    def checkpoint(self, write: Callable[[Path], None] | None, numbers: dict[str, Any]) -> None:
-        """Store what `write` puts into a folder, and the numbers ("step" and the score among them) with it.
+    def checkpoint(self, write: Callable[[Path], None] | None, examination: Examination) -> None:
+        """Store what `write` puts into a folder, and the numbers of the examination with it.
 
         Collective; one rank writes and the others pass None.
         """
@@ -88,7 +93,9 @@ class Place(NamedTuple):
                 write(Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(
-                numbers, checkpoint=checkpoint, checkpoint_dir_name=f"step-{numbers['step']:08d}"
+                examination.to_flat(),
+                checkpoint=checkpoint,
+                checkpoint_dir_name=f"step-{examination.step:08d}",
             )
 
 
@@ -97,13 +104,13 @@ class Outcome(NamedTuple):
 
     value: Any
     """What the function returned on rank 0."""
-    numbers: dict[str, Any]
+    examination: Examination
     """Of the best checkpoint."""
     checkpoint: ray.train.Checkpoint
     """The best one; `as_directory()` brings it here."""
 
 
-Work = Callable[[Any, Place], Any]
+Work = Callable[[Any, Worker], Any]
 
 
 def check_resources(workers: WorkersConfig) -> None:
@@ -131,13 +138,12 @@ def run(
     name: str,
     storage_uri: str,
     num_steps: int,
-    score: str,
     workers: WorkersConfig,
 ) -> Outcome:
-    """`work(given, place)` on every worker, from the last checkpoint under that name if there is one.
+    """`work(given, worker)` on every worker, from the last checkpoint under that name if there is one.
 
-    score: the number by which checkpoints are compared; each has it, higher is better. Raises NamrError with
-    what a worker said, after the failures that `workers` allows.
+    Raises NamrError with what a worker said, after the failures that `workers` allows, and the NamrError that
+    `work` returns where repeating it wouldn't help.
     """
     filesystem, path = storage.arrow_filesystem(storage_uri)
     with _shown(name, num_steps) as said:
@@ -158,7 +164,7 @@ def run(
                 failure_config=_train.FailureConfig(
                     max_failures=workers.max_failures, controller_failure_limit=2
                 ),
-                checkpoint_config=_train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=score),
+                checkpoint_config=_train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
                 logging_config=_train.LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -168,8 +174,9 @@ def run(
             raise _explained(name, error) from error
     if isinstance(result.return_value, NamrError):
         raise result.return_value
-    checkpoint, numbers = max(result.best_checkpoints, key=lambda each: (each[1][score], each[1]["step"]))
-    return Outcome(result.return_value, numbers, checkpoint)
+    kept = [(Examination.from_flat(told), checkpoint) for checkpoint, told in result.best_checkpoints]
+    examination, checkpoint = max(kept, key=lambda each: (each[0].score, each[0].step))
+    return Outcome(result.return_value, examination, checkpoint)
 
 
 def _work(config: dict[str, Any]) -> Any:
@@ -177,14 +184,14 @@ def _work(config: dict[str, Any]) -> Any:
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells each checkpoint with all its numbers
     context = ray.train.get_context()
     torch.set_num_threads(config["workers"].cpus_per_worker)
-    place = Place(
+    worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         device=ray.train.torch.get_device(),
         say=lambda done, words: config["said"].put_nowait((done, words)),
     )
-    return config["work"](config["given"], place)
+    return config["work"](config["given"], worker)
 
 
 def _explained(name: str, error: Any) -> NamrError:

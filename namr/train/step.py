@@ -1,12 +1,12 @@
-"""One step of learning on the global batch, its schedule, and the state that makes a run resumable.
+"""One step of training on the global batch, its schedule, and the state that makes a run resumable.
 
-`Learner` holds backbone, heads and loss in one module, so that DDP wraps the whole forward: every rank
+`ModelWithLoss` is backbone, heads and loss in one module, so that DDP wraps the whole forward: every rank
 computes the features of its slice, `collectives.gather` hands all of them to every rank with their
 gradient, and heads and losses run on the global batch everywhere. Gather sums gradients over ranks and DDP
-averages them, so nothing is multiplied by the number of ranks. `Learning` adds optimiser, schedule and step
+averages them, so nothing is multiplied by the number of ranks. `Trainer` adds optimiser, schedule and step
 counter.
 
-Not covered: where batches come from, checkpoints in storage, Ray (`training`); evaluation (`validation`).
+Not covered: where batches come from (`training_data`), what happens between steps (`loop`), Ray.
 Legend: B images in the global batch, b on this rank, F features, D dimension.
 """
 
@@ -33,7 +33,7 @@ class NotFinite(NamrError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, how fast and with what rules the model learns."""
+    """How long, how fast and with what rules a model is trained."""
 
     num_steps: int
     """Steps of the optimiser; one step is one global batch of P x K images."""
@@ -62,8 +62,6 @@ class TrainingConfig:
     """Steps between two evaluations on the validation classes; the last step is always evaluated."""
     checkpoint_interval: int = 200
     """Steps between two checkpoints; every evaluation makes one too."""
-    seed: int = 0
-    """Seeds the heads, the batches, the augmentation and the miners."""
 
     def __post_init__(self) -> None:
         steps = ("num_steps", "evaluation_interval", "checkpoint_interval")
@@ -75,7 +73,7 @@ class TrainingConfig:
 
     @property
     def frozen_backbone(self) -> bool:
-        """True if only the heads learn."""
+        """True if only the heads are trained."""
         return self.backbone_learning_rate == 0
 
     @property
@@ -103,7 +101,7 @@ def rate_factor(config: TrainingConfig, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-class Learner(nn.Module):
+class ModelWithLoss(nn.Module):
     """Backbone, heads and loss as one forward pass from a rank's images to the global batch's loss."""
 
     def __init__(self, model: NamrModel, loss: JointLoss, *, seed: int, precision: Precision) -> None:
@@ -141,23 +139,23 @@ class StepResult(NamedTuple):
     """What all peak rates were multiplied by."""
 
 
-class Learning:
-    """A learner with its optimiser and place in the schedule.
+class Trainer:
+    """A model with its loss, optimiser and place in the schedule.
 
     `next_step` counts the steps that are done. Anything random inside a step is drawn from (seed, step,
     rank), so that no generator's state needs to be kept and a run resumes on any number of ranks.
     """
 
     def __init__(
-        self, model: NamrModel, loss: JointLoss, config: TrainingConfig, *, device: torch.device
+        self, model: NamrModel, loss: JointLoss, config: TrainingConfig, *, seed: int, device: torch.device
     ) -> None:
         policy = batchnorm_policy(config, model.config)
         if policy == "sync" and device.type == "cpu":
             raise ConfigError('training.batchnorm is "sync", which needs GPUs; on CPUs use frozen or local')
         set_batchnorm_policy(model, policy)
         model.backbone.requires_grad_(not config.frozen_backbone)
-        self.config, self.device = config, device
-        self.learner = Learner(model, loss, seed=config.seed, precision=config.precision).to(device)
+        self.config, self.seed, self.device = config, seed, device
+        self.whole = ModelWithLoss(model, loss, seed=seed, precision=config.precision).to(device)
         self.next_step = 0
         self._peaks = {
             "backbone": config.backbone_learning_rate,
@@ -165,11 +163,11 @@ class Learning:
             "loss": config.proxy_learning_rate,
         }
         self.optimiser = torch.optim.AdamW(self._groups())
-        self._parallel: nn.Module = self.learner
+        self._parallel: nn.Module = self.whole
         self._is_settled = collectives.world_size() == 1
         if collectives.world_size() > 1:
             self._parallel = DistributedDataParallel(
-                self.learner,
+                self.whole,
                 device_ids=[device] if device.type == "cuda" else None,
                 forward_sync_buffers=policy == "local",
                 gradient_as_bucket_view=True,
@@ -177,8 +175,8 @@ class Learning:
 
     @property
     def model(self) -> NamrModel:
-        """The model that learns."""
-        return self.learner.model
+        """The model that is trained."""
+        return self.whole.model
 
     def step(self, inputs: Tensor, labels: Tensor) -> StepResult:
         """One step on this rank's slice of the global batch; NotFinite if loss or gradient is not finite."""
@@ -188,11 +186,11 @@ class Learning:
             group["lr"] = self._peaks[group["name"]] * factor
         inputs = inputs.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
-        self.learner.train()
+        self.whole.train()
         if not self._is_settled:
             self._settle(inputs, labels)
         terms = self._gradients(inputs, labels)
-        trained = [p for p in self.learner.parameters() if p.requires_grad]
+        trained = [p for p in self.whole.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, config.max_gradient_norm)
         # One wait for the GPU.
         numbers = torch.stack([term.detach().float() for term in (*terms, norm)]).tolist()
@@ -218,19 +216,19 @@ class Learning:
         return {
             "step": self.next_step,
             "model": {name: value.cpu() for name, value in self.model.state_dict().items()},
-            "loss": {name: value.cpu() for name, value in self.learner.loss.state_dict().items()},
+            "loss": {name: value.cpu() for name, value in self.whole.loss.state_dict().items()},
             "optimiser": self.optimiser.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a `state()`; the next step is the one after it."""
         self.model.load_state_dict(state["model"])
-        self.learner.loss.load_state_dict(state["loss"])
+        self.whole.loss.load_state_dict(state["loss"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.next_step = int(state["step"])
 
     def _gradients(self, inputs: Tensor, labels: Tensor) -> LossTerms:
-        torch.manual_seed(hashing.mix_of(self.config.seed, self.next_step, collectives.rank()) >> 1)
+        torch.manual_seed(hashing.mix_of(self.seed, self.next_step, collectives.rank()) >> 1)
         self.optimiser.zero_grad(set_to_none=True)
         terms: LossTerms = self._parallel(inputs, labels, self.next_step)
         terms.total.backward()  # type: ignore[no-untyped-call]
@@ -242,7 +240,7 @@ class Learning:
         The order decides in which sequence 3 ranks or more add up their gradients, so without this the
         first step after a resume would differ in its last bits from that of a run that was never stopped.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self.learner.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.whole.buffers()]
         self._gradients(inputs, labels)
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -250,7 +248,7 @@ class Learning:
 
     def _groups(self) -> list[dict[str, Any]]:
         parts: dict[str, nn.Module] = {
-            "backbone": self.model.backbone, "heads": self.model.heads, "loss": self.learner.loss
+            "backbone": self.model.backbone, "heads": self.model.heads, "loss": self.whole.loss
         }  # fmt: skip
         groups = []
         for name, part in parts.items():

@@ -81,7 +81,7 @@ def run(options: Any, local: Dataset, remote: Dataset, folder: Path) -> None:
     prep = Preprocessing(
         size_px=options.size_px, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", fit="squash"
     )
-    batches = PKConfig(classes_per_batch=16, samples_per_class=4, seed=SEED)
+    batches = PKConfig(classes_per_batch=16, samples_per_class=4)
     num_batches = local.num_live // batches.num_samples
     setting = Setting(local, prep, batches, options.num_workers, num_batches)
     num_bytes = sum(entry.tar.size_bytes for entry in local.shards)
@@ -156,6 +156,7 @@ def namr_loader(setting: Setting, config: LoaderConfig) -> Iterator[torch.Tensor
         setting.dataset,
         config,
         batches=setting.batches,
+        seed=SEED,
         rank=0,
         world_size=1,
         first_step=0,
@@ -242,6 +243,7 @@ def check_same_pixels(setting: Setting, folder: Path) -> None:
         setting.dataset,
         LoaderConfig(num_workers=0, cache_folder=folder / "cache"),
         batches=setting.batches,
+        seed=SEED,
         rank=0,
         world_size=1,
         first_step=7,

@@ -29,14 +29,13 @@ import torch
 
 from namr.data import images
 from namr.data.sampling import ClassIndex, PKConfig, global_batch
-from namr.measure import metrics, validation
+from namr.measure import validation
 from namr.measure.evaluation import Comparison, Entry, Row, compare
 from namr.measure.metrics import RetrievalMetrics
 from namr.model import model
 from namr.model.losses import JointLoss, LossConfig, search_metric_of
-from namr.model.model import ModelConfig, NamrModel
-from namr.train import features
-from namr.train.step import Learning, TrainingConfig
+from namr.model.model import ModelConfig, NamrModel, SearchDefaults
+from namr.train.step import Trainer, TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("NAMR_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -159,7 +158,8 @@ def best_rate(
 
     def recall(rate: float, seed: int) -> float:
         found = entry(setting, learnt, held_out, rate, seed)
-        return metrics.retrieval(found.embeddings, held_out.y, metric=found.metric).recall_at_1
+        way = SearchDefaults(metric=found.metric)
+        return validation.measure(found.embeddings, None, held_out.y, ways=[way])[way].recall_at_1
 
     recalls = [float(np.mean([recall(rate, seed) for seed in seeds])) for rate in rates]
     best = rates[int(np.argmax(recalls))]
@@ -180,13 +180,13 @@ def entry(setting: Setting, train: Labelled, test: Labelled, rate: float, seed: 
         seed=seed,
     )
     training = TrainingConfig(
-        num_steps=setting.num_steps, learning_rate=rate, backbone_learning_rate=0, augment=False, seed=seed
+        num_steps=setting.num_steps, learning_rate=rate, backbone_learning_rate=0, augment=False
     )
-    learning = Learning(built, joint, training, device=torch.device("cpu"))
+    trainer = Trainer(built, joint, training, seed=seed, device=torch.device("cpu"))
     index = ClassIndex.from_labels(train.y)
-    batches = PKConfig(classes_per_batch=32, samples_per_class=4, seed=seed)
-    rows = (global_batch(index, batches, step=step) for step in range(setting.num_steps))
-    for _ in learning.run((torch.from_numpy(train.x[r]), torch.from_numpy(train.y[r])) for r in rows):
+    batches = PKConfig(classes_per_batch=32, samples_per_class=4)
+    rows = (global_batch(index, batches, seed=seed, step=step) for step in range(setting.num_steps))
+    for _ in trainer.run((torch.from_numpy(train.x[r]), torch.from_numpy(train.y[r])) for r in rows):
         pass
     built.eval()
     with torch.inference_mode():
@@ -220,7 +220,7 @@ def cached_features(folder: Path, config: ModelConfig, cache: Path) -> Labelled:
     names = sorted({path.parent.name for path in paths})
     labels = np.array([names.index(path.parent.name) for path in paths], np.int64)
     backbone = model.build(config, seed=0).eval()
-    stored = cache / f"{folder.parent.name}-{folder.name}-{features.backbone_digest(backbone)[:16]}.npy"
+    stored = cache / f"{folder.parent.name}-{folder.name}-{model.backbone_digest(backbone)[:16]}.npy"
     if not stored.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with stored.with_suffix(".partial").open("wb") as file:

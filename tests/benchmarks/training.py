@@ -3,7 +3,7 @@
     python -m tests.benchmarks.training [--steps 30] [--rounds 2] [--backbone NAME]
 
 Both sides take the same P x K batches from the same shards through the same loader and the same step on two
-processes of one thread each, DDP over gloo. The Ray side is `training.fit` as a user runs it, MLflow and
+processes of one thread each, DDP over gloo. The Ray side is `job.fit` as a user runs it, MLflow and
 checkpoints included; validation and the writing of checkpoints are not steady state and not timed on either
 side, nor are the first five steps. Before times are compared, the losses of both sides have to agree in
 every bit. Sides take turns, and each counts with its best round. Both keep freed memory (glibc's malloc would
@@ -38,10 +38,10 @@ from namr.registry import registry
 from namr.store import manifests, tables
 from namr.train import job as train_job
 from namr.train import loop
-from namr.train.job import TrainJobConfig
-from namr.train.lessons import DataConfig, Lessons
 from namr.train.ray_group import WorkersConfig
+from namr.train.run import TrainJobConfig
 from namr.train.step import TrainingConfig
+from namr.train.training_data import DataConfig, TrainingData
 
 UNSTEADY_STEPS = 5
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(4 << 30)}
@@ -87,7 +87,7 @@ def job(options: Any, folder: Path, name: str) -> TrainJobConfig:
         run_name=name,
         storage_uri=str(folder / "runs"),
         data=DataConfig(dataset_uri=str(folder / "data")),
-        batch=PKConfig(classes_per_batch=12, samples_per_class=4, seed=0),
+        batch=PKConfig(classes_per_batch=12, samples_per_class=4),
         model=ModelConfig(
             backbone=options.backbone, weights="none", embedding_dim=256, image_size_px=options.size_px
         ),
@@ -119,8 +119,8 @@ def torchrun_round(options: Any, folder: Path, number: int) -> tuple[float, floa
     command += ["-m", "tests.benchmarks.training", "--plain", str(folder), "--steps", str(options.steps)]
     command += ["--backbone", options.backbone, "--size-px", str(options.size_px), "--rounds", str(number)]
     subprocess.run(command, check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    found = json.loads(told.read_text())
-    return found["images_per_s"], found["loss"]
+    measured = json.loads(told.read_text())
+    return measured["images_per_s"], measured["loss"]
 
 
 def plain_worker(options: Any) -> None:
@@ -128,19 +128,22 @@ def plain_worker(options: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config = job(options, options.plain, "plain")
-    lessons = Lessons(
+    data = TrainingData(
         datasets.open_version(config.data.dataset_uri),
         None,
         data=config.data,
         batch=config.batch,
         loader=config.loader,
+        seed=config.seed,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
-    learning = loop.begin(config.model, config.loss, config.training, lessons, device=torch.device("cpu"))
-    batches = lessons.batches(learning.model, first_step=0, num_steps=options.steps, augment=AugmentConfig())
+    trainer = loop.make_trainer(
+        config.model, config.loss, config.training, data, seed=config.seed, device=torch.device("cpu")
+    )
+    batches = data.batches(trainer.model, first_step=0, num_steps=options.steps, augment=AugmentConfig())
     times, loss = [time.perf_counter()], 0.0
-    for result in learning.run(batches):
+    for result in trainer.run(batches):
         times.append(time.perf_counter())
         loss = result.total
     steady = times[UNSTEADY_STEPS:]

@@ -19,7 +19,7 @@ from tests.small_dataset import LABELS, id_of, image, make_dataset
 PREP = Preprocessing(
     size_px=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear", fit="squash"
 )
-BATCHES = PKConfig(classes_per_batch=3, samples_per_class=2, seed=5)
+BATCHES = PKConfig(classes_per_batch=3, samples_per_class=2)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def load(
         dataset,
         LoaderConfig(num_workers=num_workers, cache_folder=folder),
         batches=BATCHES,
+        seed=5,
         rank=rank,
         world_size=world_size,
         first_step=first_step,
@@ -93,7 +94,8 @@ def test_too_few_classes_are_a_named_error(dataset: Dataset, tmp_path: Path) -> 
         loading.make_loader(
             dataset,
             LoaderConfig(num_workers=0, cache_folder=tmp_path),
-            batches=PKConfig(classes_per_batch=5, samples_per_class=2, seed=0),
+            batches=PKConfig(classes_per_batch=5, samples_per_class=2),
+            seed=0,
             rank=0,
             world_size=1,
             first_step=0,
@@ -134,7 +136,7 @@ def test_batches_and_passes_can_be_of_some_classes_and_samples(dataset: Dataset,
     whole = index.class_index
     some = ClassIndex(ids=whole.ids, starts=whole.starts[[0, 1, 2, 3]])  # ants, bees, cats
     loader = loading.make_loader(
-        dataset, config, batches=BATCHES, rank=0, world_size=1, first_step=0, num_steps=4, prep=PREP,
+        dataset, config, batches=BATCHES, seed=5, rank=0, world_size=1, first_step=0, num_steps=4, prep=PREP,
         augment=None, classes=some,
     )  # fmt: skip
     for batch in loader:

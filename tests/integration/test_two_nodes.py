@@ -121,7 +121,7 @@ def train(two_nodes: TwoNodes, folder: Path, run_name: str) -> Job:
         "data.held-out-share": "0.4",
         "batch.classes-per-batch": "4",
         "batch.samples-per-class": "4",
-        "batch.seed": "1",
+        "seed": "1",
         "model.backbone": "test_resnet",
         "model.weights": "none",
         "model.embedding-dim": "16",

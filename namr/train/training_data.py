@@ -1,10 +1,10 @@
-"""What a model learns from and what it is examined on: batches of training classes, and classes kept unseen.
+"""What a model is trained on and what it is examined on: batches of classes, and classes kept unseen.
 
 The unseen classes are those of a validation dataset, or a share of the training dataset's own classes that
 is held out. With a frozen backbone and no augmentation an image's features never change: they are computed
 once over all ranks, kept on local disk, and batches and examinations are made of them.
 
-Not covered: learning itself (`learning`), what the numbers mean (`validation`).
+Not covered: the steps (`step`), what the numbers of an examination mean (`measure.validation`).
 Legend: C classes, N validation images, D dimension, F features.
 """
 
@@ -25,7 +25,7 @@ from namr.data.sample_index import SampleIndex
 from namr.data.sampling import PKConfig, slice_of_rank
 from namr.errors import ConfigError
 from namr.measure import validation
-from namr.model.model import NamrModel, SearchDefaults
+from namr.model.model import NamrModel, SearchDefaults, backbone_digest
 from namr.train import features
 from namr.train.features import Computed, Values
 
@@ -36,10 +36,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The images to learn from, and the classes to be examined on."""
+    """The images to train on, and the classes to be examined on."""
 
     dataset_uri: str
-    """Dataset to learn from; only its labelled images count."""
+    """Dataset to train on; only its labelled images count."""
     dataset_version: int | None = None
     """Its version; none = the current one when the run begins."""
     validation_uri: str | None = None
@@ -51,8 +51,8 @@ class DataConfig:
         checks.in_range(self, "held_out_share", above=0, below=1, place="data")
 
 
-class _Source:
-    """One dataset, its index, and the features of its labelled images if they are cached."""
+class _Labelled:
+    """One dataset, the index of its labelled images, and their features if they are cached."""
 
     def __init__(self, dataset: Dataset, loader: LoaderConfig) -> None:
         self.dataset, self.loader = dataset, loader
@@ -66,7 +66,7 @@ class _Source:
 
     def cache_features(self, model: NamrModel, *, rank: int, world_size: int, writes: bool) -> None:
         """Compute the features of all labelled images, or map what is on disk already."""
-        name = f"{features.backbone_digest(model)[:24]}-{self.dataset.digest[:24]}.npy"
+        name = f"{backbone_digest(model)[:24]}-{self.dataset.digest[:24]}.npy"
         loader = loading.make_evaluation_loader(
             self.dataset,
             self.loader,
@@ -93,7 +93,7 @@ class _Source:
         return self.index.classes(self.index.places(ids))
 
 
-class Lessons:
+class TrainingData:
     """The batches and the examination of one rank; making it reads the sample indexes and no image.
 
     ConfigError for datasets without labels, fewer classes than a batch wants, or nothing to be examined on.
@@ -107,41 +107,43 @@ class Lessons:
         data: DataConfig,
         batch: PKConfig,
         loader: LoaderConfig,
+        seed: int,
         rank: int = 0,
         world_size: int = 1,
         writes_cache: bool = True,
     ) -> None:
-        self._batch, self._loader = batch, loader
+        """unseen: the validation dataset, or None to hold classes out. seed: 0 to 2^63 - 1."""
+        self._batch, self._loader, self._seed = batch, loader, seed
         self._rank, self._world_size, self._writes_cache = rank, world_size, writes_cache
-        self._train = _Source(train, loader)
-        self._unseen = _Source(unseen, loader) if unseen else self._train
+        self._train = _Labelled(train, loader)
+        self._unseen = _Labelled(unseen, loader) if unseen else self._train
         every = self._train.index.class_index
         if unseen is None:
             names = self._train.index.class_names
-            held = validation.classes_to_hold_out(every, names, share=data.held_out_share, seed=batch.seed)
+            held = validation.classes_to_hold_out(every, names, share=data.held_out_share, seed=seed)
             examined = validation.only(every, held)
         else:
             held, examined = np.empty(0, np.int64), self._unseen.index.class_index
-        learnt = np.setdiff1d(np.arange(every.num_classes), held)
-        self.classes = validation.only(every, learnt)
+        trained = np.setdiff1d(np.arange(every.num_classes), held)
+        self.classes = validation.only(every, trained)
         sampling.check_drawable(self.classes, batch)
         if not len(examined.drawn_classes):
             raise ConfigError(f"{self._unseen.dataset.uri}: no class has two images, nothing to validate on")
         self._numbers = torch.full((every.num_classes,), -1)
-        self._numbers[torch.from_numpy(learnt)] = torch.arange(len(learnt))
+        self._numbers[torch.from_numpy(trained)] = torch.arange(len(trained))
         self.validation_ids = np.sort(examined.ids)
         self._validation_labels = self._unseen.classes_of(self.validation_ids)
         self._loaded: torch.utils.data.DataLoader[loading.Batch] | None = None
 
     @property
     def num_classes(self) -> int:
-        """C, the classes that are learnt; labels of batches are 0 .. C - 1."""
+        """C, the classes to train on; labels of batches are 0 .. C - 1."""
         return self.classes.num_classes
 
-    def prepare(self, model: NamrModel) -> None:
-        """Cache features, so that batches are made of them. Collective."""
-        for source in {id(source): source for source in (self._train, self._unseen)}.values():
-            source.cache_features(
+    def cache_features(self, model: NamrModel) -> None:
+        """Compute all features or map those of before; batches are made of them from now on. Collective."""
+        for labelled in {id(each): each for each in (self._train, self._unseen)}.values():
+            labelled.cache_features(
                 model, rank=self._rank, world_size=self._world_size, writes=self._writes_cache
             )
 
@@ -152,7 +154,7 @@ class Lessons:
         if self._train.features is not None:
             mine = slice_of_rank(self._batch.num_samples, rank=self._rank, world_size=self._world_size)
             for step in range(first_step, first_step + num_steps):
-                ids = sampling.global_batch(self.classes, self._batch, step=step)[mine]
+                ids = sampling.global_batch(self.classes, self._batch, seed=self._seed, step=step)[mine]
                 labels = torch.from_numpy(self._train.classes_of(ids))
                 yield self._train.features_of(ids), self._numbers[labels]
             return
@@ -160,6 +162,7 @@ class Lessons:
             self._train.dataset,
             self._loader,
             batches=self._batch,
+            seed=self._seed,
             rank=self._rank,
             world_size=self._world_size,
             first_step=first_step,

@@ -1,0 +1,89 @@
+"""What a checkpoint is worth: how well its model finds images of classes that it was not trained on.
+
+It stays an object from the worker that measures to the driver that chooses; only Ray Train, which keeps
+numbers beside its checkpoints and compares them, is given a flat dict.
+
+Not covered: measuring (`training_data`, `measure.validation`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from namr.measure import validation
+from namr.model.model import SearchDefaults
+
+SCORE = "score"
+"""The number of the flat dict by which checkpoints are compared."""
+
+_NOT_MEASURED = -1.0
+_RECALL, _MAP = "validation/recall_at_1/", "validation/map_at_r/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """One checkpoint's numbers; without `recall_at_1` and with a score of -1 where nothing was measured."""
+
+    step: int
+    """Steps that were done."""
+    mean_distance: float
+    """Of the last batch's embeddings; what `model.fold_scale` folds in."""
+    score: float = _NOT_MEASURED
+    """Recall@1, searched in the way that `search` recommends."""
+    search: SearchDefaults = field(default_factory=SearchDefaults)
+    """The way that the checkpoint would be served in (`validation.choose`)."""
+    recall_at_1: Mapping[str, float] = field(default_factory=dict)
+    """By way of searching."""
+    map_at_r: Mapping[str, float] = field(default_factory=dict)
+    """By way of searching."""
+
+    @classmethod
+    def of(
+        cls,
+        results: validation.Results,
+        ways: Sequence[SearchDefaults],
+        *,
+        step: int,
+        mean_distance: float,
+    ) -> "Examination":
+        """What was measured for these ways of searching, simplest first."""
+        best = validation.choose(results, ways)
+        return cls(
+            step=step,
+            mean_distance=mean_distance,
+            score=results[best].recall_at_1,
+            search=best,
+            recall_at_1={validation.name_of(way): results[way].recall_at_1 for way in ways},
+            map_at_r={validation.name_of(way): results[way].map_at_r for way in ways},
+        )
+
+    @property
+    def named(self) -> dict[str, float]:
+        """Every measured number under its name in MLflow and in a run's result."""
+        recalls = {f"{_RECALL}{way}": value for way, value in self.recall_at_1.items()}
+        return recalls | {f"{_MAP}{way}": value for way, value in self.map_at_r.items()}
+
+    def to_flat(self) -> dict[str, Any]:
+        """The dict that Ray Train keeps with the checkpoint; `from_flat` takes it back."""
+        told = {"step": self.step, "mean_distance": self.mean_distance, SCORE: self.score}
+        if not self.recall_at_1:
+            return told
+        way = {"metric": self.search.metric, "structure_side": self.search.structure_side}
+        return told | way | self.named
+
+    @classmethod
+    def from_flat(cls, told: Mapping[str, Any]) -> "Examination":
+        """What `to_flat` wrote, now or in a run that was begun before."""
+        way = {name: told[name] for name in ("metric", "structure_side") if name in told}
+        return cls(
+            step=int(told["step"]),
+            mean_distance=float(told["mean_distance"]),
+            score=float(told[SCORE]),
+            search=SearchDefaults(**way),
+            recall_at_1=_below(_RECALL, told),
+            map_at_r=_below(_MAP, told),
+        )
+
+
+def _below(prefix: str, told: Mapping[str, Any]) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in told.items() if name.startswith(prefix)}
