@@ -108,21 +108,14 @@ def _write_named(plan: ShardPlan, data: bytes | Path, suffix: str) -> StoredObje
     )
 
 
-def _accepted(found: Sequence[SourceImage], refused: list[RefusedImage]) -> Iterator[Sample]:
+def _accepted(offered: Sequence[SourceImage], refused: list[RefusedImage]) -> Iterator[Sample]:
     """The images that decode, read some ahead; the others go to `refused`."""
-    contents = read_ahead.in_order(_bytes_or_none, found, num_threads=_NUM_READERS)
-    for image, data in zip(found, contents, strict=True):
-        reason = "nothing is there" if data is None else _objection(data)
-        if data is None or reason:
-            refused.append(RefusedImage(key=image.key, location=image.location, reason=reason or ""))
-        else:
-            yield Sample(
-                key=image.key,
-                image=data,
-                extension=shards.extension_of(data) or "",
-                label=image.label,
-                fields=image.fields,
-            )
+    contents = read_ahead.in_order(_bytes_or_none, offered, num_threads=_NUM_READERS)
+    for image, data in zip(offered, contents, strict=True):
+        try:
+            yield _sample(image, data)
+        except ImageRefused as refusal:
+            refused.append(RefusedImage(key=image.key, location=image.location, reason=refusal.reason))
 
 
 def _bytes_or_none(image: SourceImage) -> bytes | None:
@@ -134,13 +127,17 @@ def _bytes_or_none(image: SourceImage) -> bytes | None:
         return None
 
 
-def _objection(data: bytes) -> str | None:
-    """Why these bytes are no image that can be packed."""
-    try:
-        images.decode(data)
-    except ImageRefused as refusal:
-        return refusal.reason
-    return None if shards.extension_of(data) else "a format that shards don't hold"
+def _sample(image: SourceImage, data: bytes | None) -> Sample:
+    """The image as a shard holds it; ImageRefused for bytes that can't be packed."""
+    if data is None:
+        raise ImageRefused("nothing is there")
+    images.decode(data)
+    format = images.format_of(data)
+    if format is None:
+        raise ImageRefused("a format that shards don't hold")
+    return Sample(
+        key=image.key, image=data, extension=format.extension, label=image.label, fields=image.fields
+    )
 
 
 def _index_foreign(number: int, uri: str, refused: list[RefusedImage]) -> tuple[StoredObject, SampleTable]:

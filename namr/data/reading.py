@@ -28,7 +28,7 @@ import torch
 import torch.utils.data
 
 from namr import checks
-from namr.data import images, sampling
+from namr.data import datasets, images, sampling
 from namr.data.datasets import Dataset, ShardEntry
 from namr.data.images import AugmentConfig, Preprocessing
 from namr.data.sample_index import SampleIndex, write_sample_index
@@ -187,6 +187,29 @@ class SampleReader:
 
 def _reader(dataset: Dataset, cache: Cache | None) -> SampleReader:
     return SampleReader(dataset, cache=cache)
+
+
+class Pictures:
+    """Encoded images of a dataset version, for showing; the version is opened by the first one asked for.
+
+    May be used by many threads at once.
+    """
+
+    def __init__(self, dataset_uri: str, dataset_version: int) -> None:
+        self._where = dataset_uri, dataset_version
+        self._opening = threading.Lock()
+        self._reader: SampleReader | None = None
+
+    def read(self, id: int, offset: int, size: int) -> bytes:
+        """The bytes of one; ManifestError where the version or the shard is gone."""
+        return self.read_many([id], [offset], [size])[0]
+
+    def read_many(self, ids: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> list[bytes]:
+        """The bytes of some, in the order asked, with few requests."""
+        with self._opening:
+            if self._reader is None:
+                self._reader = SampleReader(datasets.open_version(*self._where), cache=None)
+        return self._reader.read(*(np.array(column, np.int64) for column in (ids, offsets, sizes)))
 
 
 class _Filler:

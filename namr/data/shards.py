@@ -28,10 +28,6 @@ from namr.store.tables import SampleTable, fields_text
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 """of images in a tar; what `images.decode` reads"""
 MAX_SHARD_NUMBER = (1 << 21) - 1
-_MAGIC = (
-    ("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG"), ("gif", b"GIF8"), ("bmp", b"BM"),
-    ("tif", b"II*\0"), ("tif", b"MM\0*"),
-)  # fmt: skip
 _BLOCK_BYTES = 512
 _NOT_SAMPLES = re.compile(r"__[^/]*__($|/)|(.*/)?\._")
 """WebDataset's metadata, and what macOS leaves in tars"""
@@ -74,16 +70,6 @@ def shard_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def row_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Rows in their shards of ids."""
     return ids & 0xFFFFFFFF
-
-
-def extension_of(image: bytes) -> str | None:
-    """The extension that the first bytes call for; None if they are of no format in EXTENSIONS."""
-    for extension, start in _MAGIC:
-        if image.startswith(start):
-            return extension
-    if image[8:12] == b"WEBP":
-        return "webp"
-    return "avif" if image[4:12] in (b"ftypavif", b"ftypavis") else None
 
 
 def write_shard(path: Path, samples: Iterable[Sample], *, number: int) -> SampleTable:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -122,6 +123,23 @@ def test_a_shard_that_the_dataset_has_not_is_a_named_error(dataset: Dataset) -> 
     nowhere = np.array([shards.make_id(9, 0)])
     with pytest.raises(ManifestError, match="no shard 9 in version 2"):
         reading.SampleReader(dataset, cache=None).read(nowhere, nowhere, nowhere)
+
+
+def test_pictures_are_read_by_many_threads_and_their_version_opened_when_the_first_is_asked_for(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    index = reading.build_class_index(dataset, tmp_path)
+    ids = [id_of(n) for n in (9, 2, 11)]
+    places = index.places(np.array(ids))
+    offsets, sizes = index.offsets(places).tolist(), index.sizes(places).tolist()
+    pictures = reading.Pictures(dataset.uri, dataset.version.version)
+    assert pictures.read_many(ids, offsets, sizes) == [image(9), image(2), image(11)]
+    assert pictures.read_many([], [], []) == []
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(pictures.read, ids, offsets, sizes)) == [image(9), image(2), image(11)]
+    gone = reading.Pictures(dataset.uri, 99)
+    with pytest.raises(ManifestError, match="no such version"):
+        gone.read(ids[0], offsets[0], sizes[0])
 
 
 def load(

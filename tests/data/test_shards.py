@@ -10,7 +10,6 @@ import pytest
 import webdataset.tariterators
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from namr.data import shards
 from namr.data.shards import Sample
@@ -132,11 +131,3 @@ def test_an_index_of_no_samples_is_empty() -> None:
     table = index(tar_of(("readme.txt", b"hello")))
     assert len(table) == 0
     assert table.ids.dtype == np.int64
-
-
-@pytest.mark.parametrize("name", ["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"])
-def test_an_image_tells_its_extension(name: str) -> None:
-    sink = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(sink, name)
-    assert shards.extension_of(sink.getvalue()) == {"jpeg": "jpg", "tiff": "tif"}.get(name, name)
-    assert shards.extension_of(b"hello") is None
