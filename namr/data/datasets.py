@@ -76,7 +76,7 @@ class DatasetVersion:
     """rows of all shards, tombstoned ones included"""
     next_shard_number: int
     shards: tuple[ShardEntry, ...]
-    tombstones: tuple[int, ...]
+    tombstones: tuple[manifests.Id, ...]
     """ids, ascending"""
     sources: tuple[SourceRecord, ...]
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import pydantic
 
@@ -25,6 +25,8 @@ class Manifest(Protocol):
 
 
 M = TypeVar("M", bound=Manifest)
+Id = Annotated[int, pydantic.Field(ge=0, lt=1 << 53)]
+"""A sample's id as a manifest lists it: below 2^53, so that it is exact in everybody's JSON."""
 
 
 def _always(_: object) -> bool:
