@@ -12,8 +12,8 @@ from namr.measure import report
 from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Table
 from namr.nightly.assessment import Assessment
 from namr.release.releases import Counts, ReleaseManifest
-from namr.search.items import Item
-from namr.search.searcher import Answer, Searcher
+from namr.search.answers import Answer, Item, SearchOptions
+from namr.search.searcher import Searcher
 
 _NUM_QUERIES_SHOWN = 8
 _NUM_NEIGHBOURS_SHOWN = 6
@@ -107,8 +107,8 @@ def retrieval_grid(searcher: Searcher, dataset: Dataset, keys: Sequence[str]) ->
     """
     num_shown = min(_NUM_QUERIES_SHOWN, len(keys))
     shown = [keys[at * len(keys) // num_shown] for at in range(num_shown)]
-    plain = searcher.search(keys=shown, k=_NUM_NEIGHBOURS_SHOWN, side="none")
-    adaptive = searcher.search(keys=shown, k=_NUM_NEIGHBOURS_SHOWN, side="both")
+    plain = searcher.search(keys=shown, options=SearchOptions(k=_NUM_NEIGHBOURS_SHOWN, side="none"))
+    adaptive = searcher.search(keys=shown, options=SearchOptions(k=_NUM_NEIGHBOURS_SHOWN, side="both"))
     pictures = _Pictures(searcher, dataset)
     rows = []
     for key, one, other in zip(shown, plain, adaptive, strict=True):

@@ -1,6 +1,5 @@
 """Retrieval metrics against loops and pytorch-metric-learning, and the laws of exact rankings."""
 
-import math
 import time
 from typing import Any
 
@@ -21,7 +20,6 @@ from namr.data.sampling import slice_of_rank
 from namr.errors import ConfigError, ShapeError
 from namr.measure import metrics
 from namr.measure.metrics import RetrievalMetrics
-from namr.model import distances
 from namr.model.distances import Metric, Side
 from tests.ranks import on_ranks
 
@@ -318,15 +316,3 @@ def test_wrong_arguments_are_named() -> None:
     one, other = (metrics.retrieval_sums(points.x, points.y, ks=ks) for ks in ((1, 2), (1, 4)))
     with pytest.raises(ShapeError, match="sums of one kind"):
         metrics.combine([one, other])
-
-
-def test_one_stage_exact_search_is_brute_force() -> None:
-    """The adaptive ranking over everything, by products of one stage and by difference of each pair."""
-    points = Points(300, 16, num_classes=10)
-    x, s = torch.from_numpy(points.x).double(), torch.from_numpy(points.s).double()
-    products = distances.one_stage_queries(x, s) @ distances.one_stage_items(x).T
-    brute = distances.rerank_squared(x, s, x.expand(300, 300, 16), None, side="query")
-    assert torch.equal(products.topk(20).indices, brute.topk(20, largest=False).indices)
-    assert math.isclose(
-        (distances.one_stage_constant(x, s)[:, None] - products - brute).abs().max(), 0, abs_tol=1e-9
-    )

@@ -21,6 +21,7 @@ from namr.data import datasets
 from namr.data.shards import make_id
 from namr.errors import ConfigError
 from namr.release import releases
+from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
 from namr.serve.process import ServeConfig, _Follower
@@ -74,7 +75,7 @@ def test_an_uploaded_picture_of_the_gallery_is_found_first(http: httpx.Client, s
         assert body["hits"][0]["key"] == "digit/17"
         assert (len(body["hits"]), body["side"], body["release_id"]) == (4, side, "first")
         assert (body["model_name"], body["model_version"]) == ("digits", "1")
-        expected = searcher.search(images=[small_release.digit(17)], k=4, side=side)[0]
+        expected = searcher.search(images=[small_release.digit(17)], options=SearchOptions(k=4, side=side))[0]
         assert [hit["id"] for hit in body["hits"]] == [hit.id for hit in expected.hits]
         assert body["certainty"] == expected.certainty
         assert body["hits"][1]["fields"] == expected.hits[1].fields
@@ -89,7 +90,7 @@ def test_vectors_are_answered_in_their_order(http: httpx.Client, searcher: Searc
     plain = http.post("/search/vector", json={"embeddings": x.tolist(), "k": 3, "side": "none"}).json()[
         "answers"
     ]
-    found = searcher.search_arrays(x, k=3, side="none")
+    found = searcher.search_arrays(x, options=SearchOptions(k=3, side="none"))
     assert [[hit["id"] for hit in answer["hits"]] for answer in plain] == found.ids.tolist()
     np.testing.assert_allclose(
         [[hit["distance"] for hit in answer["hits"]] for answer in plain], found.distances, rtol=1e-6

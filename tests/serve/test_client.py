@@ -12,6 +12,7 @@ import pytest
 
 from namr.data.shards import make_id
 from namr.errors import ConfigError, ImageRefused, NamrError, ObjectMissing, ShapeError, StorageError
+from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
 from namr.serve import client as client_module
 from namr.serve.app import create_app
@@ -36,15 +37,17 @@ def client(searcher: Searcher) -> Iterator[Client]:
 
 
 def test_answers_are_those_of_the_searcher(client: Client, searcher: Searcher) -> None:
-    expected = searcher.search(images=[small_release.digit(3)], k=4, side="query", depth=7)[0]
-    answer = client.search_image(small_release.digit(3), k=4, side="query", depth=7)
+    expected = searcher.search(
+        images=[small_release.digit(3)], options=SearchOptions(k=4, side="query", depth=7)
+    )[0]
+    answer = client.search_image(small_release.digit(3), options=SearchOptions(k=4, side="query", depth=7))
     assert [hit.key for hit in answer.hits] == [hit.key for hit in expected.hits]
     assert answer.hits[0].fields == {"row": 3}
     assert (answer.side, answer.certainty, answer.release_id) == ("query", expected.certainty, "first")
     assert (answer.model_name, answer.model_version) == ("digits", "1")
     assert answer.timings.embed_ms > 0
-    expected = searcher.search(keys=["digit/3"], k=4, exact=True)[0]
-    answer = client.search_key("digit/3", k=4, exact=True)
+    expected = searcher.search(keys=["digit/3"], options=SearchOptions(k=4, exact=True))[0]
+    answer = client.search_key("digit/3", options=SearchOptions(k=4, exact=True))
     assert [(hit.id, hit.distance) for hit in answer.hits] == [
         (hit.id, hit.distance) for hit in expected.hits
     ]
@@ -53,10 +56,10 @@ def test_answers_are_those_of_the_searcher(client: Client, searcher: Searcher) -
 
 def test_numpy_vectors_are_taken(client: Client, searcher: Searcher) -> None:
     x, s = searcher.embed([small_release.digit(number) for number in (5, 6)])
-    answers = client.search_vectors(x, s, k=3)
+    answers = client.search_vectors(x, s, options=SearchOptions(k=3))
     assert [answer.hits[0].key for answer in answers] == ["digit/5", "digit/6"]
-    plain = client.search_vectors(x.tolist(), k=3, side="none", nprobe=1)
-    found = searcher.search_arrays(x, k=3, side="none")
+    plain = client.search_vectors(x.tolist(), options=SearchOptions(k=3, side="none", nprobe=1))
+    found = searcher.search_arrays(x, options=SearchOptions(k=3, side="none"))
     assert [[hit.id for hit in answer.hits] for answer in plain] == found.ids.tolist()
 
 
@@ -75,11 +78,11 @@ def test_what_the_service_refuses_is_raised_as_what_it_is(client: Client) -> Non
         client.search_image(b"no picture")
     assert refused.value.reason.startswith("not an image")
     with pytest.raises(ShapeError, match=r"\(1, 3\)"):
-        client.search_vectors([[1, 2, 3]], side="none")
+        client.search_vectors([[1, 2, 3]], options=SearchOptions(side="none"))
     with pytest.raises(ShapeError, match="structures: row 0 holds NaN"):
         client.search_vectors(np.ones((1, 16)), np.full((1, 16), np.nan))
     with pytest.raises(ConfigError, match="k: "):
-        client.search_key("digit/1", k=0)
+        client.search_key("digit/1", options=SearchOptions(k=0))
     with pytest.raises(ObjectMissing, match="'nosuch'"):
         client.search_key("nosuch")
     with pytest.raises(ObjectMissing, match="no item has the id"):
