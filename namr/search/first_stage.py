@@ -6,7 +6,7 @@ others. Arrays only: no model, no items.
 Legend: Q queries, M candidates of a query.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,7 +45,8 @@ def candidates(
     return Ranked(ids, wide, wide)
 
 
-class _Stage(NamedTuple):
+@dataclass(frozen=True)
+class _Stage:
     """One search of the index."""
 
     index: ivf.Index

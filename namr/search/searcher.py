@@ -72,6 +72,7 @@ class Searcher:
         self._vectors, self._dead = vectors, dead
         self._stages = Stages(index, vectors, gallery_min=release.manifest.gallery_min_structure)
         self._all_items, self._shown = items, _Shown(items, dead)
+        self.taken_down = np.empty(0, np.int64)
         self._device = device
         self._embedding = threading.Lock()  # the model takes all cores, or the device, by itself
 
@@ -152,7 +153,7 @@ class Searcher:
 
         Ids of other images are welcome. Searches under way end with what they began with.
         """
-        hidden = np.union1d(self._dead, taken_down)
+        self.taken_down, hidden = taken_down, np.union1d(self._dead, taken_down)
         self._shown = _Shown(self._all_items.without(taken_down), hidden)
 
     def info(self) -> ReleaseInfo:

@@ -12,6 +12,7 @@ from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
+from namr.serve.limits import Limits
 from namr.store.cache import Cache
 from tests import small_release
 from tests.running import running
@@ -31,7 +32,7 @@ def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
 
 @pytest.fixture(scope="module")
 def url(searcher: Searcher) -> Iterator[str]:
-    with running(create_app(searcher, max_upload_bytes=1 << 20)) as address:
+    with running(create_app(searcher, limits=Limits(max_upload_bytes=1 << 20))) as address:
         yield address
 
 
