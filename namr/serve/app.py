@@ -56,7 +56,7 @@ def create_app(
             504: {"description": "The search took too long and was stopped."},
         },
     )
-    app.add_middleware(Guard, metrics=live.metrics, limits=limits)
+    app.add_middleware(Guard, metrics=live.metrics, limits=limits, busy=live.busy)
     _answer_errors(app, live.metrics)
     routes.add_search(app, live)
     routes.add_items(app, live)

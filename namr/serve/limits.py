@@ -27,6 +27,9 @@ MAX_QUERIES = 256
 MAX_K = 1000
 MAX_DEPTH = 10_000
 
+_NEWEST = 0.2
+"""what the newest search counts in the mean time of one"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -43,7 +46,7 @@ class Limits:
     max_exact_items: int = 200_000
     """items of the largest gallery that is searched with `exact`"""
     max_waiting: int = 64
-    """searches that wait for a core; those beyond are refused with 429"""
+    """searches that wait for a core; those beyond, or that would wait too long, are refused with 429"""
     deadline_s: float = 10.0
     """a search that is not done by then, its waiting included, is stopped"""
     header_timeout_s: float = 10.0
@@ -90,21 +93,27 @@ class Slots:
         self._num_inside = 0
         self._mean_s = 0.0
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the next search would be refused."""
-        return self._num_inside >= self._num + self._limits.max_waiting
+    def busy(self) -> Busy | None:
+        """Why the next search would be refused: the line is full, or too long for its deadline."""
+        num_before = self._num_inside - self._num + 1
+        wait_s = max(0.0, self._mean_s * num_before / self._num)
+        if num_before <= self._limits.max_waiting and (
+            num_before <= 0 or wait_s + self._mean_s <= self._limits.deadline_s
+        ):
+            return None
+        return Busy(
+            f"the service works on {self._num_inside} searches already, and no more may wait",
+            float(max(1, math.ceil(wait_s / 2))),
+        )
 
     async def run(self, work: Callable[[Stop], T]) -> T:
         """What `work` returns; it has to call what it is given between its steps. Raises Busy, TimedOut.
 
         After the deadline the caller is told at once, and the work ends with its next step.
         """
-        if self.is_full:
-            raise Busy(
-                f"the service works on {self._num_inside} searches already, and no more may wait",
-                self._retry_after_s(),
-            )
+        busy = self.busy()
+        if busy is not None:
+            raise busy
         deadline = time.monotonic() + self._limits.deadline_s
 
         def stop() -> None:
@@ -114,9 +123,10 @@ class Slots:
         def timed_work() -> T:
             stop()
             began = time.monotonic()
-            result = work(stop)
-            self._mean_s += 0.1 * (time.monotonic() - began - self._mean_s)
-            return result
+            try:
+                return work(stop)
+            finally:
+                self._mean_s += _NEWEST * (time.monotonic() - began - self._mean_s)
 
         with self._counting:
             self._num_inside += 1
@@ -134,10 +144,6 @@ class Slots:
     def _leave(self, _: "Future[T]") -> None:
         with self._counting:
             self._num_inside -= 1
-
-    def _retry_after_s(self) -> float:
-        """When about half of those that are before a newcomer will be done."""
-        return float(max(1, math.ceil(self._mean_s * self._num_inside / self._num / 2)))
 
     def _timed_out(self) -> TimedOut:
         return TimedOut(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from namr.data.reading import Pictures
+from namr.errors import Busy
 from namr.search.answers import Answer, SearchOptions
 from namr.search.rerank import Stop
 from namr.search.searcher import Searcher
@@ -51,9 +52,14 @@ class Live:
     @property
     def trouble(self) -> str | None:
         """Why others should be asked in place of this service; None where it is well."""
-        if self._slots.is_full:
-            return "so many searches wait already that the next one would be refused"
+        busy = self.busy()
+        if busy is not None:
+            return str(busy)
         return "; ".join(self._failures.values()) or None
+
+    def busy(self) -> Busy | None:
+        """Why the next search would be refused, None while it would be taken."""
+        return self._slots.busy()
 
     @asynccontextmanager
     async def following(self, follower: Follower | None, interval_s: float) -> AsyncIterator[None]:

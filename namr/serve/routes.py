@@ -18,6 +18,7 @@ from fastapi.responses import FileResponse
 from namr.data import images
 from namr.errors import ConfigError, ShapeError
 from namr.search.answers import Answer, Item, ReleaseInfo, SearchOptions
+from namr.search.rerank import Stop
 from namr.serve import telemetry
 from namr.serve.limits import MAX_DEPTH, MAX_K, MAX_QUERIES
 from namr.serve.live import Live
@@ -97,14 +98,13 @@ def add_search(app: FastAPI, live: Live) -> None:
     async def search_by_vector(query: VectorQuery) -> Answers:
         """The items nearest to each of some vectors."""
         searcher = live.searcher
-        x = _rows("embeddings", query.embeddings)
-        s = None if query.structures is None else _rows("structures", query.structures)
-        answers = await live.search(
-            searcher,
-            query,
-            len(x),
-            lambda stop: searcher.search(embeddings=x, structures=s, options=query, stop=stop),
-        )
+
+        def work(stop: Stop) -> list[Answer]:
+            x = _rows("embeddings", query.embeddings)
+            s = None if query.structures is None else _rows("structures", query.structures)
+            return searcher.search(embeddings=x, structures=s, options=query, stop=stop)
+
+        answers = await live.search(searcher, query, len(query.embeddings), work)
         return Answers(answers)
 
     @app.post(

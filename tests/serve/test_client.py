@@ -79,7 +79,7 @@ def test_what_the_service_refuses_is_raised_as_what_it_is(client: Client) -> Non
         client.search_vectors([[1, 2, 3]], options=SearchOptions(side="none"))
     with pytest.raises(ShapeError, match="structures: row 0 holds NaN"):
         client.search_vectors(np.ones((1, 16)), np.full((1, 16), np.nan))
-    with pytest.raises(ConfigError, match="k: .*less than or equal to 1000"):
+    with pytest.raises(ConfigError, match=r"k: .*less than or equal to 1000"):
         client.search_key("digit/1", SearchOptions(k=10**6))
     with pytest.raises(ObjectMissing, match="'nosuch'"):
         client.search_key("nosuch")

