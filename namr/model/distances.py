@@ -16,16 +16,15 @@ Legend: A, B numbers of points, D dimension, Q queries, M candidates of a query,
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from namr.errors import ShapeError
-
-Side = Literal["none", "query", "both", "scale"]
-Metric = Literal["l2", "cosine"]
+from namr.sides import Metric as Metric
+from namr.sides import Side as Side
 
 
 def pairwise_squared(x: Tensor, y: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from namr import checks
 from namr.errors import ConfigError
 from namr.model.distances import Side
 from namr.release import held_out
-from namr.search.searcher import Answer, Searcher
+from namr.search.answers import Answer, SearchOptions
+from namr.search.searcher import Searcher
 from namr.store.tables import SampleTable
 
 _K = 10
@@ -159,7 +160,8 @@ def _side_result(
 def _answers(searcher: Searcher, keys: Sequence[str], *, side: Side, **how: Any) -> list[Answer]:
     answers: list[Answer] = []
     for start in range(0, len(keys), _BLOCK):
-        answers += searcher.search(keys=keys[start : start + _BLOCK], k=_K, side=side, **how)
+        some = keys[start : start + _BLOCK]
+        answers += searcher.search(keys=some, options=SearchOptions(k=_K, side=side, **how))
     return answers
 
 

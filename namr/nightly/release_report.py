@@ -9,8 +9,8 @@ from namr.measure import report
 from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Table
 from namr.nightly.assessment import Assessment
 from namr.release.releases import Counts, Release, ReleaseManifest
-from namr.search.items import Item
-from namr.search.searcher import Answer, Searcher
+from namr.search.answers import Answer, Item, SearchOptions
+from namr.search.searcher import Searcher
 from namr.store import manifests, storage
 
 _NUM_QUERIES_SHOWN = 8
@@ -117,8 +117,8 @@ def retrieval_grid(searcher: Searcher, keys: Sequence[str]) -> Grid:
     """
     num_shown = min(_NUM_QUERIES_SHOWN, len(keys))
     shown = [keys[at * len(keys) // num_shown] for at in range(num_shown)]
-    plain = searcher.search(keys=shown, k=_NUM_NEIGHBOURS_SHOWN, side="none")
-    adaptive = searcher.search(keys=shown, k=_NUM_NEIGHBOURS_SHOWN, side="both")
+    plain = searcher.search(keys=shown, options=SearchOptions(k=_NUM_NEIGHBOURS_SHOWN, side="none"))
+    adaptive = searcher.search(keys=shown, options=SearchOptions(k=_NUM_NEIGHBOURS_SHOWN, side="both"))
     pictures = Pictures(searcher.manifest.dataset_uri, searcher.manifest.dataset_version)
     rows = []
     for key, one, other in zip(shown, plain, adaptive, strict=True):

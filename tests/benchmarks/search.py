@@ -23,6 +23,7 @@ import torch
 from namr.index import ivf
 from namr.release import releases
 from namr.release.releases import Counts, Release, ReleaseManifest, Segment, VectorShard
+from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.rerank import GalleryVectors, VectorPaths
 from namr.search.searcher import Searcher
@@ -68,7 +69,9 @@ def main() -> None:
             return np.sqrt(squared), ids
 
         def through_searcher(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-            found = gallery.searcher.search_arrays(x[rows], k=K, side="none", nprobe=gallery.nprobe)
+            found = gallery.searcher.search_arrays(
+                x[rows], options=SearchOptions(k=K, side="none", nprobe=gallery.nprobe)
+            )
             return found.distances, found.ids
 
         for rows in batches():
@@ -165,7 +168,9 @@ def make(folder: Path, options: argparse.Namespace) -> Gallery:
         device="cpu",
     )
     for nprobe in (2**power for power in range(options.lists.bit_length())):
-        found = searcher.search_arrays(queries.x[:BATCH], k=K, side="none", nprobe=nprobe)
+        found = searcher.search_arrays(
+            queries.x[:BATCH], options=SearchOptions(k=K, side="none", nprobe=nprobe)
+        )
         recall = np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found.ids, exact.I, strict=True)])
         if recall >= MIN_RECALL:
             break
