@@ -10,7 +10,7 @@ import pytest
 
 from namr.data.shards import make_id
 from namr.errors import ManifestError
-from namr.release import releases, takedowns
+from namr.release import publication, releases, takedowns
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
 from namr.serve.follower import Follower
@@ -57,7 +57,7 @@ def republish(root: Path, release_id: str) -> None:
     """The current release once more, under another id."""
     uri = str(root / "releases")
     manifest = small_release.renamed(releases.open_release(uri).manifest, release_id)
-    releases.publish(uri, manifest, expected=releases.read_pointer(uri))
+    publication.publish(uri, manifest, expected=releases.read_pointer(uri))
 
 
 def served(client: httpx.Client) -> str:
@@ -94,7 +94,8 @@ def test_a_new_release_is_taken_up_without_a_failed_query(tmp_path: Path) -> Non
             (tmp_path / "model").symlink_to(other)
             wait_for(lambda: served(client), "third")
             wait_for(lambda: client.get("/ready").status_code, 200)
-            assert releases.roll_back(str(tmp_path / "releases"), "second").manifest.release_id == "second"
+            back = publication.roll_back(str(tmp_path / "releases"), "second", now=small_release.NOW)
+            assert back.manifest.release_id == "second"
             (tmp_path / "model").unlink()
             (tmp_path / "model").symlink_to(folder)
             wait_for(lambda: served(client), "second")
@@ -124,7 +125,7 @@ def test_what_is_taken_down_never_comes_back_whatever_release_serves(tmp_path: P
         keys_seen.clear()
         with meanwhile(query):
             for release_id in ("first", "second", "first"):
-                releases.roll_back(uri, release_id)
+                publication.roll_back(uri, release_id, now=small_release.NOW)
                 wait_for(lambda: served(client), release_id)
                 for path in (f"/items/{gone}", f"/items/{gone}/image", f"/items/{gone}/image?size_px=16"):
                     assert error_of(client.get(path))[:2] == (404, "NotFound")

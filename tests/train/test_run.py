@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from namr import config as configuration
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
 from namr.errors import ConfigError, NamrError
 from namr.registry import registry
