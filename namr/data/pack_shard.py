@@ -72,22 +72,18 @@ def run_plan(plan: ShardPlan) -> Receipt:
     Where that attempt refused images they are looked at again: they may have been repaired. Where anything
     that it read was replaced since (other state, same name), the shard is made anew.
     """
-    return manifests.recorded(plan.receipt_uri, Receipt, lambda: _made(plan), holds=_Holds(plan))
+
+    def holds(receipt: Receipt) -> bool:
+        return not receipt.refused and receipt.sources == _digest_of(_states(plan))
+
+    return manifests.recorded(plan.receipt_uri, Receipt, lambda: _made(plan), holds=holds)
 
 
-class _Holds:
-    """Whether an earlier receipt still tells what the plan would make now."""
-
-    def __init__(self, plan: ShardPlan) -> None:
-        self._plan = plan
-
-    def __call__(self, receipt: Receipt) -> bool:
-        return not receipt.refused and receipt.sources == _digest_of(self._states())
-
-    def _states(self) -> Iterator[str]:
-        if self._plan.foreign:
-            yield storage.state(self._plan.foreign.name)
-        yield from read_ahead.in_order(_state, self._plan.images, num_threads=_NUM_READERS)
+def _states(plan: ShardPlan) -> Iterator[str]:
+    """Of all that the plan reads, as it is now."""
+    if plan.foreign:
+        yield storage.state(plan.foreign.name)
+    yield from read_ahead.in_order(_state, plan.images, num_threads=_NUM_READERS)
 
 
 def _made(plan: ShardPlan) -> Receipt:

@@ -98,11 +98,6 @@ class PackReport:
     passed_over: tuple[PassedOver, ...]
     """what the source holds beside images, by kind"""
 
-    @property
-    def num_passed_over(self) -> int:
-        """All kinds together."""
-        return sum(each.num for each in self.passed_over)
-
 
 class _Work(NamedTuple):
     """What a run is to do."""

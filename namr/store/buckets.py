@@ -86,9 +86,15 @@ class Buckets:
         return str(self.filesystem().info(uri)["ETag"])
 
     async def _get_with_etag(self, bucket: str, key: str) -> tuple[bytes, str]:
-        answer = await self.filesystem()._call_s3("get_object", Bucket=bucket, Key=key)
-        async with answer["Body"] as body:
-            return await body.read(), answer["ETag"]
+        filesystem = self.filesystem()
+
+        async def get() -> tuple[bytes, str]:
+            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key)
+            async with answer["Body"] as body:
+                return await body.read(), answer["ETag"]
+
+        # a connection that ends inside the body is tried again, as it is by cat_file
+        return cast(tuple[bytes, str], await s3fs.core._error_wrapper(get, retries=filesystem.retries))
 
     def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool:
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
