@@ -23,6 +23,8 @@ from namr.index import ivf
 from namr.model import distances, model
 from namr.release import publication, releases
 from namr.release.releases import Counts, ReleaseManifest, Segment, VectorShard
+from namr.search.items import Items
+from namr.search.searcher import Searcher
 from namr.store import manifests, storage, tables
 from namr.store.tables import EmbeddingTable, SampleTable
 
@@ -265,3 +267,16 @@ def publish_with_model(root: Path, *, release_id: str = "first", seed: int = 0, 
     recipe = Recipe(num_shards=num_shards, model_digest=model.digest(net), model_version=str(seed + 1))
     publish(root, recipe, release_id=release_id, of_images=of_images)
     return folder
+
+
+def with_items(searcher: Searcher, items: Items) -> Searcher:
+    """The same release with other items than it lists."""
+    return Searcher(
+        searcher.release,
+        index=searcher._stages._index,
+        vectors=searcher._vectors,
+        items=items,
+        dead=searcher._dead,
+        query_model=searcher.model,
+        device="cpu",
+    )

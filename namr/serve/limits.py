@@ -126,7 +126,8 @@ class Slots:
             try:
                 return work(stop)
             finally:
-                self._mean_s += _NEWEST * (time.monotonic() - began - self._mean_s)
+                took_s = time.monotonic() - began
+                self._mean_s += (_NEWEST if self._mean_s else 1) * (took_s - self._mean_s)
 
         with self._counting:
             self._num_inside += 1

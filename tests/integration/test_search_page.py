@@ -200,7 +200,9 @@ def test_keys_and_labels_are_text_and_never_markup(browser: Browser, tmp_path: P
     nasty = Searcher.open(str(tmp_path / "releases"), cache=Cache(tmp_path / "cache", 10**9))
     table = nasty.release.items()
     keys_of_markup = [f"{NASTY}{row}" for row in range(len(table))]
-    nasty.items = Items(replace(table, keys=keys_of_markup, labels=[NASTY] * len(table)))
+    nasty = small_release.with_items(
+        nasty, Items(replace(table, keys=keys_of_markup, labels=[NASTY] * len(table)))
+    )
     context = browser.new_context()
     with running(create_app(nasty)) as url:
         page = context.new_page()

@@ -362,15 +362,8 @@ def test_a_search_that_is_stopped_ends_with_what_stop_raises(searchers, options:
 
 def test_an_item_without_a_place_in_the_table_is_damage(tmp_path: Path) -> None:
     whole = open_release(tmp_path, Recipe(num_shards=1))
-    searcher = Searcher(
-        whole.release,
-        index=whole._stages._index,
-        vectors=whole._vectors,
-        items=Items(replace(whole.release.items(), ids=np.arange(1, 41))),
-        dead=np.empty(0, np.int64),
-        query_model=None,
-        device="cpu",
-    )
+    table = replace(whole.release.items(), ids=np.arange(1, 41))
+    searcher = small_release.with_items(whole, Items(table))
     with pytest.raises(ManifestError, match="id 0 is in the index and no item"):
         searcher.search(keys=["digit/4"], options=SearchOptions(k=39))
 
