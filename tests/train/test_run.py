@@ -118,7 +118,7 @@ def test_of_a_run_that_was_killed_while_it_began_no_mlflow_run_is_left_running(
     train, unseen = run.open_datasets(config, None)
     other = runs.create_run(config.experiment, run_name="somebody's")
     with monkeypatch.context() as patch:
-        patch.setattr(run.manifests, "write_manifest", _killed)
+        patch.setattr(manifests, "write_manifest", _killed)
         with pytest.raises(NamrError, match="killed"):
             run.begin(config, runs, train, unseen)
     (left,) = set(_statuses(runs, config.experiment)) - {other}
