@@ -43,6 +43,7 @@ def whole_and_cached(folder: str) -> tuple[np.ndarray, np.ndarray, int]:
     return rows, np.array(kept), times[0]
 
 
+@pytest.mark.slow
 def test_every_rank_gets_all_rows_and_the_second_time_they_come_from_disk(tmp_path: Path) -> None:
     for ranks in on_ranks(whole_and_cached, str(tmp_path)).values():
         for rows, kept, num_computed in ranks:

@@ -52,7 +52,7 @@ def store(config: TrainJobConfig, **changes: Any) -> TrainingRun:
     return stored
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 2**70, 10**400])
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
 def test_a_seed_that_is_none_is_refused_by_name(seed: int, make: Make) -> None:
     with pytest.raises(ConfigError, match=rf"^seed is {seed}; expected 0 to 9223372036854775807"):
         make(seed=seed)
@@ -110,6 +110,7 @@ def test_a_run_that_began_with_two_seeds_that_differ_does_not(make: Make) -> Non
         run.begun(run.absolute(make()))
 
 
+@pytest.mark.slow
 def test_of_a_run_that_was_killed_while_it_began_no_mlflow_run_is_left_running(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +119,7 @@ def test_of_a_run_that_was_killed_while_it_began_no_mlflow_run_is_left_running(
     train, unseen = run.open_datasets(config, None)
     other = runs.create_run(config.experiment, run_name="somebody's")
     with monkeypatch.context() as patch:
-        patch.setattr(run.manifests, "write_manifest", _killed)
+        patch.setattr(manifests, "write_manifest", _killed)
         with pytest.raises(NamrError, match="killed"):
             run.begin(config, runs, train, unseen)
     (left,) = set(_statuses(runs, config.experiment)) - {other}
