@@ -77,7 +77,7 @@ def test_a_contender_waits_as_long_as_the_holder_asked_for(tmp_path: Path) -> No
     leave_behind(uri, ttl_s=100.0)
 
     def clock() -> float:
-        now[0] += 40
+        now[0] += 60
         return now[0]
 
     with Lease.take(uri, what="the next", ttl_s=1, renew_s=0.5, clock=clock):
