@@ -47,8 +47,8 @@ class Buckets:
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         uris, starts, stops = zip(*ranges, strict=True)
         filesystem = self.filesystem()
-        found = filesystem.cat_ranges(list(uris), list(starts), list(stops), on_error="raise", batch_size=64)
-        return cast(list[bytes], found)
+        parts = filesystem.cat_ranges(list(uris), list(starts), list(stops), on_error="raise", batch_size=64)
+        return cast(list[bytes], parts)
 
     def open_stream(self, uri: str) -> BinaryIO:
         return cast(BinaryIO, self.filesystem().open(uri, "rb", cache_type="readahead"))
@@ -101,10 +101,10 @@ class Buckets:
         return self._put_if(uri, data, **condition)
 
     def size(self, uri: str) -> int:
-        found = self.filesystem().info(uri)
-        if found["type"] != "file":
+        described = self.filesystem().info(uri)
+        if described["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "is a folder, not an object", uri)
-        return int(found["size"])
+        return int(described["size"])
 
     def list_names(self, uri: str) -> list[str]:
         root = uri.removeprefix(PREFIX).rstrip("/") + "/"

@@ -107,7 +107,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
     adapter = pydantic.TypeAdapter(type(manifest))
     body = adapter.dump_python(manifest, mode="json")
     head = {"format": manifest.FORMAT, "format_version": manifest.FORMAT_VERSION}
-    return json.dumps(head | body, indent=1, ensure_ascii=False).encode()
+    text = json.dumps(head | body, indent=1, ensure_ascii=False)
+    if _is_unicode(text):
+        return text.encode()
+    raise ManifestError(
+        f"a {manifest.FORMAT} manifest can't be written: half a character (a lone surrogate) is in "
+        f"{_around_surrogate(text)}; expected Unicode, rename it"
+    )
 
 
 def read_manifest(uri: str, kind: type[M]) -> M:
@@ -180,12 +186,14 @@ def swap_pointer(
     `token` is the writer's own, new for each swap. If the swap happened but its answer was lost, the
     repeated attempt finds the token and is content. A pin is kept beside the target; none lifts it.
     """
+    if not _is_unicode(target):
+        raise ManifestError(f"{uri} can't point to {target!a}: half a character (a lone surrogate) is in it")
     body = {"target": target, "token": token} | ({"pin": pin._asdict()} if pin else {})
     try:
         storage.replace_if_match(uri, json.dumps(body).encode(), etag=expected.etag if expected else None)
     except Conflict:
-        now = read_pointer(uri)
-        if now is None or now.token != token:
+        standing = read_pointer(uri)
+        if standing is None or standing.token != token:
             raise
 
 
@@ -203,6 +211,23 @@ def _parse(data: bytes, uri: str) -> dict[str, Any]:
         body = json.loads(data)
     except ValueError as error:
         raise ManifestError(f"{uri} is damaged: no JSON ({error}); restore it or make it anew") from error
+    except RecursionError:
+        raise ManifestError(f"{uri} is damaged: its JSON is nested too deep; restore it") from None
+    if b"\\ud" in data.lower() and not _is_unicode(json.dumps(body, ensure_ascii=False)):
+        raise ManifestError(f"{uri} is damaged: half a character (a lone surrogate) is in it; restore it")
     if not isinstance(body, dict):
         raise ManifestError(f"{uri} is damaged: expected a JSON object")
     return body
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _around_surrogate(text: str) -> str:
+    at = next(place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    return ascii(text[max(0, at - 20) : at + 20])

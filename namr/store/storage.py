@@ -170,7 +170,8 @@ def replace_if_match(uri: str, data: bytes, *, etag: str | None) -> None:
     with _explained("replace", uri):
         swapped = _backend(uri).replace_if_match(uri, data, etag)
     if not swapped:
-        raise Conflict(f"{uri} was changed by somebody else since it was read; read it and decide again")
+        shown = secrets.without_secrets(uri)
+        raise Conflict(f"{shown} was changed by somebody else since it was read; read it and decide again")
 
 
 def exists(uri: str) -> bool:
@@ -221,7 +222,8 @@ def check_writable(uri: str) -> None:
             if is_local(uri)
             else "create the bucket, and check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
         )
-        raise StorageError(f"{uri} is not writable: {error}; {remedy}") from error
+        text = secrets.without_secrets(f"{uri} is not writable: {error}; {remedy}")
+        raise StorageError(text) from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -245,7 +247,7 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of(uri: str) -> str:
     """Digest of an object, in hexadecimal, read as a stream."""
     digest = hashlib.sha256()
-    with open_stream(uri) as stream:
+    with _explained("read", uri), open_stream(uri) as stream:
         while block := stream.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -272,22 +274,22 @@ def _explained(verb: str, uri: str, more: str = "") -> Iterator[None]:
     """Failures of the libraries become ObjectMissing or StorageError that name the URI and no secret."""
     try:
         yield
-    except FileNotFoundError as error:
-        if buckets.error_code(error) == "NoSuchBucket":
-            reason = "there is no such bucket; create it first"
-            raise StorageError(f"cannot {verb} {uri}{more}: {reason}") from secrets.cause_of(error)
-        raise ObjectMissing(f"cannot {verb} {uri}{more}: nothing is there") from secrets.cause_of(error)
-    except OSError as error:
-        raise _told(f"cannot {verb} {uri}{more}: {_reason(error)}") from secrets.cause_of(error)
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+        kind, reason = _understood(error)
+        if kind is None:
             raise
-        raise _told(f"cannot {verb} {uri}{more}: {error}") from secrets.cause_of(error)
+        text = secrets.without_secrets(f"cannot {verb} {uri}{more}: {reason}")
+        raise kind(text) from secrets.cause_of(error)
 
 
-def _told(text: str) -> StorageError:
-    return StorageError(secrets.without_secrets(text))
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
+def _understood(error: Exception) -> tuple[type[StorageError] | None, str]:
+    """What a failure of a library is called here, and the reason; None for all others."""
+    if isinstance(error, FileNotFoundError):
+        if buckets.error_code(error) == "NoSuchBucket":
+            return StorageError, "there is no such bucket; create it first"
+        return ObjectMissing, "nothing is there"
+    if isinstance(error, OSError):
+        return StorageError, error.strerror or str(error) or type(error).__name__
+    if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+        return StorageError, str(error)
+    return None, ""

@@ -193,6 +193,7 @@ Cache(Path(sys.argv[1]), 25).path("s3://x/y", sha256="0" * 64)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bucket")
 def test_what_a_killed_download_left_goes_away_when_its_room_is_needed(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", max_bytes=25)

@@ -125,3 +125,33 @@ def test_an_unreadable_table_is_named(tmp_path: Path, name: str) -> None:
     path.write_bytes(b"a,b\n1\n")
     with pytest.raises(ManifestError, match=name):
         tables.read_rows(path)
+
+
+@pytest.mark.parametrize("column", ["key", "label", "field"])
+def test_half_a_character_is_refused_by_name(column: str) -> None:
+    half = "fuß-\ud800"
+    with pytest.raises(ManifestError, match=r"half a character \(a lone surrogate\) in '.*fu.*\\ud800"):
+        tables.encode_samples(
+            SampleTable(
+                ids=np.arange(1),
+                keys=[half if column == "key" else "k"],
+                labels=[half if column == "label" else None],
+                fields=[tables.fields_text({"name": half if column == "field" else "n"})],
+                offsets=np.arange(1),
+                sizes=np.arange(1),
+            )
+        )
+
+
+def test_fields_that_are_nested_absurdly_deep_are_refused() -> None:
+    fields: dict[str, object] = {}
+    for _ in range(50_000):
+        fields = {"a": fields}
+    with pytest.raises(ManifestError, match="nested too deep"):
+        tables.fields_text(fields)
+
+
+@pytest.mark.parametrize("name", ["a\0b.csv", "a\0b.parquet", "\ud800.csv", "\ud800.parquet"])
+def test_a_table_whose_name_is_no_text_is_refused(name: str) -> None:
+    with pytest.raises(ManifestError, match="can't be read as a table"):
+        tables.read_rows(Path(name))
