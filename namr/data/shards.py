@@ -94,11 +94,10 @@ def write_shard(path: Path, samples: Iterable[Sample], *, number: int) -> Sample
                     f"{sample.key}: extension {sample.extension!r}; expected one of {EXTENSIONS}"
                 )
             seen.add(sample.key)
-            described = fields_text({**sample.fields, "__key__": sample.key, "label": sample.label})
-            if not is_text(described):
-                raise ConfigError(
-                    f"{sample.key!r}: key, label or fields hold a lone surrogate; expected text"
-                )
+            try:
+                described = fields_text({**sample.fields, "__key__": sample.key, "label": sample.label})
+            except ManifestError as error:
+                raise ConfigError(f"{sample.key!r}: {error}") from error
             tar.write(
                 {
                     "__key__": _name_of(sample.key),
@@ -164,16 +163,16 @@ def _joined(
     rows: dict[str, tuple[str | None, str, int, int]] = {}
     refused: list[RefusedImage] = []
     for name, image in images.items():
-        key, label, fields = _described(name, texts, uri)
+        key, label, scalars = _described(name, texts, uri)
         reason = image.objection
-        if not all(is_text(text) for text in (key, label or "", fields)):
+        if not all(is_text(text) for text in (key, label or "", *scalars, *map(str, scalars.values()))):
             reason = "its name, label or fields are no Unicode text"
         if reason:
             refused.append(RefusedImage(key=printable(key), location=uri, reason=reason))
             continue
         if key in rows:
             raise ManifestError(f"{uri}: key {key!r} is there twice; expected distinct keys")
-        rows[key] = (label, fields, image.offset, image.num_bytes)
+        rows[key] = (label, fields_text(scalars), image.offset, image.num_bytes)
     table = SampleTable(
         ids=np.arange(len(rows), dtype=np.int64) + make_id(number, 0),
         keys=list(rows),
@@ -277,8 +276,10 @@ def _check_end(tar: tarfile.TarFile, counted: _Counted, uri: str) -> None:
         )
 
 
-def _described(name: str, texts: Mapping[tuple[str, str], bytes], uri: str) -> tuple[str, str | None, str]:
-    """Key, label and fields (JSON text) of the sample `name`."""
+def _described(
+    name: str, texts: Mapping[tuple[str, str], bytes], uri: str
+) -> tuple[str, str | None, dict[str, Scalar]]:
+    """Key, label and fields of the sample `name`."""
     fields = _json(name, texts.get((name, "json")), uri)
     key, label = fields.pop("__key__", None) or name, fields.pop("label", None)
     if (name, "cls") in texts:
@@ -288,7 +289,7 @@ def _described(name: str, texts: Mapping[tuple[str, str], bytes], uri: str) -> t
         for field, value in fields.items()
         if value is None or isinstance(value, str | int | float)
     }
-    return str(key), None if label is None else str(label), fields_text(scalars)
+    return str(key), None if label is None else str(label), scalars
 
 
 def _json(name: str, text: bytes | None, uri: str) -> dict[str, Any]:

@@ -8,6 +8,8 @@ are only ever added.
 Not covered: erasing bytes, and the same image in another dataset, where it has another id.
 """
 
+import random
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +22,8 @@ from namr.data import datasets
 from namr.errors import ConfigError, Conflict, ObjectMissing
 from namr.store import manifests, storage
 
-_MOST_ATTEMPTS = 10
+_MOST_ATTEMPTS = 20
+_LONGEST_PAUSE_S = 0.1
 
 Ids = npt.NDArray[np.int64]
 
@@ -63,6 +66,7 @@ def take_down(releases_uri: str, dataset_uri: str, ids: Iterable[int]) -> None:
         except Conflict:
             if attempt == _MOST_ATTEMPTS - 1:
                 raise
+            time.sleep(random.uniform(0, _LONGEST_PAUSE_S))  # so that writers don't meet again and again
 
 
 def take_out(releases_uri: str, dataset_uri: str, keys: Sequence[str], *, now: datetime) -> Ids:
