@@ -4,8 +4,7 @@
         --model models:/namr@champion --dataset-uri s3://bucket/datasets/photos \
         --embeddings-uri s3://bucket/embeddings --releases-uri s3://bucket/releases
 
-Nothing is published: jobs/reindex.py measures and publishes, and goes on from what this has built. The same
-command again finds its own work and ends at once. `--help` explains every flag.
+Nothing is published: jobs/reindex.py does that, and goes on from here. `--help` explains every flag.
 """
 
 from dataclasses import dataclass, field
@@ -49,10 +48,8 @@ def main() -> None:
         dataset, job.embeddings_uri, job.releases_uri, job.build,
         model_digest=saved.digest, metric=saved.search.metric,
     )  # fmt: skip
-    counts = report.counts
     print(
-        f"{counts.num_samples} samples: {counts.num_indexed} indexed, {counts.num_refused} refused, "
-        f"{counts.num_tombstoned} tombstoned; {report.index_key} in {report.num_parts} parts, template "
+        f"{report.counts.in_words}; {report.index_key} in {report.num_parts} parts, template "
         f"{report.template_hash[:12]}, imbalance {report.imbalance:.2f}, {report.seconds:.1f} s; "
         f"segment {report.segments[0].file.name}"
     )

@@ -39,14 +39,14 @@ class ExtractJob:
 def main() -> None:
     """Load the config, embed what is missing, and say what came of it."""
     job = config.load(ExtractJob, description=__doc__ or "")
-    found = references.fetch(job.model, folder=job.model_folder.expanduser(), tracking_uri=job.tracking_uri)
+    fetched = references.fetch(job.model, folder=job.model_folder.expanduser(), tracking_uri=job.tracking_uri)
     dataset = datasets.open_version(job.dataset_uri, job.dataset_version)
-    report = extraction.extract(dataset, job.embeddings_uri, str(found.path), job.extraction)
+    report = extraction.extract(dataset, job.embeddings_uri, str(fetched.path), job.extraction)
     refused = ", ".join(f"{row.key} ({row.reason})" for row in report.refused)
     print(
         f"{report.num_samples} samples: {report.num_embedded} embedded, {report.num_refused} refused; "
         f"{report.num_new} of them now, in {report.num_new_files} files, {report.seconds:.1f} s, by "
-        f"{found.name} {found.version} (digest {report.embedding_set.manifest.model_digest[:12]})"
+        f"{fetched.name} {fetched.version} (digest {report.embedding_set.manifest.model_digest[:12]})"
         + (f"; refused among others: {refused}" if refused else "")
     )
 

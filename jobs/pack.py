@@ -15,12 +15,14 @@ def main() -> None:
     """Load the config, pack, and say what came of it."""
     report = packing.pack(config.load(PackingConfig, description=__doc__ or ""))
     refused = ", ".join(f"{image.location} ({image.reason})" for image in report.refused[:10])
+    passed_over = ", ".join(map(str, report.passed_over))
     print(
         f"packed {report.num_packed} of {report.num_found} images ({report.num_known} known before, "
         f"{report.num_refused} refused) into {report.num_new_shards} new shards; {report.dataset_uri} is at "
         f"version {report.version}: {report.num_classes} classes, {report.num_single_classes} of one image, "
         f"{report.num_unlabelled} images without a label, {report.seconds:.1f} s"
         + (f"; refused among others: {refused}" if refused else "")
+        + (f"; passed over, being no images: {passed_over}" if passed_over else "")
     )
 
 

@@ -4,8 +4,9 @@
         --dataset-uri s3://bucket/datasets/photos --embeddings-uri s3://bucket/embeddings \
         --releases-uri s3://bucket/releases
 
-Where nothing is new it says so and ends. Killed anywhere, the same command goes on. A release that is not
-good enough stays unpublished, with exit code 2 and the reason. `--help` explains every flag.
+Where nothing is new, or a roll-back holds the current release, it says so and ends. Killed anywhere, the same
+command goes on. A release that is not good enough stays unpublished, with exit code 2 and the reason.
+`--help` explains every flag.
 """
 
 from namr import config
@@ -17,6 +18,12 @@ def main() -> None:
     """Load the config, reindex, and say what came of it."""
     done = reindexing.reindex(config.load(ReindexConfig, description=__doc__ or ""))
     manifest, assessed = done.release.manifest, done.report.assessment
+    if done.held:
+        print(
+            f"held: release {manifest.release_id} is pinned since {done.held.since} ({done.held.reason}); "
+            "nothing was done. `namr releases unpin` lifts it"
+        )
+        return
     extracted = done.extracted.num_new if done.extracted else 0
     print(
         f"{'published' if done.is_new else 'nothing is new; current is'} release {manifest.release_id}: "

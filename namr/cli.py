@@ -3,8 +3,10 @@
 namr demo                       the whole chain on one machine, then a search page
 namr submit train --config ...  a job of jobs/ on a running Ray cluster
 namr releases list|export       what was published; a release as one plain FAISS file
+namr releases pin|unpin         keep the current release current; let the night publish again
+namr takedown                   take images out of all answers, now and for every release
 namr promote                    make a model version the champion
-namr rollback                   make an earlier release current again
+namr rollback                   make an earlier release current again, and pin it
 """
 
 import os
@@ -12,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +23,13 @@ from namr.demo import demo
 from namr.demo.demo import DemoConfig
 from namr.errors import ConfigError
 from namr.registry import registry
-from namr.release import releases
+from namr.release import publication, releases, takedowns
+from namr.store.manifests import Pin
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListCommand:
-    """List the releases, oldest first, and mark the current one."""
+    """List the releases, oldest first: which is current, whether it is pinned, and which are damaged."""
 
     releases_uri: str
     """the folder or s3:// prefix of the releases"""
@@ -44,6 +48,37 @@ class ExportCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PinCommand:
+    """Keep the current release current: nothing is published until `namr releases unpin`."""
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases"""
+    reason: str
+    """why, for those who find the pin"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpinCommand:
+    """Let the next night publish again."""
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakedownCommand:
+    """Take images out of the dataset and of every release, rolled-back ones too, by their keys.
+
+    Services stop answering with them within their poll interval.
+    """
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases; the dataset is that of the current one"""
+    keys: tuple[str, ...]
+    """the images' keys"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromoteCommand:
     """Give a registered model version the alias that the nightly re-index follows."""
 
@@ -57,12 +92,14 @@ class PromoteCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackCommand:
-    """Make an earlier release current again."""
+    """Make an earlier release current again, and pin it until `namr releases unpin`."""
 
     releases_uri: str
     """the folder or s3:// prefix of the releases"""
     to: str | None = None
     """the release; the one before the current one unless said"""
+    reason: str | None = None
+    """why, for those who find the pin; which release was left unless said"""
 
 
 class _Command(NamedTuple):
@@ -109,13 +146,22 @@ def _submit(argv: list[str]) -> None:
 
 def _list(command: ListCommand) -> None:
     pointer = releases.read_pointer(command.releases_uri)
-    for manifest in releases.list_releases(command.releases_uri):
+    listing = releases.list_releases(command.releases_uri)
+    for manifest in listing.manifests:
         mark = "*" if pointer and pointer.target == manifest.release_id else " "
         print(
             f"{mark} {manifest.release_id}  {manifest.created}  model {manifest.model_name} "
             f"{manifest.model_version}  dataset version {manifest.dataset_version}  "
             f"{manifest.counts.num_indexed} images  recall@10 {manifest.recall_at_10:.3f}"
         )
+    for release_id, error in listing.damaged.items():
+        print(f"! {release_id}  {error}")
+    if pointer and pointer.pin:
+        print(_pinned(pointer.target, pointer.pin))
+
+
+def _pinned(release_id: str, pin: Pin) -> str:
+    return f"{release_id} is pinned since {pin.since}: {pin.reason} (`namr releases unpin` lifts it)"
 
 
 def _export(command: ExportCommand) -> None:
@@ -130,14 +176,41 @@ def _promote(command: PromoteCommand) -> None:
 
 
 def _rollback(command: RollbackCommand) -> None:
-    release = releases.roll_back(command.releases_uri, command.to)
-    print(f"{release.manifest.release_id} is current")
+    release = publication.roll_back(command.releases_uri, command.to, reason=command.reason, now=_now())
+    print(
+        f"{release.manifest.release_id} is current and pinned: nothing is published until "
+        "`namr releases unpin`"
+    )
+
+
+def _pin(command: PinCommand) -> None:
+    pinned = publication.pin(command.releases_uri, reason=command.reason, now=_now())
+    print(f"{pinned.target} stays current: nothing is published until `namr releases unpin`")
+
+
+def _unpin(command: UnpinCommand) -> None:
+    before = publication.unpin(command.releases_uri)
+    was = f"was pinned since {before.pin.since}: {before.pin.reason}" if before.pin else "was not pinned"
+    print(f"{before.target} {was}; the next night may publish")
+
+
+def _takedown(command: TakedownCommand) -> None:
+    dataset_uri = releases.open_release(command.releases_uri).manifest.dataset_uri
+    ids = takedowns.take_out(command.releases_uri, dataset_uri, command.keys, now=_now())
+    print(f"{len(ids)} images of {dataset_uri} are taken out, of every release too")
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 _COMMANDS = (
     _Command(("demo",), DemoConfig, demo.run),
     _Command(("releases", "list"), ListCommand, _list),
     _Command(("releases", "export"), ExportCommand, _export),
+    _Command(("releases", "pin"), PinCommand, _pin),
+    _Command(("releases", "unpin"), UnpinCommand, _unpin),
+    _Command(("takedown",), TakedownCommand, _takedown),
     _Command(("promote",), PromoteCommand, _promote),
     _Command(("rollback",), RollbackCommand, _rollback),
 )

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import tomli_w
 import tyro
 
+from namr import secrets
 from namr.errors import ConfigError, NamrError
 
 T = TypeVar("T")
@@ -30,8 +31,10 @@ def load(job: type[T], argv: Sequence[str] | None = None, *, description: str = 
     argv: the arguments without the program's name; None takes those of this process. `--help` prints and
     exits. A job's class variable MOVED names fields that it had once, each with the one that took its place.
     """
-    path, flags = _split_config(list(sys.argv[1:] if argv is None else argv))
-    from_file = list(_flags_of(_read_toml(path), "")) if path else []
+    words = list(sys.argv[1:] if argv is None else argv)
+    _check_text(words)
+    path, flags = _split_config(words)
+    from_file = _read_flags(path) if path else []
     _check_not_moved(getattr(job, "MOVED", {}), [*from_file, *flags])
     help_text = f"{description}\n\nFlags win over the TOML file that --config names.".strip()
     said = io.StringIO()
@@ -50,7 +53,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except NamrError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(secrets.without_secrets(f"{type(error).__name__}: {error}"), file=sys.stderr)
         sys.exit(2)
 
 
@@ -82,9 +85,19 @@ def _check_not_moved(moved: Mapping[str, str], words: Sequence[str]) -> None:
             raise ConfigError(f"{name} is no field any more; set {moved[name]}, which took its place")
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _check_text(words: Sequence[str]) -> None:
+    """Refuse what no file name, URI or table of MLflow can hold."""
+    for word in words:
+        if "\0" in word or any("\ud800" <= character <= "\udfff" for character in word):
+            raise ConfigError(f"the argument {word!a} is no text; expected UTF-8 without NUL")
+
+
+def _read_flags(path: Path) -> list[str]:
+    """A TOML file as the flags that would say the same."""
     try:
-        return tomllib.loads(path.read_text())
+        return list(_flags_of(tomllib.loads(path.read_text()), ""))
+    except RecursionError:
+        raise ConfigError(f"--config {path}: nested too deep; expected [stage] tables with values") from None
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

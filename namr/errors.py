@@ -8,7 +8,9 @@
      │    └── Conflict          somebody else changed it first
      ├── ManifestError      a stored thing is damaged, incomplete, foreign or from a newer format
      ├── ModelMismatch      made by another model than the one at hand
-     └── ImageRefused       bytes that are no image we can use; carries the reason
+     ├── ImageRefused       bytes that are no image we can use; carries the reason
+     ├── Busy               a service has too much to do; carries when to ask again
+     └── TimedOut           a search took longer than it may
 
 Every message says what failed, the value, what was expected and what to do. Anything else that
 escapes is a fault of ours.
@@ -56,3 +58,18 @@ class ImageRefused(NamrError):
 
     def __reduce__(self) -> tuple[type["ImageRefused"], tuple[str]]:
         return type(self), (self.reason,)
+
+
+class Busy(NamrError):
+    """A service has too much to do; ask again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type["Busy"], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after_s)
+
+
+class TimedOut(NamrError):
+    """A search took longer than it may."""

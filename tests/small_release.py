@@ -21,8 +21,10 @@ from sklearn.datasets import load_digits
 from namr.data import datasets, images, shards
 from namr.index import ivf
 from namr.model import distances, model
-from namr.release import releases
+from namr.release import publication, releases
 from namr.release.releases import Counts, ReleaseManifest, Segment, VectorShard
+from namr.search.items import Items
+from namr.search.searcher import Searcher
 from namr.store import manifests, storage, tables
 from namr.store.tables import EmbeddingTable, SampleTable
 
@@ -122,7 +124,7 @@ def embed(
     dataset: datasets.Dataset, recipe: Recipe, of_images: Callable[[list[bytes]], Vectors] | None = None
 ):
     """The embedding table of each shard, as extraction would write it."""
-    found: list[EmbeddingTable] = []
+    embedded: list[EmbeddingTable] = []
     for entry in dataset.shards:
         table = dataset.samples(entry)
         if of_images:
@@ -133,7 +135,7 @@ def embed(
             vectors = random_vectors(len(table), recipe.dim, seed=recipe.seed + entry.number)
         refused = np.isin(table.ids, recipe.refused)
         kept = np.flatnonzero(~refused & dataset.live(table.ids))
-        found.append(
+        embedded.append(
             EmbeddingTable(
                 ids=table.ids[kept],
                 keys=[table.keys[row] for row in kept],
@@ -145,7 +147,7 @@ def embed(
                 refused_reasons=["truncated"] * int(refused.sum()),
             )
         )
-    return found
+    return embedded
 
 
 def items_of(dataset: datasets.Dataset, ids: npt.NDArray[np.int64]) -> SampleTable:
@@ -235,7 +237,7 @@ def publish(root: Path, recipe: Recipe, *, release_id: str = "first", **more) ->
     """A published release."""
     manifest = make_manifest(root, recipe, release_id=release_id, **more)
     uri = more.get("releases_uri") or str(root / "releases")
-    return releases.publish(uri, manifest, expected=releases.read_pointer(uri))
+    return publication.publish(uri, manifest, expected=releases.read_pointer(uri))
 
 
 def renamed(manifest: ReleaseManifest, release_id: str, *, created: str | None = None) -> ReleaseManifest:
@@ -265,3 +267,16 @@ def publish_with_model(root: Path, *, release_id: str = "first", seed: int = 0, 
     recipe = Recipe(num_shards=num_shards, model_digest=model.digest(net), model_version=str(seed + 1))
     publish(root, recipe, release_id=release_id, of_images=of_images)
     return folder
+
+
+def with_items(searcher: Searcher, items: Items) -> Searcher:
+    """The same release with other items than it lists."""
+    return Searcher(
+        searcher.release,
+        index=searcher._stages._index,
+        vectors=searcher._vectors,
+        items=items,
+        dead=searcher._dead,
+        query_model=searcher.model,
+        device="cpu",
+    )

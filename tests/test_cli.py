@@ -6,11 +6,12 @@ import faiss
 import pytest
 
 from namr import cli
+from namr.data import datasets
 from namr.errors import ConfigError, ManifestError
 from namr.model import model
 from namr.model.model import ModelConfig
 from namr.registry import registry
-from namr.release import releases
+from namr.release import publication, releases, takedowns
 from tests import small_release
 from tests.small_release import Recipe
 
@@ -19,14 +20,51 @@ def test_releases_are_listed_and_rolled_back(tmp_path: Path, capsys: pytest.Capt
     first = small_release.publish(tmp_path, Recipe(), release_id="first")
     uri = first.releases_uri
     second = small_release.renamed(first.manifest, "second", created="2026-11-02T02:00:00+00:00")
-    releases.publish(uri, second, expected=releases.read_pointer(uri))
+    publication.publish(uri, second, expected=releases.read_pointer(uri))
     cli.run(["releases", "list", "--releases-uri", uri])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["first", lines[0].split()[1]], ["*", "second"]]
     cli.run(["rollback", "--releases-uri", uri])
-    assert capsys.readouterr().out == "first is current\n"
+    assert capsys.readouterr().out.startswith("first is current and pinned: nothing is published until")
     cli.run(["rollback", "--releases-uri", uri, "--to", "second"])
     assert releases.current(uri).manifest.release_id == "second"
+
+
+def test_a_pin_is_set_shown_and_lifted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = small_release.publish(tmp_path, Recipe(num_shards=1)).releases_uri
+    cli.run(["releases", "pin", "--releases-uri", uri, "--reason", "an audit"])
+    assert "first stays current" in capsys.readouterr().out
+    cli.run(["releases", "list", "--releases-uri", uri])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("first is pinned since 20")
+    cli.run(["releases", "unpin", "--releases-uri", uri])
+    assert ": an audit; the next night may publish" in capsys.readouterr().out
+    cli.run(["releases", "unpin", "--releases-uri", uri])
+    assert capsys.readouterr().out == "first was not pinned; the next night may publish\n"
+
+
+def test_a_damaged_manifest_is_listed_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = small_release.publish(tmp_path, Recipe(num_shards=1))
+    second = small_release.renamed(first.manifest, "second")
+    publication.publish(first.releases_uri, second, expected=releases.read_pointer(first.releases_uri))
+    Path(first.releases_uri, "first", "manifest.json").write_text("{")
+    cli.run(["releases", "list", "--releases-uri", first.releases_uri])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("* second")
+    assert lines[1].startswith("! first") and "manifest.json is damaged" in lines[1]
+
+
+def test_images_are_taken_down_by_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = small_release.publish(tmp_path, Recipe(num_shards=1)).manifest
+    uri = str(tmp_path / "releases")
+    cli.run(["takedown", "--releases-uri", uri, "--keys", "digit/3", "digit/7"])
+    assert capsys.readouterr().out.startswith("2 images of ")
+    assert takedowns.taken_down(uri, manifest.dataset_uri).tolist() == [3, 7]
+    assert datasets.open_version(manifest.dataset_uri).version.tombstones == (3, 7)
+    with pytest.raises(ConfigError, match="nothing was changed"):
+        cli.run(["takedown", "--releases-uri", uri, "--keys", "digit/8", "nobody"])
+    assert takedowns.taken_down(uri, manifest.dataset_uri).tolist() == [3, 7]
 
 
 def test_a_release_is_exported_as_plain_faiss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +94,7 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
     ("words", "error", "expected"),
     [
         (["relases"], ConfigError, "'relases' is no command of namr; expected one of: demo, promote"),
-        (["releases"], ConfigError, "releases export, releases list"),
+        (["releases"], ConfigError, "releases export, releases list, releases pin, releases unpin"),
         (["submit", "fly"], ConfigError, "namr submit fly: expected one of build_index, evaluate"),
         (["submit"], ConfigError, "expected one of build_index"),
         (["rollback", "--releases-uri", "nowhere"], ConfigError, "no current release"),
@@ -65,6 +103,7 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
             ManifestError,
             "no current release",
         ),
+        (["releases", "pin", "--releases-uri", "x"], ConfigError, "reason"),
         (["rollback", "--release-uri", "x"], ConfigError, "Perhaps you meant|required"),
     ],
 )

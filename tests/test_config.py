@@ -118,3 +118,35 @@ def test_run_lets_our_own_faults_through() -> None:
 
     with pytest.raises(KeyError):
         config.run(main)
+
+
+@pytest.mark.parametrize("word", ["a\0b", "\udcff", "\ud800"])
+def test_an_argument_that_is_no_text_is_one_clear_error(word: str) -> None:
+    for argv in (["--config", word], [f"--config={word}"], ["--name", word]):
+        with pytest.raises(ConfigError, match=r"the argument '.*\\\w+.*' is no text; expected UTF-8"):
+            config.load(Job, argv)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 5000,
+        "a = " + "{b = " * 5000,
+        "a" + ".a" * 2000 + " = 1",
+        "a = " + "[" * 900 + "]" * 900,
+    ],
+    ids=["arrays", "tables", "dots", "fewer"],
+)
+def test_a_file_that_is_nested_absurdly_deep_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "job.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"job\.toml: nested too deep"):
+        config.load(Job, ["--config", str(tmp_path / "job.toml")])
+
+
+def test_what_a_job_prints_of_an_error_has_no_secret_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise ConfigError("cannot reach http://me:s3cret@mlflow")
+
+    with pytest.raises(SystemExit):
+        config.run(main)
+    assert capsys.readouterr().err == "ConfigError: cannot reach http://***@mlflow\n"

@@ -24,12 +24,7 @@ JOB_COMMANDS = [command for command in COMMANDS if command.job()]
 
 MOST_LINES = 350
 MOST_TEST_LINES = 500
-LONGER_FILES = {
-    "namr/data/reading.py": "stream, read by id and make batches are the three readers of one layout",
-    "namr/release/releases.py": "manifest, objects and pointer of a release are one contract",
-    "namr/search/searcher.py": "the Searcher and the answers that its stages give",
-    "namr/serve/app.py": "one HTTP interface: routes, their models and their refusals",
-}
+LONGER_FILES = {}
 """Files with more lines than that, each with the reason why it has one subject all the same."""
 MOST_BYTES = 600_000
 MAY_PRINT = {"cli", "demo"}

@@ -1,13 +1,16 @@
 """Datasets: shards listed in numbered versions, and the pointer that says which version is current.
 
-    <dataset>/current.json               the pointer: "versions/<n>.json"
-    <dataset>/versions/<n>.json          shards with digests and counts, tombstones; immutable
-    <dataset>/shards/<plan>/shard-000017.tar, .parquet    images, and the sample index; immutable
+    <dataset>/current.json                    the pointer: "versions/<n>.json"
+    <dataset>/versions/<n>.json               shards with digests and counts, tombstones; immutable
+    <dataset>/shards/shard-000017-<d>.tar     images, and beside them the sample index as .parquet; immutable,
+                                              <d> begins the file's own SHA-256
+    <dataset>/packing/<digest>.json           receipts of packing (`pack_shard`)
 
 A night's new images are new shards and a new version; nothing that a version lists is ever changed. A
 change is published by swapping the pointer as it was read when the change began, so that of two changes at
-once one wins and the other is told. Tars that lie elsewhere (foreign shards) are listed by absolute URI and
-only their index is ours.
+once one wins and the other is told. What the loser wrote keeps its number, and can't be opened by it: a
+version lists in `history` which ones were current before it. Tars that lie elsewhere (foreign shards) are
+listed by absolute URI and only their index is ours.
 
 A tombstone takes a sample out of all later versions: its id is never read again, and its key stays known,
 so that packing the same source again doesn't bring the image back.
@@ -76,9 +79,17 @@ class DatasetVersion:
     """rows of all shards, tombstoned ones included"""
     next_shard_number: int
     shards: tuple[ShardEntry, ...]
-    tombstones: tuple[int, ...]
+    tombstones: tuple[manifests.Id, ...]
     """ids, ascending"""
     sources: tuple[SourceRecord, ...]
+    history: tuple[int, ...] | None = None
+    """numbers of the versions that were current before this one, ascending; None where an older namr wrote
+    it: then every number below its own counts"""
+
+    @property
+    def earlier(self) -> Sequence[int]:
+        """Numbers of the versions that were current before this one, ascending."""
+        return range(1, self.version) if self.history is None else self.history
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +118,10 @@ class Dataset:
 
     def live(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """(n,) mask of the ids that are not tombstoned."""
-        return ~np.isin(ids, self.tombstones)
+        if not len(self.tombstones):
+            return np.ones(len(ids), bool)
+        nearest = np.searchsorted(self.tombstones, ids).clip(max=len(self.tombstones) - 1)
+        return np.asarray(self.tombstones[nearest] != ids)
 
     def shard_uri(self, entry: ShardEntry) -> str:
         """Where the tar lies."""
@@ -124,12 +138,12 @@ class Dataset:
 
     def find(self, keys: Iterable[str]) -> dict[str, int]:
         """The ids of those keys that are in the dataset, tombstoned ones included."""
-        wanted, found = set(keys), {}
+        wanted, id_of_key = set(keys), {}
         for table in self.all_samples() if wanted else ():
             for row, key in enumerate(table.keys):
                 if key in wanted:
-                    found[key] = int(table.ids[row])
-        return found
+                    id_of_key[key] = int(table.ids[row])
+        return id_of_key
 
 
 @dataclass(frozen=True)
@@ -148,15 +162,28 @@ class Head:
 
 
 def open_version(dataset_uri: str, version: int | None = None) -> Dataset:
-    """A version of a dataset, the current one if None; ManifestError if there is none or it is damaged."""
-    if version is not None:
-        return _open(dataset_uri, f"versions/{version}.json")
-    dataset = head(dataset_uri).dataset
-    if dataset is None:
+    """A version of a dataset, the current one if None.
+
+    Raises ManifestError where there is no dataset or it is damaged, and for a version that was never the
+    current one: a change that lost the race, or died before it published, left it behind.
+    """
+    current = head(dataset_uri).dataset
+    if current is None:
         raise ManifestError(
             f"{dataset_uri} is no dataset: it has no current.json; check the URI, or pack one (jobs/pack.py)"
         )
-    return dataset
+    return current if version in (None, current.version.version) else open_earlier(current, version or 0)
+
+
+def open_earlier(dataset: Dataset, version: int) -> Dataset:
+    """A version that was current before this one of the same dataset; else ManifestError."""
+    if version not in dataset.version.earlier:
+        known = [*dataset.version.earlier[-5:], dataset.version.version]
+        raise ManifestError(
+            f"{dataset.uri} has no such version as {version}, or it was never current; the newest that were "
+            f"are {', '.join(map(str, known))}: name one of these, or none for the current one"
+        )
+    return _open(dataset.uri, f"versions/{version}.json")
 
 
 def head(dataset_uri: str) -> Head:
@@ -183,7 +210,7 @@ def publish_version(
     """Make the next version: what was there `before`, and these shards and tombstones; make it current.
 
     Raises Conflict if somebody else published since `before` was read (nothing is changed then), and
-    ConfigError for shard numbers that were given before.
+    ConfigError for shard numbers that were given before and tombstones that are no ids of the dataset.
     """
     old = before.dataset.version if before.dataset else None
     numbers = sorted(entry.number for entry in shards)
@@ -194,7 +221,13 @@ def publish_version(
             f"{MAX_SHARD_NUMBER}, never given before"
         )
     all_shards = (old.shards if old else ()) + tuple(sorted(shards, key=lambda entry: entry.number))
-    dead = set(old.tombstones if old else ()) | set(tombstones)
+    dead = set(tombstones)
+    num_rows = {entry.number: entry.num_samples for entry in all_shards}
+    unknown = [id for id in dead if not 0 <= id & 0xFFFFFFFF < num_rows.get(id >> 32, 0)]
+    if unknown:
+        raise ConfigError(
+            f"{before.uri}: tombstone {unknown[0]} is the id of no sample; expected ids of this dataset"
+        )
     version = DatasetVersion(
         dataset_id=old.dataset_id if old else uuid.uuid4().hex,
         version=old.version + 1 if old else 1,
@@ -202,8 +235,9 @@ def publish_version(
         num_samples=sum(entry.num_samples for entry in all_shards),
         next_shard_number=max([first, *(number + 1 for number in numbers)]),
         shards=all_shards,
-        tombstones=tuple(sorted(dead)),
+        tombstones=tuple(sorted(dead.union(old.tombstones if old else ()))),
         sources=(old.sources if old else ()) + ((source,) if source else ()),
+        history=(*old.earlier, old.version) if old else (),
     )
     version = _write_under_next_number(before.uri, version)
     target = f"versions/{version.version}.json"
@@ -219,16 +253,16 @@ def tombstone(dataset_uri: str, keys: Sequence[str], *, now: datetime) -> Datase
     before = head(dataset_uri)
     if before.dataset is None:
         raise ManifestError(f"{dataset_uri} is no dataset: it has no current.json; check the URI")
-    found = before.dataset.find(keys)
-    unknown = sorted(set(keys) - set(found))
+    id_of_key = before.dataset.find(keys)
+    unknown = sorted(set(keys) - set(id_of_key))
     if unknown:
         raise ConfigError(
             f"{len(unknown)} of {len(set(keys))} keys are not in {dataset_uri}, for one {unknown[0]!r}; "
             "nothing was changed"
         )
-    if set(found.values()) <= set(before.dataset.version.tombstones):
+    if set(id_of_key.values()) <= set(before.dataset.version.tombstones):
         return before.dataset
-    return publish_version(before, [], now=now, tombstones=found.values())
+    return publish_version(before, [], now=now, tombstones=id_of_key.values())
 
 
 def _read_samples(dataset_uri: str, entry: ShardEntry) -> SampleTable:
@@ -263,11 +297,11 @@ def _open(dataset_uri: str, name: str) -> Dataset:
         data = storage.read(uri)
     except ObjectMissing as error:
         raise ManifestError(f"{uri} is missing, so there is no such version of the dataset") from error
-    return Dataset(
-        uri=storage.absolute(dataset_uri),
-        version=manifests.decode_manifest(data, DatasetVersion, uri),
-        digest=storage.sha256(data),
-    )
+    version = manifests.decode_manifest(data, DatasetVersion, uri)
+    dead = version.tombstones
+    if dead and not (dead[0] >= 0 and dead[-1] < 2**63 and dead == tuple(sorted(set(dead)))):
+        raise ManifestError(f"{uri} is damaged: its tombstones are no ascending ids; restore it")
+    return Dataset(uri=storage.absolute(dataset_uri), version=version, digest=storage.sha256(data))
 
 
 def _pointer_uri(dataset_uri: str) -> str:

@@ -14,11 +14,12 @@ Not covered: HEIC and SVG, video, wide-gamut or high dynamic range output, trans
 
 import io
 import math
+import re
 import struct
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,25 @@ Fit = Literal["squash", "crop"]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS = 89_478_485
 
+
+class Format(NamedTuple):
+    """What kind of file an encoded image is."""
+
+    extension: str
+    """of its name in a shard"""
+    media_type: str
+
+
+_FIRST_BYTES = {
+    Format("jpg", "image/jpeg"): rb"\xff\xd8\xff",
+    Format("png", "image/png"): rb"\x89PNG",
+    Format("gif", "image/gif"): rb"GIF8",
+    Format("bmp", "image/bmp"): rb"BM",
+    Format("tif", "image/tiff"): rb"II\*\0|MM\0\*",
+    Format("webp", "image/webp"): rb"RIFF.{4}WEBP",
+    Format("avif", "image/avif"): rb".{4}ftypavi[fs]",
+}
+"""A regular expression for what a file of each format begins with."""
 _DRAFT_FACTOR = 3
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -91,6 +111,12 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         checks.in_range(self, "min_area", above=0, at_most=1)
         checks.in_range(self, "color_jitter", at_least=0, below=1)
+
+
+def format_of(data: bytes) -> Format | None:
+    """The format that the first bytes call for; None if it is none that is read. Nothing is decoded."""
+    begins = (each for each, start in _FIRST_BYTES.items() if re.match(start, data, re.DOTALL))
+    return next(begins, None)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side_px: int | None = None) -> Image.Image:

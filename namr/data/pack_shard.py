@@ -9,31 +9,23 @@ Not covered: which plans there are, and running them in parallel (`packing`).
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, ClassVar, cast
+from typing import BinaryIO, ClassVar, NamedTuple, cast
 
 from namr.data import images, shards
 from namr.data.datasets import ShardEntry
-from namr.data.shards import Member, Sample
+from namr.data.leftovers import PassedOver, RefusedImage
+from namr.data.shards import Sample, TarIndex
 from namr.data.sources import SourceImage
 from namr.errors import ImageRefused, ObjectMissing
-from namr.store import manifests, read_ahead, storage, tables
+from namr.store import manifests, read_ahead, scratch, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.tables import SampleTable
 
 _NUM_READERS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefusedImage:
-    """An image that was not packed, and why."""
-
-    key: str
-    location: str
-    reason: str
+_GONE = "gone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +38,10 @@ class Receipt:
     entry: ShardEntry | None
     """None where all its images were refused"""
     refused: tuple[RefusedImage, ...]
+    passed_over: tuple[PassedOver, ...] = ()
+    """entries of a foreign tar that are no samples"""
+    sources: str = ""
+    """digest of the states (`storage.state`) of all that was read, as it was read"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,30 +69,50 @@ class ShardPlan:
 def run_plan(plan: ShardPlan) -> Receipt:
     """Make one shard and its receipt, unless an earlier attempt has.
 
-    Where that attempt refused images they are looked at again: they may have been repaired.
+    Where that attempt refused images they are looked at again: they may have been repaired. Where anything
+    that it read was replaced since (other state, same name), the shard is made anew.
     """
-    return manifests.recorded(
-        plan.receipt_uri, Receipt, lambda: _made(plan), holds=lambda receipt: not receipt.refused
-    )
+
+    def holds(receipt: Receipt) -> bool:
+        return not receipt.refused and receipt.sources == _digest_of(_states(plan))
+
+    return manifests.recorded(plan.receipt_uri, Receipt, lambda: _made(plan), holds=holds)
+
+
+def _states(plan: ShardPlan) -> Iterator[str]:
+    """Of all that the plan reads, as it is now."""
+    if plan.foreign:
+        yield storage.state(plan.foreign.name)
+    yield from read_ahead.in_order(_state, plan.images, num_threads=_NUM_READERS)
 
 
 def _made(plan: ShardPlan) -> Receipt:
     refused: list[RefusedImage] = []
+    passed_over: tuple[PassedOver, ...] = ()
+    states: list[str] = []
     if plan.foreign:
-        tar, table = _index_foreign(plan.number, plan.foreign.name, refused)
+        states.append(storage.state(plan.foreign.name))
+        tar, (table, refused_members, passed_over) = _index_foreign(plan.number, plan.foreign.name)
+        refused += refused_members
     else:
-        tar, table = _write_own(plan, refused)
+        tar, table = _write_own(plan, refused, states)
     entry = None
-    if tar and len(table):
+    if len(table):
         index = _write_named(plan, tables.encode_samples(table), "parquet")
         entry = ShardEntry(number=plan.number, tar=tar, index=index, num_samples=len(table))
-    return Receipt(entry=entry, refused=tuple(refused))
+    return Receipt(entry=entry, refused=tuple(refused), passed_over=passed_over, sources=_digest_of(states))
 
 
-def _write_own(plan: ShardPlan, refused: list[RefusedImage]) -> tuple[StoredObject, SampleTable]:
-    with tempfile.TemporaryDirectory(prefix="namr-packing-") as folder:
+def _digest_of(states: Iterable[str]) -> str:
+    return storage.sha256("\n".join(states).encode())
+
+
+def _write_own(
+    plan: ShardPlan, refused: list[RefusedImage], states: list[str]
+) -> tuple[StoredObject, SampleTable]:
+    with scratch.folder("packing-") as folder:
         path = Path(folder) / "shard.tar"
-        table = shards.write_shard(path, _accepted(plan.images, refused), number=plan.number)
+        table = shards.write_shard(path, _accepted(plan.images, refused, states), number=plan.number)
         return _write_named(plan, path, "tar"), table
 
 
@@ -108,57 +124,71 @@ def _write_named(plan: ShardPlan, data: bytes | Path, suffix: str) -> StoredObje
     )
 
 
-def _accepted(found: Sequence[SourceImage], refused: list[RefusedImage]) -> Iterator[Sample]:
-    """The images that decode, read some ahead; the others go to `refused`."""
-    contents = read_ahead.in_order(_bytes_or_none, found, num_threads=_NUM_READERS)
-    for image, data in zip(found, contents, strict=True):
-        reason = "nothing is there" if data is None else _objection(data)
-        if data is None or reason:
-            refused.append(RefusedImage(key=image.key, location=image.location, reason=reason or ""))
-        else:
-            yield Sample(
-                key=image.key,
-                image=data,
-                extension=shards.extension_of(data) or "",
-                label=image.label,
-                fields=image.fields,
-            )
+def _accepted(
+    offered: Sequence[SourceImage], refused: list[RefusedImage], states: list[str]
+) -> Iterator[Sample]:
+    """The images that decode, read some ahead; the others go to `refused`, and what each was to `states`."""
+    contents = read_ahead.in_order(_read, offered, num_threads=_NUM_READERS)
+    for image, (data, state) in zip(offered, contents, strict=True):
+        states.append(state)
+        try:
+            yield _sample(image, data)
+        except ImageRefused as refusal:
+            refused.append(RefusedImage(key=image.key, location=image.location, reason=refusal.reason))
 
 
-def _bytes_or_none(image: SourceImage) -> bytes | None:
+class _Read(NamedTuple):
+    """The bytes of an image, None where nothing is there, and its state before they were read."""
+
+    data: bytes | None
+    state: str
+
+
+def _read(image: SourceImage) -> _Read:
     if image.data is not None:
-        return image.data
+        return _Read(image.data, _state(image))
     try:
-        return storage.read(image.location)
+        return _Read(*storage.read_with_state(image.location))
     except ObjectMissing:
-        return None
+        return _Read(None, _GONE)
+
+
+def _state(image: SourceImage) -> str:
+    """What changes whenever the bytes do."""
+    if image.data is not None:
+        return storage.sha256(image.data)
+    try:
+        return storage.state(image.location)
+    except ObjectMissing:
+        return _GONE
+
+
+def _sample(image: SourceImage, data: bytes | None) -> Sample:
+    """The image as a shard holds it; ImageRefused for bytes that can't be packed."""
+    if data is None:
+        raise ImageRefused("nothing is there")
+    images.decode(data)
+    format = images.format_of(data)
+    if format is None:
+        raise ImageRefused("a format that shards don't hold")
+    return Sample(
+        key=image.key, image=data, extension=format.extension, label=image.label, fields=image.fields
+    )
+
+
+def _index_foreign(number: int, uri: str) -> tuple[StoredObject, TarIndex]:
+    with storage.open_stream(uri) as stream:
+        hashing = _Hashing(stream)
+        index = shards.index_shard(cast(BinaryIO, hashing), number=number, uri=uri, objection=_objection)
+    return StoredObject(uri, hashing.num_bytes, hashing.digest.hexdigest()), index
 
 
 def _objection(data: bytes) -> str | None:
-    """Why these bytes are no image that can be packed."""
     try:
         images.decode(data)
     except ImageRefused as refusal:
         return refusal.reason
-    return None if shards.extension_of(data) else "a format that shards don't hold"
-
-
-def _index_foreign(number: int, uri: str, refused: list[RefusedImage]) -> tuple[StoredObject, SampleTable]:
-    with storage.open_stream(uri) as stream:
-        hashing = _Hashing(stream)
-        members = _accepted_members(shards.iterate(cast(BinaryIO, hashing), uri=uri), uri, refused)
-        table = shards.index_members(members, number=number, uri=uri)
-    return StoredObject(uri, hashing.num_bytes, hashing.digest.hexdigest()), table
-
-
-def _accepted_members(members: Iterator[Member], uri: str, refused: list[RefusedImage]) -> Iterator[Member]:
-    for member in members:
-        try:
-            images.decode(member.image)
-        except ImageRefused as refusal:
-            refused.append(RefusedImage(key=member.key, location=uri, reason=refusal.reason))
-        else:
-            yield member
+    return None
 
 
 class _Hashing:

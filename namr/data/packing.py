@@ -5,7 +5,8 @@ alone (tombstoned ones too), so a nightly run on a growing folder packs the new 
 twice changes nothing. A changed image needs another key.
 
 Every image is decoded once here. What can't be decoded is refused, listed with its reason, and fails the run
-above `max_bad_fraction`; what can is stored byte for byte as it came. Shards are one Ray task each: it writes
+above `max_bad_fraction`; what can is stored byte for byte as it came. Things that are no images are passed
+over, counted and named. Shards are one Ray task each: it writes
 the tar, the sample index, and last a receipt under the digest of the plan. A run that was killed anywhere
 leaves the dataset as it was, and the same run again goes on from the receipts. The new version is published
 last, if the pointer is still the one that was read first.
@@ -20,15 +21,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from namr import checks, progress, ray_connection
-from namr.data import datasets
+from namr.data import datasets, files
 from namr.data.datasets import Head, ShardEntry, SourceRecord
-from namr.data.pack_shard import Receipt, RefusedImage, ShardPlan, run_plan
+from namr.data.leftovers import PassedOver, RefusedImage, Tally
+from namr.data.pack_shard import Receipt, ShardPlan, run_plan
 from namr.data.sources import Classes, SourceImage, open_source
 from namr.errors import ConfigError, ImageRefused, ManifestError, ObjectMissing
 from namr.store import storage
@@ -38,6 +40,8 @@ _NUM_READERS = 16
 _NUM_SIZES_ASKED = 256
 _TAR_BYTES_PER_SAMPLE = 2048
 """two headers, the JSON, and padding"""
+_SMALLEST_SHARD_BYTES = 4 << 20
+_SHARDS_PER_CORE = 3
 _FOREIGN_PREFIX = "webdataset:"
 
 
@@ -55,9 +59,9 @@ class PackingConfig:
     order: Literal["class", "shuffled"] = "class"
     """class: the images of a class lie together, which random reads by class like; shuffled: all mixed"""
     shard_bytes: int = 256 << 20
-    """target size of a shard"""
+    """most bytes of a shard; a small data set is cut into smaller ones, so that every core has some to do"""
     seed: int = 0
-    """decides the order of classes and images"""
+    """decides the order of classes and images, whatever the size of shards"""
     max_bad_fraction: float = 0.01
     """the run fails if a larger share of the source's images is refused"""
     download_folder: Path = Path("~/.cache/namr")
@@ -65,6 +69,7 @@ class PackingConfig:
 
     def __post_init__(self) -> None:
         checks.in_range(self, "shard_bytes", above=0)
+        checks.in_range(self, "seed", at_least=0, at_most=2**63 - 1)
         checks.in_range(self, "max_bad_fraction", at_least=0, at_most=1)
         if self.classes != "all" and self.source.startswith(_FOREIGN_PREFIX):
             raise ConfigError(f"classes is {self.classes}; foreign shards are indexed whole, expected all")
@@ -83,8 +88,6 @@ class PackReport:
     num_packed: int
     num_refused: int
     num_new_shards: int
-    num_passed_over: int
-    """files of the source that are no images by their names"""
     num_classes: int
     """of the whole dataset"""
     num_single_classes: int
@@ -92,6 +95,8 @@ class PackReport:
     num_unlabelled: int
     seconds: float
     refused: tuple[RefusedImage, ...]
+    passed_over: tuple[PassedOver, ...]
+    """what the source holds beside images, by kind"""
 
 
 class _Work(NamedTuple):
@@ -101,7 +106,9 @@ class _Work(NamedTuple):
     num_known: int
     num_found: int | None
     """None where only reading the shards will tell"""
-    num_passed_over: int
+    refused: tuple[RefusedImage, ...]
+    """before any was read"""
+    passed_over: Tally
 
 
 def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> PackReport:
@@ -119,7 +126,9 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
     work = _foreign_work(config, before) if is_foreign else _own_work(config, before)
     receipts = _run(work, config.max_bad_fraction)
     entries = [receipt.entry for receipt in receipts if receipt.entry]
-    refused = tuple(image for receipt in receipts for image in receipt.refused)
+    refused = work.refused + tuple(image for receipt in receipts for image in receipt.refused)
+    for receipt in receipts:
+        work.passed_over.add_all(receipt.passed_over)
     num_packed = sum(entry.num_samples for entry in entries)
     num_found = work.num_known + num_packed + len(refused)
     if work.num_found not in (None, num_found):
@@ -151,12 +160,12 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
         num_packed=num_packed,
         num_refused=len(refused),
         num_new_shards=len(entries),
-        num_passed_over=work.num_passed_over,
         num_classes=len(images_of_class),
         num_single_classes=sum(num == 1 for num in images_of_class.values()),
         num_unlabelled=num_unlabelled,
         seconds=time.monotonic() - started,
         refused=refused,
+        passed_over=work.passed_over.total(),
     )
 
 
@@ -166,14 +175,36 @@ def _own_work(config: PackingConfig, before: Head) -> _Work:
     new = _with_sizes([image for image in source.images if image.key not in known], config.seed)
     plans = [
         ShardPlan(dataset_uri=before.uri, number=before.next_shard_number + place, images=images)
-        for place, images in enumerate(cut(new, config))
+        for place, images in enumerate(cut(new, config, shard_bytes=_shard_bytes(new, config)))
     ]
-    return _Work(plans, len(known), len(source.images), sum(source.passed_over.values()))
+    passed_over = Tally()
+    passed_over.add_all(source.passed_over)
+    num_found = len(source.images) + len(source.refused)
+    return _Work(plans, len(known), num_found, source.refused, passed_over)
+
+
+def _shard_bytes(new: Sequence[SourceImage], config: PackingConfig) -> int:
+    """Small enough that every core of the Ray that packs has some shards to make.
+
+    A power of two times the smallest, so that a run that goes on for one that was killed cuts alike even
+    where the cluster has meanwhile grown a little.
+    """
+    if not new:
+        return config.shard_bytes
+    ray_connection.connect()
+    wanted = sum(map(_tar_bytes, new)) // (_SHARDS_PER_CORE * max(1, ray_connection.total_cpus()))
+    doublings = max(0, (wanted // _SMALLEST_SHARD_BYTES).bit_length() - 1)
+    return min(config.shard_bytes, _SMALLEST_SHARD_BYTES << doublings)
 
 
 def _foreign_work(config: PackingConfig, before: Head) -> _Work:
     folder = storage.absolute(config.source.removeprefix(_FOREIGN_PREFIX))
-    tars = [storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".tar")]
+    passed_over, tars = Tally(), []
+    for name in _files_of(folder, passed_over):
+        if name.endswith(".tar"):
+            tars.append(storage.join(folder, name))
+        else:
+            passed_over.add(PurePosixPath(name).suffix.lower() or "no suffix", name)
     if not tars:
         raise ConfigError(f"{folder} has no .tar files; check the path (compressed tars can't be indexed)")
     known = {entry.tar.name: entry for entry in before.dataset.shards} if before.dataset else {}
@@ -190,18 +221,26 @@ def _foreign_work(config: PackingConfig, before: Head) -> _Work:
                 "an indexed shard must not change: restore it, or put new images in new shards"
             )
     num_known = sum(known[uri].num_samples for uri in tars if uri in known)
-    return _Work(plans, num_known, None, 0)
+    return _Work(plans, num_known, None, (), passed_over)
 
 
-def cut(found: Sequence[SourceImage], config: PackingConfig) -> list[list[SourceImage]]:
+def _files_of(folder: str, passed_over: Tally) -> list[str]:
+    if storage.is_local(folder) and not Path(folder).is_dir():
+        raise ConfigError(f"{folder} is not a folder; check the path")
+    return sorted(files.below(folder, passed_over))
+
+
+def cut(
+    offered: Sequence[SourceImage], config: PackingConfig, *, shard_bytes: int
+) -> list[list[SourceImage]]:
     """The images of each shard, in order: a seeded shuffle, by class or of all, cut near `shard_bytes`.
 
     By class, a class is cut only if it is larger than a shard, so that its images are one range. Images
-    without a label count as one class, the last.
+    without a label count as one class, the last. The order doesn't depend on where it is cut.
     """
     rng = np.random.default_rng(config.seed)
     by_class: dict[str | None, list[SourceImage]] = defaultdict(list)
-    for image in found:
+    for image in offered:
         by_class[image.label if config.order == "class" else None].append(image)
     unlabelled = by_class.pop(None, [])
     labels = sorted(label for label in by_class if label is not None)
@@ -209,11 +248,12 @@ def cut(found: Sequence[SourceImage], config: PackingConfig) -> list[list[Source
     parts: list[list[SourceImage]] = [[]]
     filled = 0
     for group in groups:
-        sizes = [(image.num_bytes or 0) + _TAR_BYTES_PER_SAMPLE for image in group]
-        if filled + sum(sizes) > config.shard_bytes >= sum(sizes):
-            parts, filled = [*parts, []], 0
+        sizes = [_tar_bytes(image) for image in group]
+        if filled + sum(sizes) > shard_bytes >= sum(sizes):
+            parts.append([])
+            filled = 0
         for place in rng.permutation(len(group)):
-            if filled + sizes[place] > config.shard_bytes:
+            if filled + sizes[place] > shard_bytes:
                 parts.append([])
                 filled = 0
             parts[-1].append(group[place])
@@ -221,25 +261,19 @@ def cut(found: Sequence[SourceImage], config: PackingConfig) -> list[list[Source
     return [part for part in parts if part]
 
 
-def _with_sizes(found: list[SourceImage], seed: int) -> list[SourceImage]:
-    """Sizes where none are known yet: exact for local files, the mean of a seeded sample for remote ones."""
-    remote = [i.location for i in found if i.num_bytes is None and not storage.is_local(i.location)]
+def _tar_bytes(image: SourceImage) -> int:
+    """What an image takes in a shard; 0 of its own where its size is not known yet."""
+    return (image.num_bytes or 0) + _TAR_BYTES_PER_SAMPLE
+
+
+def _with_sizes(offered: list[SourceImage], seed: int) -> list[SourceImage]:
+    """The size of remote images, which none is known of yet: the mean of a seeded sample."""
+    remote = [image.location for image in offered if image.num_bytes is None]
     asked = np.random.default_rng(seed).permutation(len(remote))[:_NUM_SIZES_ASKED]
     with ThreadPoolExecutor(_NUM_READERS) as readers:
         sizes = list(readers.map(_size_or_zero, [remote[place] for place in asked]))
     mean = sum(sizes) // max(1, len(sizes))
-
-    def size(image: SourceImage) -> int:
-        return _size_or_zero(image.location) if storage.is_local(image.location) else mean
-
-    return [
-        image
-        if image.num_bytes is not None
-        else replace(
-            image, num_bytes=_size_or_zero(image.location) if storage.is_local(image.location) else mean
-        )
-        for image in found
-    ]
+    return [image if image.num_bytes is not None else replace(image, num_bytes=mean) for image in offered]
 
 
 def _size_or_zero(uri: str) -> int:
@@ -255,7 +289,7 @@ def _run(work: _Work, max_bad_fraction: float) -> list[Receipt]:
         return []
     ray_connection.connect()
     receipts: dict[int, Receipt] = {}
-    refused: list[RefusedImage] = []
+    refused = list(work.refused)
     with progress.shown("packing shards", len(work.plans)) as show:
         for place, receipt in ray_connection.map_tasks(run_plan, work.plans):
             receipts[place] = receipt

@@ -1,12 +1,16 @@
 """Where every image of a dataset version lies, and its class: memory-mapped columns.
 
 They are written once per node, about 24 bytes a sample, and shared by all ranks and loader workers there.
-Class numbers are places in the sorted distinct labels of live samples. Not covered: who writes them when
-(`reading.build_class_index`), and keys and fields, which training doesn't need.
+Class numbers are places in the sorted distinct labels of live samples. Not covered: keys and fields, which
+training doesn't need.
 
 Legend: N rows of all shards in order of id, n live and labelled ones, C classes, S shards, b asked for.
 """
 
+import fcntl
+import os
+import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from namr.data.datasets import Dataset
 from namr.data.sampling import ClassIndex
 from namr.data.shards import row_of, shard_of
 from namr.store import tables
 from namr.store.tables import SampleTable
 
 Ints = npt.NDArray[np.int64]
+
+_UNUSED_AFTER_S = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +43,8 @@ class SampleIndex:
 
     @cached_property
     def class_index(self) -> ClassIndex:
-        """For `sampling`: its rows are sample ids, (n,) sorted by class and id."""
-        return ClassIndex(rows=self._columns["ids_by_class"], starts=self._columns["class_starts"])
+        """For `sampling`: its ids are those of samples, (n,) sorted by class and id."""
+        return ClassIndex(ids=self._columns["ids_by_class"], starts=self._columns["class_starts"])
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -52,13 +59,13 @@ class SampleIndex:
     @cached_property
     def labelled_ids(self) -> Ints:
         """(n,) ids of live samples with a label, ascending."""
-        return np.sort(self.class_index.rows)
+        return np.sort(self.class_index.ids)
 
     def places(self, ids: Ints) -> Ints:
         """(b,) rows of the columns for ids."""
         shards = np.searchsorted(self._columns["shard_numbers"], shard_of(ids))
-        found: Ints = self._columns["shard_starts"][shards] + row_of(ids)
-        return found
+        rows: Ints = self._columns["shard_starts"][shards] + row_of(ids)
+        return rows
 
     def offsets(self, places: Ints) -> Ints:
         """(b,) of the image's first byte in its tar."""
@@ -76,35 +83,57 @@ class SampleIndex:
         return SampleIndex, (self.folder,)
 
 
-def write_sample_index(
-    folder: Path, shards: Iterable[tuple[SampleTable, npt.NDArray[np.bool_]]]
-) -> SampleIndex:
+def build(dataset: Dataset, folder: Path) -> SampleIndex:
+    """The sample index of a dataset version in `folder`, written by the first process of a node to ask.
+
+    The others wait for it. Labels are taken from the shards' sample indexes.
+    """
+    target = folder.expanduser().absolute() / "indexes" / dataset.digest
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{dataset.digest}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _remove_unused(target.parent)
+            with_live = ((table, dataset.live(table.ids)) for table in dataset.all_samples())
+            write(target, with_live)
+        os.utime(target)
+    return SampleIndex(target)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Indexes of versions that nobody opened for a week; who has one mapped keeps it."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.stat().st_mtime < time.time() - _UNUSED_AFTER_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write(folder: Path, shards: Iterable[tuple[SampleTable, npt.NDArray[np.bool_]]]) -> SampleIndex:
     """Write the columns of shards, by ascending number, each with the mask of those not tombstoned."""
     numbers: dict[str, int] = {}
     offsets, ids = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     sizes, classes = [np.empty(0, np.uint32)], [np.empty(0, np.int32)]
     for table, live in shards:
-        found = [
+        class_of_row = [
             numbers.setdefault(label, len(numbers)) if label is not None and is_live else -1
             for label, is_live in zip(table.labels, live & (table.sizes > 0), strict=True)
         ]
-        classes.append(np.array(found, np.int32))
+        classes.append(np.array(class_of_row, np.int32))
         offsets.append(table.offsets)
         sizes.append(table.sizes.astype(np.uint32))
         ids.append(table.ids)
     names = sorted(numbers)
     renumbered = np.full(len(names) + 1, -1, np.int32)  # the last, for -1, stays -1
     renumbered[[numbers[name] for name in names]] = np.arange(len(names))
-    class_of_row = renumbered[np.concatenate(classes)]
-    by_class, all_ids = ClassIndex.from_labels(class_of_row), np.concatenate(ids)
+    class_of_sample = renumbered[np.concatenate(classes)]
+    by_class, all_ids = ClassIndex.from_labels(class_of_sample), np.concatenate(ids)
     shard_numbers, shard_starts = np.unique(shard_of(all_ids), return_index=True)
     columns: dict[str, npt.NDArray[Any]] = {
         "shard_numbers": shard_numbers,
         "shard_starts": shard_starts.astype(np.int64),
         "offsets": np.concatenate(offsets),
         "sizes": np.concatenate(sizes),
-        "classes": class_of_row,
-        "ids_by_class": all_ids[by_class.rows],
+        "classes": class_of_sample,
+        "ids_by_class": all_ids[by_class.ids],
         "class_starts": by_class.starts,
         "class_names": np.array(names, np.str_),
     }

@@ -35,16 +35,16 @@ _ORDER, _SAMPLES, _SHUFFLE, _AUGMENTATION = range(4)
 
 @dataclass(frozen=True, eq=False)
 class ClassIndex:
-    """The rows of each class: those of class c are rows[starts[c]:starts[c + 1]]. May be memory-mapped."""
+    """The samples of each class: those of class c are ids[starts[c]:starts[c + 1]]. May be memory-mapped."""
 
-    rows: Ints
-    """(n,) int64: row numbers, sorted by class."""
+    ids: Ints
+    """(n,) int64, sorted by class: ids of samples in a dataset, or rows where an array holds the samples."""
     starts: Ints
     """(C + 1,) int64."""
 
     @classmethod
     def from_labels(cls, class_of_row: NDArray[np.integer]) -> "ClassIndex":
-        """From the class number of each row (N,); -1 = no label, such rows are never drawn."""
+        """From the class number of each row (N,), whose ids are the rows; -1 = no label, never drawn."""
         if class_of_row.ndim != 1:
             raise ShapeError(f"class_of_row has shape {class_of_row.shape}, expected one class number a row")
         if len(class_of_row) and class_of_row.min() < -1:
@@ -52,7 +52,7 @@ class ClassIndex:
         labelled = np.flatnonzero(class_of_row >= 0)
         classes = class_of_row[labelled]
         rows = labelled[np.argsort(classes, kind="stable")].astype(np.int64)
-        return cls(rows=rows, starts=np.concatenate([[0], np.cumsum(np.bincount(classes))]).astype(np.int64))
+        return cls(ids=rows, starts=np.concatenate([[0], np.cumsum(np.bincount(classes))]).astype(np.int64))
 
     @property
     def num_classes(self) -> int:
@@ -91,7 +91,7 @@ class PKConfig:
 class Pick(NamedTuple):
     """One sample of a batch."""
 
-    row: int
+    id: int
     step: int
     position: int
     """Place in the global batch."""
@@ -109,7 +109,7 @@ def check_drawable(index: ClassIndex, config: PKConfig) -> None:
 
 
 def global_batch(index: ClassIndex, config: PKConfig, *, seed: int, step: int) -> Ints:
-    """The rows of one global batch (P * K,) int64, class by class: the K rows of a class lie together.
+    """The ids of one global batch (P * K,) int64, class by class: the K samples of a class lie together.
 
     seed: 0 to 2^63 - 1.
     """
@@ -121,8 +121,8 @@ def global_batch(index: ClassIndex, config: PKConfig, *, seed: int, step: int) -
     sizes = index.starts[classes + 1] - index.starts[classes]
     draws = _hash(_SAMPLES, seed, step, np.arange(config.num_samples))
     within = _subsets(sizes, config.samples_per_class, draws)
-    rows: Ints = index.rows[index.starts[classes][:, None] + within].ravel()
-    return rows
+    ids: Ints = index.ids[index.starts[classes][:, None] + within].ravel()
+    return ids
 
 
 def slice_of_rank(num: int, *, rank: int, world_size: int) -> slice:
@@ -168,9 +168,9 @@ class BatchSampler:
     def __iter__(self) -> Iterator[list[Pick]]:
         start = self._slice.start
         for step in self._steps:
-            rows = global_batch(self._index, self._config, seed=self._seed, step=step)
-            mine = rows[self._slice].tolist()
-            yield [Pick(row, step, position) for position, row in enumerate(mine, start)]
+            ids = global_batch(self._index, self._config, seed=self._seed, step=step)
+            mine = ids[self._slice].tolist()
+            yield [Pick(id, step, position) for position, id in enumerate(mine, start)]
 
 
 def augmentation_seed(seed: int, step: int, position: int) -> int:

@@ -10,12 +10,12 @@ A source is written as one word:
     torchvision:Flowers102:test          or one of them
 
 The key of an image is its path in the folder or table without the extension, unless the table has keys.
-Not covered: reading and checking the images (`packing` does), and foreign shards.
+What is no image (other suffixes, hidden files and folders, pipes and devices) is passed over and counted. An
+image that can't be read, or whose name can't be stored as text, is refused by itself and doesn't keep the
+others out. Not covered: reading and checking the images (`packing` does), and foreign shards.
 """
 
 import inspect
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -25,10 +25,11 @@ import numpy as np
 import sklearn.datasets
 import torchvision.datasets
 
-from namr.data import images
+from namr.data import files, images
+from namr.data.leftovers import PassedOver, RefusedImage, Tally, printable
 from namr.data.shards import EXTENSIONS, Scalar
-from namr.errors import ConfigError, StorageError
-from namr.store import storage, tables
+from namr.errors import ConfigError, ImageRefused, ManifestError, StorageError
+from namr.store import scratch, storage, tables
 
 Classes = Literal["all", "first_half", "second_half"]
 
@@ -58,8 +59,20 @@ class Source:
 
     images: list[SourceImage]
     """by ascending key"""
-    passed_over: Mapping[str, int]
-    """files that are no images by their names: how many of each suffix"""
+    refused: tuple[RefusedImage, ...]
+    """of all classes"""
+    passed_over: tuple[PassedOver, ...]
+
+
+class _Leftovers:
+    """Collects what is not offered."""
+
+    def __init__(self) -> None:
+        self.refused: list[RefusedImage] = []
+        self.tally = Tally()
+
+    def refuse(self, key: str, location: str, reason: str) -> None:
+        self.refused.append(RefusedImage(key=printable(key), location=printable(location), reason=reason))
 
 
 def open_source(source: str, *, classes: Classes, download_folder: Path) -> Source:
@@ -68,27 +81,29 @@ def open_source(source: str, *, classes: Classes, download_folder: Path) -> Sour
     Raises ConfigError if it is empty, can't be understood, or offers a key twice.
     """
     kind, _, rest = source.partition(":")
-    passed_over: Counter[str] = Counter()
+    leftovers = _Leftovers()
     if source == "digits":
-        found = list(_digits())
+        offered = list(_digits())
     elif kind == "torchvision":
-        found = list(_torchvision(rest, download_folder))
+        offered = list(_torchvision(rest, download_folder))
     elif PurePosixPath(source).suffix.lower() in (".csv", ".parquet", ".pq"):
-        found = list(_table(source))
+        offered = list(_table(source, leftovers))
     else:
-        found = list(_folder(source, passed_over))
-    if not found:
-        others = f", but {passed_over.total()} other files ({', '.join(passed_over)})" if passed_over else ""
+        offered = list(_folder(source, leftovers))
+    passed_over = leftovers.tally.total()
+    if not offered and not leftovers.refused:
+        others = f", but {', '.join(map(str, passed_over))}" if passed_over else ""
         raise ConfigError(f"{source} has no images (.{', .'.join(EXTENSIONS)}){others}; check the path")
     by_key: dict[str, SourceImage] = {}
-    for image in found:
+    for image in offered:
         if image.key in by_key:
             raise ConfigError(
                 f"{source}: {by_key[image.key].location} and {image.location} have the same key "
                 f"{image.key!r}; a key is one image's identity, rename one"
             )
         by_key[image.key] = image
-    return Source([by_key[key] for key in sorted(_of_half(by_key, classes))], passed_over)
+    chosen = [by_key[key] for key in sorted(_of_half(by_key, classes))]
+    return Source(chosen, tuple(leftovers.refused), passed_over)
 
 
 def _of_half(by_key: Mapping[str, SourceImage], classes: Classes) -> Iterable[str]:
@@ -102,23 +117,27 @@ def _of_half(by_key: Mapping[str, SourceImage], classes: Classes) -> Iterable[st
     return (key for key, image in by_key.items() if image.label in chosen)
 
 
-def _folder(source: str, passed_over: Counter[str]) -> Iterator[SourceImage]:
+def _folder(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
     root = storage.absolute(source)
     if storage.is_local(root) and not Path(root).is_dir():
         raise ConfigError(f"{source} is not a folder, a .csv or a .parquet file; check the path")
     top: set[str] = set()
     grandchildren = False
-    for name in storage.list_names(root):
+    for name in files.below(root, leftovers.tally):
         path = PurePosixPath(name)
         if path.suffix.lower().lstrip(".") not in EXTENSIONS:
-            passed_over[path.suffix.lower() or "no suffix"] += 1
+            leftovers.tally.add(path.suffix.lower() or "no suffix", name)
             continue
         label = path.parts[0] if len(path.parts) > 1 else None
         top.add(label or "")
         grandchildren |= len(path.parts) > 2
-        location = storage.join(root, name)
-        num_bytes = Path(location).stat().st_size if storage.is_local(root) else None
-        yield SourceImage(key=str(path.with_suffix("")), location=location, label=label, num_bytes=num_bytes)
+        key, location = str(path.with_suffix("")), storage.join(root, name)
+        try:
+            num_bytes = files.size_of(location)
+        except ImageRefused as refusal:
+            leftovers.refuse(key, location, refusal.reason)
+        else:
+            yield SourceImage(key=key, location=location, label=label, num_bytes=num_bytes)
     if grandchildren and top <= _SPLIT_NAMES:
         raise ConfigError(
             f"{source} holds the splits {', '.join(sorted(top))} and not classes; give one of them, like "
@@ -126,32 +145,53 @@ def _folder(source: str, passed_over: Counter[str]) -> Iterator[SourceImage]:
         )
 
 
-def _table(source: str) -> Iterator[SourceImage]:
-    uri = storage.absolute(source)
-    if storage.is_local(uri):
-        columns = tables.read_rows(Path(uri))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / PurePosixPath(uri).name
-            storage.download(uri, path)
-            columns = tables.read_rows(path)
+def _table(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
+    columns = _columns(source)
     place = "path" if "path" in columns else "uri"
     if place not in columns:
         raise ConfigError(f"{source} has the columns {list(columns)}; expected one called path or uri")
-    base = uri.rpartition("/")[0]
-    names = [name for name in columns if name not in (place, "label", "key")]
-    for row, path in enumerate(columns[place]):
-        if not path:
-            raise ConfigError(f"{source}: row {row + 1} has no {place}; every row needs one")
+    wrong = next((value for value in columns[place] if not isinstance(value, str | None)), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"{source}: the column {place} holds {type(wrong).__name__} values like {wrong!r}; expected text"
+        )
+    base = storage.absolute(source).rpartition("/")[0]
+    for row in range(len(columns[place])):
+        path = columns[place][row] or ""
         is_whole = "://" in path or path.startswith("/")
+        location = path if is_whole or not path else storage.join(base, path)
         key = _value(columns, "key", row)
+        name = _without_extension(path) if key is None else str(key)
+        try:
+            if not path or not name:
+                raise ImageRefused(f"row {row + 1} has no {'key' if path else place}")
+            num_bytes = files.size_of(location)
+        except ImageRefused as refusal:
+            leftovers.refuse(name, location or f"{source}, row {row + 1}", refusal.reason)
+            continue
         label = _value(columns, "label", row)
         yield SourceImage(
-            key=_without_extension(path) if key is None else str(key),
-            location=path if is_whole else storage.join(base, path),
+            key=name,
+            location=location,
             label=None if label is None else str(label),
-            fields={name: _value(columns, name, row) for name in names},
+            fields={
+                name: _value(columns, name, row) for name in columns if name not in (place, "label", "key")
+            },
+            num_bytes=num_bytes,
         )
+
+
+def _columns(source: str) -> dict[str, list[Any]]:
+    uri = storage.absolute(source)
+    try:
+        if storage.is_local(uri):
+            return tables.read_rows(Path(uri))
+        with scratch.folder("table-") as folder:
+            path = Path(folder) / PurePosixPath(uri).name
+            storage.download(uri, path)
+            return tables.read_rows(path)
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{source} holds text that is not UTF-8: {error}; write it anew") from error
 
 
 def _value(columns: Mapping[str, list[Any]], name: str, row: int) -> Scalar:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,19 +21,21 @@ from rich.console import Console
 from rich.table import Table
 
 from namr import ray_connection
-from namr.data import datasets, packing
-from namr.data.reading import LoaderConfig
+from namr.data import packing
+from namr.data.loading import LoaderConfig
 from namr.demo import recipes
 from namr.demo.recipes import Recipe
 from namr.measure import evaluation, report
 from namr.measure.evaluation import Comparison, EvaluationConfig
 from namr.model.losses import LossConfig
 from namr.nightly import reindexing, release_report
-from namr.nightly.reindexing import GateConfig, ReindexConfig, ReindexReport
+from namr.nightly.gate import GateConfig
+from namr.nightly.reindexing import ReindexConfig, ReindexReport
 from namr.registry import registry
 from namr.search.searcher import Searcher
 from namr.serve import process
 from namr.serve.process import ServeConfig
+from namr.store import scratch
 from namr.store.cache import Cache
 from namr.train import job
 from namr.train.ray_group import WorkersConfig
@@ -204,12 +205,11 @@ def _report(
     runs_registry = registry.connect(tracking_uri)
     losses = {run.run_name: runs_registry.history(run.mlflow_run_id, "train/metric") for run in runs}
     manifest = night.release.manifest
-    with tempfile.TemporaryDirectory(prefix="namr-demo-") as temporary:
+    with scratch.folder("demo-") as temporary:
         cache = Cache(Path(temporary), max_bytes=1 << 30)
         searcher = Searcher.of(night.release, cache=cache, query_model=None)
-        dataset = datasets.open_version(manifest.dataset_uri, manifest.dataset_version)
         keys = [item.key for item in searcher.items.draw(8, seed=0)]
-        grid = release_report.retrieval_grid(searcher, dataset, keys)
+        grid = release_report.retrieval_grid(searcher, keys)
     page = release_report.page(f"namr on {config.data}", manifest, night.report, [grid])
     return report.render(
         replace(

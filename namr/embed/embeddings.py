@@ -147,12 +147,10 @@ def known_files(root_uri: str, model_digest: str, dataset: Dataset) -> dict[int,
     They were verified when that set was published, so a night only has to look at what is new.
     """
     name_of = {entry.number: _name(model_digest, entry.tar.sha256) for entry in dataset.shards}
-    for version in range(dataset.version.version, max(0, dataset.version.version - _EARLIER_VERSIONS), -1):
+    for version in [None, *reversed(dataset.version.earlier[-_EARLIER_VERSIONS:])]:
         try:
-            earlier = (
-                dataset if version == dataset.version.version else datasets.open_version(dataset.uri, version)
-            )
-            files = open_set(root_uri, model_digest, earlier).files
+            listed = dataset if version is None else datasets.open_earlier(dataset, version)
+            files = open_set(root_uri, model_digest, listed).files
         except ManifestError:
             continue
         return {file.number: file for file in files if name_of.get(file.number) == file.stored.name}

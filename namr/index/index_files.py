@@ -49,11 +49,11 @@ def parse_key(text: str, *, dim: int) -> IndexKey:
     """The parts of an index key such as `IVF1024,SQ8`; ConfigError for one that is not offered."""
     if text == "Flat":
         return IndexKey(text, 0, "Flat", 4 * dim)
-    found = re.fullmatch(r"IVF([1-9]\d*),(Flat|SQ8|PQ([1-9]\d*)x8)", text)
-    if found is None:
+    matched = re.fullmatch(r"IVF([1-9]\d*),(Flat|SQ8|PQ([1-9]\d*)x8)", text)
+    if matched is None:
         reason = next((why for word, why in _REFUSED.items() if word in text), "namr has no such index")
         raise ConfigError(f"index key {text!r} is not offered: {reason}; choose one of {OFFERED}")
-    lists, codec, num_bytes = int(found[1]), found[2], found[3]
+    lists, codec, num_bytes = int(matched[1]), matched[2], matched[3]
     if num_bytes is None:
         return IndexKey(text, lists, codec, 4 * dim if codec == "Flat" else dim)
     if dim % int(num_bytes):

@@ -21,7 +21,6 @@ Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ import numpy.typing as npt
 
 from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.index import index_files
+from namr.store import scratch
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -133,13 +133,12 @@ def build_part(
             _add(index, np.ascontiguousarray(x), ids)
             last_id = int(ids[-1])
         num_vectors, ids_sum = num_vectors + len(ids), (ids_sum + index_files.sum_of_ids(ids)) % 2**64
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    faiss.write_index(index, str(temporary))
-    built = inspect(temporary)
-    if (built.num_vectors, built.ids_sum) != (num_vectors, ids_sum):
-        temporary.unlink()
-        raise ManifestError(f"{path}: {num_vectors} vectors went in, {built.num_vectors} others came out")
-    temporary.replace(path)
+    with scratch.beside(path) as temporary:
+        faiss.write_index(index, str(temporary))
+        built = inspect(temporary)
+        if (built.num_vectors, built.ids_sum) != (num_vectors, ids_sum):
+            raise ManifestError(f"{path}: {num_vectors} vectors went in, {built.num_vectors} others came out")
+        temporary.replace(path)
     return built
 
 
@@ -192,17 +191,16 @@ def merge_parts(template: Template, part_paths: Sequence[Path], out_path: Path) 
                 f"ids of {before_path} ({before.first_id} to {before.last_id}) and {after_path} "
                 f"({after.first_id} to {after.last_id}) overlap: a part holds a range of ids of its own"
             )
-    temporary = out_path.with_name(f".{out_path.name}.{os.getpid()}")
-    _merge([path for _, path in filled], template, temporary)
-    merged = inspect(temporary)
     went_in = sum(info.num_vectors for info, _ in infos), sum(info.ids_sum for info, _ in infos) % 2**64
-    if (merged.num_vectors, merged.ids_sum) != went_in or merged.template_hash != template.hash:
-        temporary.unlink()
-        raise ManifestError(
-            f"merging {len(infos)} parts into {out_path} gave {merged.num_vectors} vectors where "
-            f"{went_in[0]} went in, or other ids"
-        )
-    temporary.replace(out_path)
+    with scratch.beside(out_path) as temporary:
+        _merge([path for _, path in filled], template, temporary)
+        merged = inspect(temporary)
+        if (merged.num_vectors, merged.ids_sum) != went_in or merged.template_hash != template.hash:
+            raise ManifestError(
+                f"merging {len(infos)} parts into {out_path} gave {merged.num_vectors} vectors where "
+                f"{went_in[0]} went in, or other ids"
+            )
+        temporary.replace(out_path)
     return merged
 
 
@@ -299,8 +297,8 @@ def nearest(x: Floats, centroids: Floats) -> Ids:
     the origin and near each other. One distance is off by at most (D + 4) 2^-24 (|x| + |c|)^2, either way it
     is computed (Higham, Accuracy and Stability, 3.1).
     """
-    squared, found = faiss.knn(x, centroids, min(2, len(centroids)))
-    rows: Ids = found[:, 0].copy()
+    squared, two_nearest = faiss.knn(x, centroids, min(2, len(centroids)))
+    rows: Ids = two_nearest[:, 0].copy()
     if len(centroids) == 1:
         return rows
     reach = np.linalg.norm(x, axis=1) + np.linalg.norm(centroids, axis=1).max()

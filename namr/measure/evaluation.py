@@ -11,7 +11,6 @@ Legend: N images, D dimension.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +21,10 @@ import numpy.typing as npt
 import torch
 
 from namr import checks
-from namr.data import datasets, reading
+from namr.data import datasets, loading
 from namr.data.datasets import Dataset
 from namr.data.images import Preprocessing
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.embed import embeddings
 from namr.errors import ConfigError
 from namr.measure import metrics, validation
@@ -34,7 +33,7 @@ from namr.model import model
 from namr.model.distances import Metric
 from namr.model.model import NamrModel, SearchDefaults
 from namr.registry import references
-from namr.store import storage
+from namr.store import scratch, storage
 
 Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -102,8 +101,8 @@ class Comparison:
         ks = sorted(self.rows[0].by_column["l2"].recall_at_k) if self.rows else []
         table = [["plain (%)", *(f"Recall@{k}" for k in ks), "MAP@R", "R-precision", "NMI"]]
         for row in self.rows:
-            found = row.by_column[row.metric]
-            numbers = [*(found.recall_at_k[k] for k in ks), found.map_at_r, found.r_precision]
+            plain = row.by_column[row.metric]
+            numbers = [*(plain.recall_at_k[k] for k in ks), plain.map_at_r, plain.r_precision]
             nmi = "" if row.nmi is None else f"{100 * row.nmi:.1f}"
             table.append([row.name, *(f"{100 * number:.1f}" for number in numbers), nmi])
         return table
@@ -198,10 +197,8 @@ def compare(
         ways = validation.ways(entry.metric)
         if entry.structures is None:
             ways = tuple(way for way in ways if way.structure_side == "none")
-        found = validation.measure(
-            entry.embeddings, entry.structures, labels, ways=ways, depth=depth
-        )  # fmt: skip
-        by_column = {_column(way): found[way] for way in ways}
+        results = validation.measure(entry.embeddings, entry.structures, labels, ways=ways, depth=depth)
+        by_column = {_column(way): results[way] for way in ways}
         nmi = metrics.nmi(entry.embeddings, labels, seed=0) if with_nmi else None
         rows.append(Row(name=entry.name, metric=entry.metric, by_column=by_column, nmi=nmi))
     return Comparison(
@@ -235,7 +232,7 @@ class _Loaded(NamedTuple):
 
 def _load(text: str, tracking_uri: str | None) -> _Loaded:
     name, _, reference = text.partition("=")
-    with tempfile.TemporaryDirectory(prefix="namr-model-") as folder:
+    with scratch.folder("model-") as folder:
         path = references.fetch(reference, folder=Path(folder), tracking_uri=tracking_uri).path
         one, description = model.load(path), model.describe(path)
     trained_for = description.extra.get(validation.TRAINED_FOR, description.search.metric)
@@ -292,8 +289,8 @@ def _raw_pixels(config: EvaluationConfig, dataset: Dataset) -> tuple[Entry, Labe
 
 def _batches(
     config: EvaluationConfig, dataset: Dataset, prep: Preprocessing
-) -> "torch.utils.data.DataLoader[reading.Batch]":
-    return reading.make_evaluation_loader(
+) -> "torch.utils.data.DataLoader[loading.Batch]":
+    return loading.make_evaluation_loader(
         dataset,
         config.loader,
         batch_size_per_worker=config.batch_size,
@@ -312,8 +309,8 @@ def _column(way: SearchDefaults) -> str:
     return way.metric if way.structure_side == "none" else way.structure_side
 
 
-def _cell(found: RetrievalMetrics | None) -> str:
-    return "" if found is None else f"{100 * found.recall_at_1:.1f} / {100 * found.map_at_r:.2f}"
+def _cell(cell: RetrievalMetrics | None) -> str:
+    return "" if cell is None else f"{100 * cell.recall_at_1:.1f} / {100 * cell.map_at_r:.2f}"
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:

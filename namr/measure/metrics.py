@@ -71,34 +71,6 @@ class RetrievalSums(NamedTuple):
     num_skipped: int
 
 
-def retrieval(
-    embeddings: Array,
-    labels: Ints,
-    *,
-    structures: Array | None = None,
-    side: Side = "none",
-    metric: Metric = "l2",
-    depth: int = 100,
-    ks: Sequence[int] = (1, 2, 4, 8),
-    block_rows: int = 1024,
-) -> RetrievalMetrics:
-    """Leave-one-out retrieval over all rows. Arguments as in `retrieval_sums`."""
-    return combine(
-        [
-            retrieval_sums(
-                embeddings,
-                labels,
-                structures=structures,
-                side=side,
-                metric=metric,
-                depth=depth,
-                ks=ks,
-                block_rows=block_rows,
-            )
-        ]
-    )
-
-
 @torch.no_grad()
 def retrieval_sums(
     embeddings: Array,
@@ -239,11 +211,13 @@ def _finite(x: Tensor, name: str) -> Tensor:
 def _plain_ranking(x: Tensor, rows: Tensor, *, length: int) -> Tensor:
     """The `length` nearest others of each row, exactly, by (distance, row number). -> (b, L) row numbers."""
     num, dimension = x.shape
+    # Products are fast and differ in their last bits with the size of the block; differences are slow and
+    # don't. So products choose some more candidates than are wanted, and differences order these.
     approximate = distances.pairwise_squared(x[rows], x)
     approximate[torch.arange(len(rows), device=x.device), rows] = torch.inf
     kept = min(length + max(16, length // 4), num - 1)
     nearest = approximate.topk(kept, largest=False)
-    candidates = nearest.indices.sort(1).values
+    candidates = nearest.indices.sort(1).values  # by row number, so that a stable sort settles ties by it
     squared = _by_difference(x, rows, candidates)
     order = squared.argsort(dim=1, stable=True)[:, :length]
     ranking = candidates.gather(1, order)

@@ -84,7 +84,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawn figure; made by `curves`, `bars` or `histogram`."""
+    """A drawn figure; made by `curves` or `bars`."""
 
     title: str
     svg: str
@@ -186,20 +186,6 @@ def bars(title: str, values: Mapping[str, Mapping[str, float]], *, x_label: str,
     axes.margins(x=0.1)
     axes.grid(visible=False, axis="y")
     return _drawn(title, figure, axes, num_series=len(names), note=note)
-
-
-def histogram(title: str, values: Mapping[str, np.ndarray], *, x_label: str, note: str = "") -> Plot:
-    """How values are distributed, each series scaled to the same area: distances of like and unlike pairs."""
-    figure, axes = _canvas()
-    finite = {name: each[np.isfinite(each)] for name, each in values.items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), bins=60)
-    for color, (name, each) in zip(_cycle(len(finite)), finite.items(), strict=False):
-        density = np.histogram(each, edges)[0] / max(len(each), 1) / np.diff(edges)
-        axes.stairs(density, edges, color=color, fill=True, alpha=0.3)
-        axes.stairs(density, edges, color=color, label=name, linewidth=1.5)
-    axes.set(xlabel=x_label, ylabel="share of pairs")
-    axes.set_yticklabels([])
-    return _drawn(title, figure, axes, num_series=len(finite), note=note)
 
 
 def _canvas(height: float = 3.2) -> tuple[Figure, Axes]:

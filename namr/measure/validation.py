@@ -45,10 +45,10 @@ def classes_to_hold_out(index: ClassIndex, names: Sequence[str], *, share: float
 
 def only(index: ClassIndex, classes: Labels) -> ClassIndex:
     """The index of these classes alone, numbered anew in the order given."""
-    parts = [index.rows[index.starts[c] : index.starts[c + 1]] for c in classes]
+    parts = [index.ids[index.starts[c] : index.starts[c + 1]] for c in classes]
     sizes = [len(part) for part in parts]
     return ClassIndex(
-        rows=np.concatenate([np.empty(0, np.int64), *parts]), starts=np.cumsum([0, *sizes], dtype=np.int64)
+        ids=np.concatenate([np.empty(0, np.int64), *parts]), starts=np.cumsum([0, *sizes], dtype=np.int64)
     )
 
 

@@ -16,16 +16,15 @@ Legend: A, B numbers of points, D dimension, Q queries, M candidates of a query,
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from namr.errors import ShapeError
-
-Side = Literal["none", "query", "both", "scale"]
-Metric = Literal["l2", "cosine"]
+from namr.sides import Metric as Metric
+from namr.sides import Side as Side
 
 
 def pairwise_squared(x: Tensor, y: Tensor) -> Tensor:
@@ -108,27 +107,6 @@ def for_search(x: Tensor, metric: Metric) -> Tensor:
     """
     x = x.float()
     return F.normalize(x, dim=-1) if metric == "cosine" else x
-
-
-def one_stage_queries(q: Tensor, s_q: Tensor) -> Tensor:
-    """[2 s q, -s] (Q, 2D): its largest inner products with `one_stage_items` are the adaptive neighbours.
-
-    d_s(q, x)^2 = one_stage_constant(q) - <one_stage_queries(q), one_stage_items(x)>, side "query". Where
-    the gallery lies far from the origin, subtract its mean from q and x first: the difference cancels.
-    """
-    q, s_q = _widened(q), _widened(s_q)
-    return torch.cat([2 * s_q * q, -s_q], dim=1)
-
-
-def one_stage_items(x: Tensor) -> Tensor:
-    """[x, x x] (N, 2D): see `one_stage_queries`."""
-    x = _widened(x)
-    return torch.cat([x, x * x], dim=1)
-
-
-def one_stage_constant(q: Tensor, s_q: Tensor) -> Tensor:
-    """sum_k s_q q^2 (Q,): what turns the inner product back into the squared distance."""
-    return (_widened(s_q) * _widened(q).square()).sum(1)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ def multi_cluster_ranking(
     else:
         squared = distances.adaptive_squared(x, s, x)
     gaps = (distances.safe_sqrt(squared) - centres[:, None, None]).abs()  # (C, B, B)
+    # With gradient through the softmax too: which cluster a pair belongs to is learnt, as in NASA's code.
     pulled = (F.softmax(-alpha * gaps, dim=0) * gaps).sum(0)
     apart = ~torch.eye(num, dtype=torch.bool, device=x.device)
     return (pulled * apart).sum() / (num * (num - 1))
@@ -185,6 +186,7 @@ class JointLoss(nn.Module):
                 total = metric + nothing
                 return LossTerms(total, metric.detach(), nothing.detach(), mean_distance.detach())
             ranking = multi_cluster_ranking(
+                # Of unit length alone, L_mcr would be lowered by drawing all x into one direction.
                 x if scaled else x / distances.mean_pairwise(x),
                 structure,
                 num_clusters=self.config.num_clusters,
@@ -271,7 +273,7 @@ def distance_weighted_triplets(
     negative = labels[:, None] != labels[None, :]
     log_weights = (2.0 - dimension) * apart.log() - (dimension - 3) / 2 * (1 - apart.square() / 4).log()
     log_weights = log_weights.masked_fill(~negative | (apart >= farthest), -torch.inf)
-    weights = (log_weights - log_weights.max()).exp()
+    weights = (log_weights - log_weights.max()).exp()  # 1 / q(d) itself overflows: d^-510 at D = 512
     drawable = weights.sum(1, keepdim=True) > 0  # False where no weight is left, NaN included
     weights = torch.where(drawable, weights, negative.to(x.dtype))
     mined: tuple[Tensor, ...] = get_random_triplet_indices(labels.cpu(), weights=weights.cpu())

@@ -5,7 +5,7 @@ so no number is flattered by an image that finds itself. All of it goes through 
 serve. The loss of each stage is told apart: the index against exact plain search, the depth of the re-rank
 against exact adaptive search, and, where images have labels, what structure does to Recall@1.
 
-Not covered: whether the numbers are good enough (`reindexing` decides), the method on unseen classes
+Not covered: whether the numbers are good enough (`gate` decides), the method on unseen classes
 (`evaluation`).
 """
 
@@ -21,7 +21,8 @@ from namr import checks
 from namr.errors import ConfigError
 from namr.model.distances import Side
 from namr.release import held_out
-from namr.search.searcher import Answer, Searcher
+from namr.search.answers import Answer, SearchOptions
+from namr.search.searcher import Searcher
 from namr.store.tables import SampleTable
 
 _K = 10
@@ -104,9 +105,9 @@ def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) ->
     by_nprobe = []
     for nprobe in _ladder(num_lists):
         began = time.perf_counter()
-        found = _answers(searcher, keys, side="none", nprobe=nprobe)
+        answers = _answers(searcher, keys, side="none", nprobe=nprobe)
         seconds = time.perf_counter() - began
-        by_nprobe.append((nprobe, _agreement(found, truth)))
+        by_nprobe.append((nprobe, _agreement(answers, truth)))
         if by_nprobe[-1][1] >= config.target_recall:
             break
     nprobe, recall = by_nprobe[-1]
@@ -147,26 +148,27 @@ class _Labels(NamedTuple):
 def _side_result(
     searcher: Searcher, keys: Sequence[str], labels: _Labels, side: Side, nprobe: int, depth: int
 ) -> SideResult:
-    found = _answers(searcher, keys, side=side, nprobe=nprobe, depth=depth)
+    answers = _answers(searcher, keys, side=side, nprobe=nprobe, depth=depth)
     return SideResult(
         side=side,
-        recall_at_1=labels.recall_at_1(found),
-        recall_at_10=_agreement(found, _answers(searcher, keys, side=side, exact=True)),
-        proved=sum(answer.certainty == "proved" for answer in found) / len(found),
+        recall_at_1=labels.recall_at_1(answers),
+        recall_at_10=_agreement(answers, _answers(searcher, keys, side=side, exact=True)),
+        proved=sum(answer.certainty == "proved" for answer in answers) / len(answers),
     )
 
 
 def _answers(searcher: Searcher, keys: Sequence[str], *, side: Side, **how: Any) -> list[Answer]:
-    found = []
+    answers: list[Answer] = []
     for start in range(0, len(keys), _BLOCK):
-        found += searcher.search(keys=keys[start : start + _BLOCK], k=_K, side=side, **how)
-    return found
+        some = keys[start : start + _BLOCK]
+        answers += searcher.search(keys=some, options=SearchOptions(k=_K, side=side, **how))
+    return answers
 
 
-def _agreement(found: Sequence[Answer], truth: Sequence[Answer]) -> float:
+def _agreement(answers: Sequence[Answer], truth: Sequence[Answer]) -> float:
     """Share of the true neighbours that were found, by id: of items at one distance only the true ones."""
     right = total = 0
-    for answer, true in zip(found, truth, strict=True):
+    for answer, true in zip(answers, truth, strict=True):
         total += len(true.hits)
         right += len({hit.id for hit in true.hits} & {hit.id for hit in answer.hits})
     return right / total if total else 1.0

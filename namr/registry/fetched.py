@@ -6,11 +6,11 @@ fetches leaves a `.<name>.partial`, which the next one removes.
 Not covered: removing what is not wanted any more.
 """
 
-import fcntl
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from namr.store.folders import locked
 
 
 def folder(target: Path, fetch: Callable[[Path], Path], *, names: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def folder(target: Path, fetch: Callable[[Path], Path], *, names: Sequence[str])
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    with _locked(target.with_name(f".{target.name}.lock")):
+    with locked(target.with_name(f".{target.name}.lock")):
         if _is_whole(target, names):  # fetched by another process while this one waited
             return
         for left in (partial, target):
@@ -35,11 +35,3 @@ def folder(target: Path, fetch: Callable[[Path], Path], *, names: Sequence[str])
 
 def _is_whole(target: Path, names: Sequence[str]) -> bool:
     return all((target / name).is_file() for name in names)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. The file stays: of two that lock a deleted and a new one both would go on."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

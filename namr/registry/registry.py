@@ -11,7 +11,6 @@ register for one run at once (the training job's lease sees to it).
 
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from namr import secrets
 from namr.errors import ConfigError, ModelMismatch, ObjectMissing, StorageError
 from namr.model import model
 from namr.registry import fetched, pyfunc, tracking
+from namr.store import scratch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -180,7 +181,7 @@ class Registry:
                     self.set_alias(name, alias, version.version)
                 return self.version(name, version=version.version)
         place = f"model-{digest[:16]}"  # a run may register several models
-        with tempfile.TemporaryDirectory(prefix="namr-register-") as temporary:
+        with scratch.folder("register-") as temporary:
             package = Path(temporary) / "model"
             with tracking.quiet():
                 pyfunc.write(folder, package)
@@ -305,7 +306,7 @@ class Registry:
 
     @property
     def _shown(self) -> str:
-        return tracking.without_secrets(self.tracking_uri)
+        return secrets.without_secrets(self.tracking_uri)
 
     @contextmanager
     def _doing(self, what: str) -> Iterator[None]:
@@ -339,11 +340,11 @@ def _explained(uri: str, what: str) -> Iterator[None]:
     except MlflowException as error:
         missing = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
         kind = ObjectMissing if missing else StorageError
-        raise kind(_told(uri, what, error)) from None if uri != tracking.without_secrets(uri) else error
+        raise kind(_told(uri, what, error)) from secrets.cause_of(error)
     except OSError as error:
-        raise StorageError(_told(uri, what, error)) from error
+        raise StorageError(_told(uri, what, error)) from secrets.cause_of(error)
 
 
 def _told(uri: str, what: str, error: Exception) -> str:
-    reason = (tracking.without_secrets(str(error)).splitlines() or [type(error).__name__])[0]
-    return f"MLflow at {tracking.without_secrets(uri)} could not {what}: {reason}"
+    reason = (secrets.without_secrets(str(error)).splitlines() or [type(error).__name__])[0]
+    return f"MLflow at {secrets.without_secrets(uri)} could not {what}: {reason}"

@@ -5,7 +5,6 @@ Not covered: talking to it (`registry`).
 
 import logging
 import os
-import re
 import socket
 import urllib.parse
 import urllib.request
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from namr.errors import ConfigError, StorageError
+from namr.secrets import without_secrets
 
 _TIMEOUT_S = 5.0
 
@@ -29,11 +29,6 @@ def resolve(given: str | None) -> str:
             f"tracking_uri is {uri!r}; expected http(s)://host:port or sqlite:///path/mlflow.db"
         )
     return uri
-
-
-def without_secrets(uri: str) -> str:
-    """The URI as it may be shown: user and password replaced."""
-    return re.sub(r"://[^/@\s]*@", "://***@", uri)
 
 
 def check_reachable(uri: str) -> None:

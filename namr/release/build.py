@@ -1,10 +1,10 @@
-"""Indexing: the embeddings of a dataset version into one segment, built in parts by Ray tasks.
+"""The embeddings of a dataset version into one segment, built in parts by Ray tasks.
 
     sample of all embeddings -> template -> parts, in parallel -> segment (merged, reconciled)
     embeddings -> re-rank vectors, one pair of files a shard;  sample indexes -> item table
 
 Parts are equal ranges of the embedded rows, whatever the sizes of the shards. Tombstoned rows are left out
-everywhere. What comes out is what `releases.publish` lists: objects under their digests, written once.
+everywhere. What comes out is what a release lists: objects under their digests, written once.
 
 Every step is a function of the one before, and what it made is found again under the digest of all that
 decides it (`<work>/<build>/`): a run that was killed goes on from there, and gives the same release. The ids
@@ -40,11 +40,11 @@ from namr.release.build_steps import (
     HeldOut,
     MergeTask,
     PartTask,
+    RowRange,
     SampleTask,
     ShardVectors,
-    Slice,
-    Source,
     TrainTask,
+    VectorSource,
     VectorsTask,
 )
 from namr.release.releases import Counts, Segment, VectorShard
@@ -53,6 +53,8 @@ from namr.store.manifests import StoredObject
 from namr.store.tables import SampleTable
 
 _FILES_PER_SAMPLE_TASK = 16
+_LARGEST_SEED = (1 << 31) - 1
+"""FAISS takes no larger one"""
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -62,7 +64,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """How to index."""
+    """How to build an index."""
 
     index_key: str = "auto"
     """auto, or Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<bytes>x8"""
@@ -78,7 +80,8 @@ class BuildConfig:
     """where parts are kept until they are merged; <releases_uri>/building where none is named"""
 
     def __post_init__(self) -> None:
-        checks.in_range(self, "num_held_out", at_least=0)
+        checks.in_range(self, "num_parts", "max_index_bytes", "num_held_out", at_least=1)
+        checks.in_range(self, "seed", at_least=0, at_most=_LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +136,16 @@ def build(
     held = HeldOut(held_out.share(config.num_held_out, dataset.version.num_samples), config.seed)
     work = storage.join(
         storage.absolute(config.work_uri or storage.join(root, "building")),
-        _digest_of(dataset.digest, model_digest, metric, config.seed, plan, held),
+        _digest_of(dataset.digest, model_digest, described.files, metric, config.seed, plan, held),
     )
     ray_connection.connect()
     files = described.files
-    source = Source(embeddings_uri=embedding_set.root_uri, dead=dataset.tombstones, metric=metric)
+    source = VectorSource(embeddings_uri=embedding_set.root_uri, dead=dataset.tombstones, metric=metric)
     template = _template(work, source, described, plan, held, config.seed)
     stored_template = releases.store(root, "template.faiss", template.data)
     part_tasks = [
-        PartTask(source, template, slices, work, number)
-        for number, slices in enumerate(cut(files, plan.num_parts))
+        PartTask(source.of(rows.file for rows in ranges), template, ranges, work, number)
+        for number, ranges in enumerate(cut(files, plan.num_parts))
     ]
     parts = _in_order("building parts", build_steps.build_part, part_tasks)
     (segment,) = _in_order("merging parts", build_steps.merge, [MergeTask(template, parts, work, root)])
@@ -150,7 +153,7 @@ def build(
     shards = _in_order(
         "storing re-rank vectors",
         build_steps.store_vectors,
-        [VectorsTask(source, file, num_rows[file.number], root) for file in files],
+        [VectorsTask(source.of([file]), file, num_rows[file.number], root) for file in files],
     )
     counts = _reconcile(dataset, segment.info, shards)
     items = releases.store(root, "items.parquet", tables.encode_samples(_items(dataset, shards)))
@@ -172,19 +175,19 @@ def build(
     )
 
 
-def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[Slice]]:
+def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[RowRange]]:
     """The embedded rows of all shards as num_parts ranges, sizes differing by at most one."""
     total = sum(file.num_embedded for file in files)
     bounds = [total * number // num_parts for number in range(num_parts + 1)]
     starts = np.cumsum([0, *(file.num_embedded for file in files)]).tolist()
-    parts: list[list[Slice]] = []
+    parts: list[list[RowRange]] = []
     for lower, upper in itertools.pairwise(bounds):
         placed = zip(files, starts, strict=False)
-        slices = [
-            Slice(file, max(lower - start, 0), min(upper - start, file.num_embedded))
+        ranges = [
+            RowRange(file, max(lower - start, 0), min(upper - start, file.num_embedded))
             for file, start in placed
         ]
-        parts.append([rows for rows in slices if rows.start < rows.stop])
+        parts.append([rows for rows in ranges if rows.start < rows.stop])
     return parts
 
 
@@ -203,7 +206,7 @@ def _digest_of(*decisive: object) -> str:
 
 
 def _template(
-    work: str, source: Source, described: SetManifest, plan: IndexPlan, held: HeldOut, seed: int
+    work: str, source: VectorSource, described: SetManifest, plan: IndexPlan, held: HeldOut, seed: int
 ) -> Template:
     """The template in the work folder, trained now if there is none."""
     uri, files = storage.join(work, "template.faiss"), described.files
@@ -220,10 +223,11 @@ def _template(
             for at, file in enumerate(files)
             if cuts[at] < cuts[at + 1]
         ]
-        tasks = [
-            SampleTask(source, held, picks[start : start + _FILES_PER_SAMPLE_TASK])
+        batches = [
+            picks[start : start + _FILES_PER_SAMPLE_TASK]
             for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
         ]
+        tasks = [SampleTask(source.of(file for file, _ in some), held, some) for some in batches]
         nothing = np.empty((0, described.embedding_dim), np.float32)
         sample = np.concatenate([nothing, *_in_order("sampling embeddings", build_steps.sample, tasks)])
         (trained,) = _in_order("training", build_steps.train, [TrainTask(sample, plan.key, seed)])
@@ -252,14 +256,14 @@ def _reconcile(dataset: Dataset, segment: IndexInfo, shards: list[ShardVectors])
 
 def _items(dataset: Dataset, shards: list[ShardVectors]) -> SampleTable:
     """The rows of the sample indexes that are in the segment, by ascending id."""
-    found = [
+    indexed = [
         (table, row_of(shard.indexed)) for table, shard in zip(dataset.all_samples(), shards, strict=True)
     ]
     return SampleTable(
-        ids=np.concatenate([table.ids[rows] for table, rows in found]),
-        keys=[table.keys[row] for table, rows in found for row in rows],
-        labels=[table.labels[row] for table, rows in found for row in rows],
-        fields=[table.fields[row] for table, rows in found for row in rows],
-        offsets=np.concatenate([table.offsets[rows] for table, rows in found]),
-        sizes=np.concatenate([table.sizes[rows] for table, rows in found]),
+        ids=np.concatenate([table.ids[rows] for table, rows in indexed]),
+        keys=[table.keys[row] for table, rows in indexed for row in rows],
+        labels=[table.labels[row] for table, rows in indexed for row in rows],
+        fields=[table.fields[row] for table, rows in indexed for row in rows],
+        offsets=np.concatenate([table.offsets[rows] for table, rows in indexed]),
+        sizes=np.concatenate([table.sizes[rows] for table, rows in indexed]),
     )

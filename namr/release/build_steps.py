@@ -1,14 +1,14 @@
 """The steps of an index build, each the work of one task: sample, train, part, merge, re-rank vectors.
 
-A part and the segment are remembered by a record written last, in the work folder; what is recorded is not
-made again. Everything else is written under its own digest. So any attempt at a step may be killed, repeated
-or run twice at once, and the first record counts.
+A part and the segment are remembered by a record written last, in the work folder, which is named by all that
+decides them; what is recorded is not made again. Everything else is written under its own digest. So any
+attempt at a step may be killed, repeated or run twice at once, and the first record counts.
 
 Not covered: which steps there are, and running them in parallel (`build`).
 """
 
 import os
-import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from namr.data import shards
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile
 from namr.errors import ManifestError
@@ -26,17 +27,18 @@ from namr.model import distances
 from namr.model.distances import Metric
 from namr.release import held_out, releases
 from namr.release.releases import VectorShard
-from namr.store import manifests, storage
+from namr.store import manifests, scratch, storage
 from namr.store.manifests import StoredObject
 
 _MOST_TRAINING_THREADS = 8
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class VectorSource:
     """Where tasks find vectors, and which of them count."""
 
     embeddings_uri: str
@@ -44,15 +46,32 @@ class Source:
     """tombstones, ascending"""
     metric: Metric
 
+    def of(self, files: Iterable[EmbeddingFile]) -> "VectorSource":
+        """The same for the task that reads these files alone: it carries the tombstones of no other shard."""
+        bounds = [
+            np.searchsorted(self.dead, [shards.make_id(number, 0), shards.make_id(number + 1, 0)])
+            for number in sorted({file.number for file in files})
+        ]
+        of_files = [self.dead[start:stop] for start, stop in bounds]
+        return replace(self, dead=np.concatenate([np.empty(0, np.int64), *of_files]))
+
+    def live(self, ids: Ids) -> Mask:
+        """(n,) True for the ids that are not tombstoned."""
+        if not len(self.dead):
+            return np.ones(len(ids), np.bool_)
+        places = np.searchsorted(self.dead, ids)
+        live: Mask = self.dead[np.minimum(places, len(self.dead) - 1)] != ids
+        return live
+
     def read(self, file: EmbeddingFile, rows: slice | Ids) -> tuple[Floats, Ids]:
         """Of these embedded rows the live ones: vectors as they are searched (n, D), ids (n,)."""
         table = embeddings.read(self.embeddings_uri, file)
-        live = ~np.isin(table.ids[rows], self.dead)
+        live = self.live(table.ids[rows])
         x = torch.from_numpy(table.embeddings[rows][live])
         return distances.for_search(x, self.metric).numpy(), table.ids[rows][live]
 
 
-class Slice(NamedTuple):
+class RowRange(NamedTuple):
     """Rows start (included) to stop (excluded) of the embedded rows of one shard."""
 
     file: EmbeddingFile
@@ -81,18 +100,18 @@ class HeldOut(NamedTuple):
 class SampleTask(NamedTuple):
     """Some rows of some files."""
 
-    source: Source
+    source: VectorSource
     held: HeldOut
     picks: list[tuple[EmbeddingFile, Ids]]
 
 
 def sample(task: SampleTask) -> Floats:
     """The vectors (n, D) of these rows that are live and not held out."""
-    found = []
+    taught = []
     for file, rows in task.picks:
         x, ids = task.source.read(file, rows)
-        found.append(x[~held_out.mask(ids, share=task.held.share, seed=task.held.seed)])
-    return np.concatenate(found)
+        taught.append(x[~held_out.mask(ids, share=task.held.share, seed=task.held.seed)])
+    return np.concatenate(taught)
 
 
 class TrainTask(NamedTuple):
@@ -112,26 +131,25 @@ def train(task: TrainTask) -> Template:
 class PartTask(NamedTuple):
     """One part: ranges of rows, by ascending id."""
 
-    source: Source
+    source: VectorSource
     template: Template
-    slices: list[Slice]
+    ranges: list[RowRange]
     work_uri: str
     number: int
 
 
 def build_part(task: PartTask) -> IndexFile:
     """Build one part, unless an earlier attempt has."""
-    record_uri = storage.join(task.work_uri, f"part-{task.number:05d}.json")
-    if not _is_there(record_uri, task.work_uri):
-        blocks = (task.source.read(rows.file, slice(rows.start, rows.stop)) for rows in task.slices)
-        with tempfile.TemporaryDirectory(prefix="namr-part-") as folder:
+
+    def build() -> IndexFile:
+        blocks = (task.source.read(rows.file, slice(rows.start, rows.stop)) for rows in task.ranges)
+        with scratch.folder("part-") as folder:
             path = Path(folder, "part.faiss")
             info = ivf.build_part(task.template, blocks, path, num_threads=1)
             name = f"part-{task.number:05d}-{storage.sha256_of_file(path)[:12]}.faiss"
-            stored = manifests.write_object(task.work_uri, name, path)
-        record = manifests.encode_manifest(IndexFile(stored=stored, info=info))
-        storage.write_if_absent(record_uri, record)
-    return manifests.read_manifest(record_uri, IndexFile)  # of two attempts at once, the first's counts
+            return IndexFile(stored=manifests.write_object(task.work_uri, name, path), info=info)
+
+    return _unless_done(f"part-{task.number:05d}", build, task.work_uri, object_root_uri=task.work_uri)
 
 
 class MergeTask(NamedTuple):
@@ -145,23 +163,26 @@ class MergeTask(NamedTuple):
 
 def merge(task: MergeTask) -> IndexFile:
     """Merge the parts into a segment of the releases, unless an earlier attempt has."""
-    record_uri = storage.join(task.work_uri, "segment.json")
-    if not _is_there(record_uri, task.releases_uri):
-        with tempfile.TemporaryDirectory(prefix="namr-merge-") as folder:
+
+    def merge_parts() -> IndexFile:
+        with scratch.folder("merge-") as folder:
             paths = [_fetched(task.work_uri, part.stored, Path(folder)) for part in task.parts]
             merged = Path(folder, "index.faiss")
             info = ivf.merge_parts(task.template, paths, merged)
-            stored = releases.store(task.releases_uri, merged.name, merged)
-        storage.write_if_absent(record_uri, manifests.encode_manifest(IndexFile(stored=stored, info=info)))
-    return manifests.read_manifest(record_uri, IndexFile)
+            return IndexFile(stored=releases.store(task.releases_uri, merged.name, merged), info=info)
+
+    return _unless_done("segment", merge_parts, task.work_uri, object_root_uri=task.releases_uri)
 
 
-def _is_there(record_uri: str, root_uri: str) -> bool:
-    """Whether a record is there, and the object that it speaks of, too."""
-    if not storage.exists(record_uri):
-        return False
-    stored = manifests.read_manifest(record_uri, IndexFile).stored
-    return storage.exists(storage.join(root_uri, stored.name))
+def _unless_done(
+    step: str, make: Callable[[], IndexFile], work_uri: str, *, object_root_uri: str
+) -> IndexFile:
+    """What a step made, or makes now where no attempt has, or where what it made is gone."""
+
+    def is_there(made: IndexFile) -> bool:
+        return storage.exists(storage.join(object_root_uri, made.stored.name))
+
+    return manifests.recorded(storage.join(work_uri, f"{step}.json"), IndexFile, make, holds=is_there)
 
 
 def _fetched(root_uri: str, stored: StoredObject, folder: Path) -> Path:
@@ -170,15 +191,15 @@ def _fetched(root_uri: str, stored: StoredObject, folder: Path) -> Path:
     path = storage.local_path(uri) if storage.is_local(uri) else folder / stored.name
     if not storage.is_local(uri):
         storage.download(uri, path)
-    if manifests.describe_object(stored.name, path) != stored:
-        raise ManifestError(f"{uri} is damaged; delete {root_uri} and build again")
+    if not path.is_file() or manifests.describe_object(stored.name, path) != stored:
+        raise ManifestError(f"{uri} is missing or damaged; delete {root_uri} and build again")
     return path
 
 
 class VectorsTask(NamedTuple):
     """The re-rank vectors of one shard of num_rows rows."""
 
-    source: Source
+    source: VectorSource
     file: EmbeddingFile
     num_rows: int
     releases_uri: str
@@ -196,7 +217,7 @@ class ShardVectors(NamedTuple):
 def store_vectors(task: VectorsTask) -> ShardVectors:
     """Store the re-rank vectors of the live rows of one shard."""
     table = embeddings.read(task.source.embeddings_uri, task.file)
-    live = ~np.isin(table.ids, task.source.dead)
+    live = task.source.live(table.ids)
     kept = replace(
         table,
         ids=table.ids[live],
@@ -208,5 +229,5 @@ def store_vectors(task: VectorsTask) -> ShardVectors:
     stored = releases.store_vectors(
         task.releases_uri, kept, number=task.file.number, num_rows=task.num_rows, metric=task.source.metric
     )
-    num_refused = int((~np.isin(table.refused_ids, task.source.dead)).sum())
+    num_refused = int(task.source.live(table.refused_ids).sum())
     return ShardVectors(stored, kept.ids, num_refused)

@@ -4,40 +4,36 @@
     <releases>/<release id>/manifest.json         written after everything that it lists
     <releases>/objects/<sha256>/<file name>       segments, vectors, items, reports; shared by releases
 
-Objects are named by their digest, so a release that keeps most of the last one's parts lists them again
-and writes nothing. Publishing verifies that every object is there, reconciles the counts, and then swaps the
-pointer as it was read when the run began: of two runs at once one wins and the other gets a Conflict.
-Rolling back is the same swap to a release that exists.
+    <releases>/tombstones.json                    what was taken down since, see `takedowns`
 
-Not covered: collecting objects that no release lists any more, and compacting segments.
+Objects are named by their digest, so a release that keeps most of the last one's parts lists them again
+and writes nothing. Everything that is opened is verified by its digest, wherever it lies.
+
+Not covered: which release is current and how that changes (`publication`), collecting objects that no release
+lists any more, and compacting segments.
 """
 
 import io
 import re
-import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from namr.data import shards
-from namr.errors import ConfigError, ManifestError, ObjectMissing, ShapeError
+from namr.errors import ConfigError, ManifestError, NamrError, ObjectMissing, ShapeError, StorageError
 from namr.index import ivf
 from namr.model import distances
 from namr.model.distances import Metric, Side
-from namr.store import manifests, storage, tables
+from namr.release import takedowns
+from namr.store import manifests, scratch, storage, tables
 from namr.store.cache import Cache
 from namr.store.manifests import Pointer, StoredObject
 from namr.store.tables import EmbeddingTable, SampleTable
-
-_NUM_CHECKERS = 16
-_MAX_NPY_HEADER_BYTES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +69,14 @@ class Counts:
     num_indexed: int
     num_refused: int
     num_tombstoned: int
+
+    @property
+    def in_words(self) -> str:
+        """All four."""
+        return (
+            f"{self.num_samples} samples: {self.num_indexed} indexed, {self.num_refused} refused, "
+            f"{self.num_tombstoned} tombstoned"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +118,10 @@ class ReleaseManifest:
     depth: int
     recall_at_10: float
     """of the index at `nprobe` against exact search, on held-out queries"""
+    config_digest: str = ""
+    """SHA-256 of the configs that decided it, see `reindexing`; empty where an earlier namr made it"""
     previous: str | None = None
-    """the release that was current before; set by `publish`"""
+    """the release that was current before; set by `publication.publish`"""
 
     @property
     def gallery_min_structure(self) -> float:
@@ -143,15 +149,21 @@ class Release:
         return manifests.read_object(self.releases_uri, stored)
 
     def path(self, stored: StoredObject, cache: Cache) -> Path:
-        """A local file of one of its objects: the file itself where the release is local, else cached.
+        """A local file of one of its objects, verified: itself where the release is local, else cached.
 
-        What is downloaded is verified by its digest, what is local by its size.
+        ManifestError if it is missing or damaged; `cache` remembers what it has verified.
         """
         uri = storage.join(self.releases_uri, stored.name)
-        if not storage.is_local(uri):
+        try:
             return cache.path(uri, sha256=stored.sha256)
-        _check_object(self.releases_uri, stored)
-        return storage.local_path(uri)
+        except ObjectMissing as error:
+            raise ManifestError(
+                f"{uri} is missing, and the release lists it; restore it or build again"
+            ) from error
+        except StorageError as error:
+            if not storage.is_local(uri):
+                raise
+            raise ManifestError(f"{error}; restore it or build again") from error
 
     def items(self) -> SampleTable:
         """What can be found, by ascending id."""
@@ -205,8 +217,8 @@ def store_vectors(
 
 
 def read_pointer(releases_uri: str) -> Pointer | None:
-    """What is current now; a run reads it when it begins and gives it to `publish`."""
-    return manifests.read_pointer(_pointer_uri(releases_uri))
+    """What is current now; a run reads it when it begins and gives it to `publication.publish`."""
+    return manifests.read_pointer(pointer_uri(releases_uri))
 
 
 def current(releases_uri: str) -> Release | None:
@@ -218,83 +230,60 @@ def current(releases_uri: str) -> Release | None:
 def open_release(releases_uri: str, release_id: str | None = None) -> Release:
     """A release by id, the current one if None; ManifestError where there is none."""
     if release_id is None:
-        found = current(releases_uri)
-        if found is None:
+        release = current(releases_uri)
+        if release is None:
             raise ManifestError(f"{releases_uri} has no current release: check the URI, or publish one first")
-        return found
-    _check_id(release_id)
+        return release
     root = storage.absolute(releases_uri)
-    manifest = manifests.read_manifest(_manifest_uri(root, release_id), ReleaseManifest)
+    uri = manifest_uri(root, release_id)
+    manifest = manifests.read_manifest(uri, ReleaseManifest)
     if manifest.release_id != release_id:
-        raise ManifestError(
-            f"{_manifest_uri(root, release_id)} is of another release, {manifest.release_id!r}; restore it"
-        )
+        raise ManifestError(f"{uri} is of another release, {manifest.release_id!r}; restore it")
     return Release(root, manifest)
 
 
-def list_releases(releases_uri: str) -> list[ReleaseManifest]:
-    """All releases, oldest first; those that lost the race for the pointer are among them."""
-    found = []
+class Listing(NamedTuple):
+    """What a folder of releases holds."""
+
+    manifests: list[ReleaseManifest]
+    """oldest first"""
+    damaged: dict[str, NamrError]
+    """by the name of the folder, those whose manifest can't be read, and why"""
+
+
+def list_releases(releases_uri: str) -> Listing:
+    """All releases; those that lost the race for the pointer are among them."""
+    listing = Listing([], {})
     for name in storage.list_names(releases_uri):
         release_id, _, rest = name.partition("/")
-        if rest == "manifest.json":
-            found.append(open_release(releases_uri, release_id).manifest)
-    return sorted(found, key=lambda manifest: (manifest.created, manifest.release_id))
-
-
-def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer | None) -> Release:
-    """Verify a release, write its manifest and make it current; returns it.
-
-    expected: the pointer as it was read when the run began. Raises ManifestError if an object is missing or
-    the counts don't add up, and Conflict if somebody else moved the pointer; what was current stays so.
-    Publishing again what this run published already changes nothing.
-    """
-    _check_id(manifest.release_id)
-    root = storage.absolute(releases_uri)
-    if expected and expected.target == manifest.release_id:
-        return open_release(root, manifest.release_id)
-    manifest = replace(manifest, previous=expected.target if expected else None)
-    verify(root, manifest)
-    manifests.write_manifest(_manifest_uri(root, manifest.release_id), manifest)
-    manifests.swap_pointer(
-        _pointer_uri(root), manifest.release_id, expected=expected, token=f"publish-{manifest.release_id}"
-    )
-    return Release(root, manifest)
-
-
-def roll_back(releases_uri: str, to: str | None = None) -> Release:
-    """Make an earlier release current again: the one before the current one, or the one named.
-
-    Raises ConfigError if there is none before, ManifestError if the release is gone or an object of it is,
-    Conflict if somebody publishes at the same moment. Nothing is changed then.
-    """
-    pointer = read_pointer(releases_uri)
-    if pointer is None:
-        raise ConfigError(f"{releases_uri} has no current release, so there is nothing to roll back")
-    target = to or open_release(releases_uri, pointer.target).manifest.previous
-    if target is None:
-        raise ConfigError(f"{releases_uri}: {pointer.target} is the first release; there is none before it")
-    release = open_release(releases_uri, target)
-    verify(release.releases_uri, release.manifest)
-    if target != pointer.target:
-        manifests.swap_pointer(
-            _pointer_uri(releases_uri), target, expected=pointer, token=f"roll-back-{uuid.uuid4().hex}"
-        )
-    return release
+        if rest != "manifest.json":
+            continue
+        try:
+            listing.manifests.append(open_release(releases_uri, release_id).manifest)
+        except (ManifestError, ConfigError) as error:
+            listing.damaged[release_id] = error
+    listing.manifests.sort(key=lambda manifest: (manifest.created, manifest.release_id))
+    return listing
 
 
 def export(release: Release, out_path: Path) -> ivf.IndexInfo:
     """Write the release as one file that plain FAISS reads, and say what it holds.
 
-    Refused (ConfigError) while segments hold dead entries, because plain FAISS would find them.
+    Refused (ConfigError) while it holds what nobody may find, dead entries or images that were taken down
+    since, because plain FAISS would find them; and where there is no folder for the file.
     """
     manifest = release.manifest
-    if manifest.tombstones:
+    hidden = takedowns.taken_down(release.releases_uri, manifest.dataset_uri)
+    num_hidden = len(release.tombstones()) + int(np.isin(hidden, release.items().ids).sum())
+    if num_hidden:
         raise ConfigError(
-            f"release {manifest.release_id} hides {len(release.tombstones())} dead entries that plain FAISS "
-            "would find; run a full build, which leaves them out, and export that"
+            f"release {manifest.release_id} hides {num_hidden} dead entries that plain FAISS would find; "
+            "run a full build, which leaves them out, and export that"
         )
-    with TemporaryDirectory(dir=out_path.parent, prefix=".export-") as folder:
+    if not out_path.parent.is_dir() or out_path.is_dir():
+        raise ConfigError(f"can't write {out_path}: expected the path of a file in a folder that exists")
+    scratch.sweep(out_path.parent)
+    with scratch.folder_beside(out_path) as folder:
         paths = []
         for at, segment in enumerate(manifest.segments):
             path = Path(folder, f"{at}.faiss")
@@ -308,35 +297,6 @@ def export(release: Release, out_path: Path) -> ivf.IndexInfo:
             paths[0].replace(out_path)
             return ivf.inspect(out_path)
         return ivf.merge_parts(ivf.load_template(release.read(manifest.template)), paths, out_path)
-
-
-def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
-    """ManifestError unless every object is there with its size and every count agrees with the others."""
-    with ThreadPoolExecutor(_NUM_CHECKERS) as pool:
-        for _ in pool.map(lambda stored: _check_object(releases_uri, stored), manifest.objects()):
-            pass
-    what = f"release {manifest.release_id} is not published"
-    if manifest.report_json is None or manifest.report_html is None:
-        raise ManifestError(f"{what}: it was not measured, so it has no report")
-    counts, dead = manifest.counts, Release(releases_uri, manifest).tombstones()
-    items = Release(releases_uri, manifest).items()
-    went = {"indexed": counts.num_indexed, "refused": counts.num_refused, "tombstoned": counts.num_tombstoned}
-    _reconcile(what, "samples of its dataset", counts.num_samples, went)
-    num_entries = sum(segment.num_entries for segment in manifest.segments)
-    _reconcile(
-        what, "entries of its segments", num_entries, {"indexed": counts.num_indexed, "dead": len(dead)}
-    )
-    num_rows = sum(shard.num_rows for shard in manifest.vectors)
-    _reconcile(what, "rows of its re-rank vectors", num_rows, {"samples of its dataset": counts.num_samples})
-    _reconcile(what, "items", len(items), {"indexed": counts.num_indexed})
-    if (np.diff(items.ids) <= 0).any():
-        raise ManifestError(f"{what}: the ids of its items don't ascend")
-    _check_vectors(what, manifest, items.ids)
-    if manifest.nprobe < 1 or manifest.depth < 1 or manifest.gallery_min_structure <= 0:
-        raise ManifestError(
-            f"{what}: nprobe {manifest.nprobe} and depth {manifest.depth} have to be at least 1, and the "
-            f"smallest structure weight {manifest.gallery_min_structure:g} above 0"
-        )
 
 
 def encode_array(array: npt.NDArray[np.float16] | npt.NDArray[np.int64]) -> bytes:
@@ -359,56 +319,15 @@ def decode_array(data: bytes, dtype: type[np.int64]) -> npt.NDArray[np.int64]:
     return array
 
 
-def _reconcile(what: str, name: str, whole: int, parts: dict[str, int]) -> None:
-    if whole != sum(parts.values()):
-        said = " + ".join(f"{number} {part}" for part, number in parts.items())
-        raise ManifestError(
-            f"{what}: {whole} {name} against {said}, {whole - sum(parts.values()):+d}; nothing was changed, "
-            "find what was lost and build again"
-        )
+def pointer_uri(releases_uri: str) -> str:
+    """Where the pointer lies."""
+    return storage.join(releases_uri, "current.json")
 
 
-def _check_vectors(what: str, manifest: ReleaseManifest, item_ids: npt.NDArray[np.int64]) -> None:
-    for shard in manifest.vectors:
-        for stored in (shard.embedding, shard.structure):
-            header = stored.size_bytes - 2 * shard.num_rows * manifest.embedding_dim
-            if not 0 < header <= _MAX_NPY_HEADER_BYTES:
-                raise ManifestError(
-                    f"{what}: {stored.name} has {stored.size_bytes} bytes, which are not {shard.num_rows} "
-                    f"float16 vectors of dimension {manifest.embedding_dim}"
-                )
-    num_rows = {shard.number: shard.num_rows for shard in manifest.vectors}
-    numbers = shards.shard_of(item_ids)
-    last_of_shards = item_ids[np.append(numbers[1:] != numbers[:-1], True)] if len(item_ids) else item_ids
-    for item_id in last_of_shards.tolist():
-        if (item_id & 0xFFFFFFFF) >= num_rows.get(item_id >> 32, 0):
-            raise ManifestError(f"{what}: item {item_id} (shard {item_id >> 32}) has no re-rank vector")
-
-
-def _check_object(releases_uri: str, stored: StoredObject) -> None:
-    uri = storage.join(releases_uri, stored.name)
-    try:
-        size = storage.size(uri)
-    except ObjectMissing as error:
-        raise ManifestError(
-            f"{uri} is missing, and the release lists it; restore it or build again"
-        ) from error
-    if size != stored.size_bytes:
-        raise ManifestError(
-            f"{uri} has {size} bytes, the release says {stored.size_bytes}; restore it or build again"
-        )
-
-
-def _check_id(release_id: str) -> None:
+def manifest_uri(releases_uri: str, release_id: str) -> str:
+    """Where the manifest of a release lies; ConfigError for an id that is no name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", release_id) or release_id == "objects":
         raise ConfigError(
             f"release id {release_id!r}: expected letters, digits, '.', '_', '-', not 'objects'"
         )
-
-
-def _pointer_uri(releases_uri: str) -> str:
-    return storage.join(releases_uri, "current.json")
-
-
-def _manifest_uri(releases_uri: str, release_id: str) -> str:
     return storage.join(releases_uri, release_id, "manifest.json")

@@ -12,7 +12,7 @@ rounding may have changed: the sums of float32 in the index and the float16 of t
 Legend: Q queries, M candidates of a query, D dimension, N rows of a shard, K neighbours.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +23,16 @@ from torch import Tensor
 
 from namr.errors import ManifestError
 from namr.model import distances
-from namr.model.distances import Side
+from namr.sides import Side
 
 Ids = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
+Stop = Callable[[], None]
+"""Called before each block of work; what it raises ends the search."""
+
+_GATHERED_VALUES = 1 << 23
+"""float16 values that are gathered at once, 16 MB, whatever the number of queries and candidates"""
 _BLOCK_VALUES = 1 << 19
 """values of a block of float32 candidates: 2 MB, which stays in a core's cache from step to step"""
 _EXACT_ROWS = 8192
@@ -63,7 +68,7 @@ class GalleryVectors:
         self._structures = {number: _map(of.structure, dim) for number, of in paths.items()}
 
     def embeddings(self, ids: Ids) -> Tensor:
-        """(n,) ids -> (n, D) float16; ids that the gallery doesn't have are an IndexError."""
+        """(n,) ids -> (n, D) float16; ManifestError for an id that has no row."""
         return self._gather(self._embeddings, ids)
 
     def structures(self, ids: Ids) -> Tensor:
@@ -87,46 +92,48 @@ class GalleryVectors:
         for number in np.unique(numbers):
             start, stop = np.searchsorted(numbers, number), np.searchsorted(numbers, number, side="right")
             file = files.get(int(number))
-            if file is None:
-                raise IndexError(f"id {in_order[start]}: the gallery has no shard {number}")
+            if file is None or rows[stop - 1] >= len(file):
+                raise ManifestError(
+                    f"item {in_order[stop - 1]} has no re-rank vector: shard {number} holds "
+                    f"{0 if file is None else len(file)}; build the release anew"
+                )
             torch.index_select(file, 0, rows[start:stop], out=gathered[start:stop])
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return gathered.index_select(0, torch.from_numpy(back))
 
 
+def go_on() -> None:
+    """The `Stop` of a search that nothing ends."""
+
+
 def rerank(
-    q: Tensor, s_q: Tensor | None, candidate_ids: Ids, vectors: GalleryVectors, *, k: int, side: Side
+    q: Tensor,
+    s_q: Tensor | None,
+    candidate_ids: Ids,
+    vectors: GalleryVectors,
+    *,
+    k: int,
+    side: Side,
+    stop: Stop = go_on,
 ) -> Ranked:
     """The k nearest of each query's own candidates by the adaptive distance of `side`.
 
-    q, s_q (Q, D) float32; candidate_ids (Q, M), -1 where there is none. Raises ManifestError for a candidate
-    without a re-rank vector.
+    q, s_q (Q, D) float32; candidate_ids (Q, M), -1 where there is none. Memory grows with Q M and not with
+    Q M D. Raises ManifestError for a candidate without a usable re-rank vector.
     """
-    num_queries, num_candidates = candidate_ids.shape
+    num_queries, _ = candidate_ids.shape
     present = candidate_ids >= 0
     if not present.any():
         return _nothing(num_queries, k)
     known = np.where(present, candidate_ids, candidate_ids[present][0])
-    x = vectors.embeddings(known.ravel()).view(num_queries, num_candidates, -1)
-    s = vectors.structures(known.ravel()).view_as(x) if side in ("both", "scale") else None
-    squared = np.empty(candidate_ids.shape, np.float64)
-    step = max(1, _BLOCK_VALUES // (num_candidates * vectors.dim))
-    for start in range(0, num_queries, step):
-        part = slice(start, start + step)
-        found = distances.rerank_squared(
-            q[part], None if s_q is None else s_q[part], x[part], None if s is None else s[part], side=side
-        )
-        squared[part] = found.numpy()
-    if np.isnan(squared).any():
-        lost = known[np.isnan(squared)][0]
-        raise ManifestError(f"item {lost} is in the index and has no re-rank vector; build the release anew")
+    squared = _own_squared(q, s_q, known, vectors, side=side, stop=stop)
+    _check_usable((squared >= 0) & (squared < np.inf), known)  # False for NaN too
     squared[~present] = np.inf
-    places = np.broadcast_to(np.arange(num_candidates), candidate_ids.shape)
-    best = _nearest(Ranked(candidate_ids, squared, places.astype(np.float64)), k)
-    rows = torch.from_numpy(best.plain_squared.astype(np.int64))[:, :, None].expand(-1, -1, vectors.dim)
-    plain = distances.rerank_squared(q, None, x.gather(1, rows), None, side="none").numpy().astype(np.float64)
-    return _filled(Ranked(best.ids, best.squared, plain), k)
+    best = _nearest(Ranked(candidate_ids, squared, squared), k)
+    shown = np.where(best.ids >= 0, best.ids, known[0, 0])
+    plain = _own_squared(q, None, shown, vectors, side="none", stop=stop)
+    return _filled(best._replace(plain_squared=plain), k)
 
 
 def nearest_exact(
@@ -138,21 +145,24 @@ def nearest_exact(
     side: Side,
     hidden: Ids,
     own_ids: Ids | None = None,
+    stop: Stop = go_on,
 ) -> Ranked:
     """The k nearest of the whole gallery by the adaptive distance of `side`, in one stage and float64.
 
     Reads every vector: for small galleries, and as the reference of what re-ranking misses. hidden: ids,
-    ascending, that must not be found; own_ids (Q,): one id that each query must not find. With side
-    "query" this is d_s^2 = const(q) + <s, x x> - <2 s q, x>, the inner product of `one_stage_queries`.
+    ascending, that must not be found; own_ids (Q,): one id that each query must not find. Raises
+    ManifestError for a vector that is damaged; a row of NaN is none.
     """
     q64, s64 = q.double(), None if s_q is None else s_q.double()
     best = _nothing(len(q), 0)
     for ids, x, s in vectors.blocks():
+        stop()
         kept = ~(np.isnan(x[:, 0].numpy()) | np.isin(ids, hidden))
         if not kept.any():
             continue
         at = torch.from_numpy(np.flatnonzero(kept))
         ids, x, s = ids[kept], x[at].double(), s[at].double()
+        _check_usable((torch.isfinite(x.sum(1) + s.sum(1)) & (s > 0).all(dim=1)).numpy(), ids)
         plain = distances.pairwise_squared(q64, x).numpy()
         squared = _pairwise(q64, s64, x, s, side).numpy() if side != "none" else plain.copy()
         block_ids = np.broadcast_to(ids, squared.shape)
@@ -160,6 +170,48 @@ def nearest_exact(
             squared[block_ids == own_ids[:, None]] = np.inf
         best = _nearest(_joined(best, Ranked(block_ids, squared, plain)), k)
     return _filled(best, k)
+
+
+def _own_squared(
+    q: Tensor, s_q: Tensor | None, ids: Ids, vectors: GalleryVectors, *, side: Side, stop: Stop
+) -> Doubles:
+    """(Q, M) squared distances of each query to its own items, ids (Q, M).
+
+    Gathered in large blocks, so that few pages are read twice, and computed in small ones.
+    """
+    squared = np.empty(ids.shape, np.float64)
+    for rows, columns in _blocks(*ids.shape, most=_GATHERED_VALUES // vectors.dim):
+        stop()
+        some, of_some = ids[rows, columns], squared[rows, columns]
+        x = vectors.embeddings(some.ravel()).view(*some.shape, -1)
+        s = vectors.structures(some.ravel()).view_as(x) if side in ("both", "scale") else None
+        q_rows, s_q_rows = q[rows], None if s_q is None else s_q[rows]
+        for r, c in _blocks(*some.shape, most=_BLOCK_VALUES // vectors.dim):
+            of_some[r, c] = distances.rerank_squared(
+                q_rows[r],
+                None if s_q_rows is None else s_q_rows[r],
+                x[r, c],
+                None if s is None else s[r, c],
+                side=side,
+            ).numpy()
+    return squared
+
+
+def _blocks(num_rows: int, num_columns: int, *, most: int) -> Iterator[tuple[slice, slice]]:
+    """A table in blocks of at most `most` cells: some whole rows, or a part of one that is too long."""
+    width = max(1, min(num_columns, most))
+    height = max(1, most // max(1, num_columns))
+    for row in range(0, num_rows, height):
+        for column in range(0, num_columns, width):
+            yield slice(row, row + height), slice(column, column + width)
+
+
+def _check_usable(usable: npt.NDArray[np.bool_], ids: Ids) -> None:
+    if not usable.all():
+        raise ManifestError(
+            f"item {ids[~usable][0]} is in the index and has no re-rank vector, or a damaged one; restore "
+            "the vectors or build the release anew"
+        )
 
 
 def outside_squared(last_squared: Doubles, q: Tensor) -> Doubles:

@@ -1,7 +1,7 @@
 """Search in a release: the first stage finds candidates, the structure embeddings order them.
 
 Distances in answers are distances, not their squares: the root of sum_k w_k (q_k - x_k)^2, where w is 1 for
-side "none" and what `namr.distances` says for the others. For a model that is searched by cosine, q and x
+side "none" and what `model.distances` says for the others. For a model that is searched by cosine, q and x
 have unit length, so a plain distance d is a cosine similarity of 1 - d^2 / 2.
 
 An answer is **proved** when no other item of the release can belong to it: what it compares are the vectors
@@ -14,93 +14,43 @@ Not covered: filters on labels or fields, and approximate search over several ma
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from namr.data import images
 from namr.errors import ConfigError, ImageRefused, ManifestError, ModelMismatch, ShapeError
 from namr.index import ivf
-from namr.model import distances, model
-from namr.model.distances import Side
+from namr.model import model
 from namr.model.model import NamrModel
-from namr.release import releases
+from namr.release import releases, takedowns
 from namr.release.releases import Release
-from namr.search import rerank
+from namr.search import queries
+from namr.search.answers import Answer, Hit, ReleaseInfo, SearchOptions, Timings
 from namr.search.items import Items
-from namr.search.rerank import GalleryVectors, Ranked, VectorPaths
+from namr.search.queries import Queries
+from namr.search.rerank import GalleryVectors, Stop, VectorPaths, go_on
+from namr.search.stages import Neighbours, Plan, Stages
+from namr.sides import Side
 from namr.store.cache import Cache
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-Certainty = Literal["proved", "unproved"]
 
-_SIDES = ("none", "query", "both", "scale")
 _EMBED_ROWS = 32
+_DEFAULTS = SearchOptions()
 
 
-class Found(NamedTuple):
-    """Neighbours of Q queries as arrays; id -1 and distance inf where there are fewer than K."""
+class _Shown(NamedTuple):
+    """What may be found; a search takes it once, so that it sees one state from its beginning to its end."""
 
-    ids: Ids
-    """(Q, K)"""
-    distances: Floats
-    """(Q, K) ascending"""
-    plain_distances: Floats
-    """(Q, K) Euclidean, whatever the order is by"""
-    proved: npt.NDArray[np.bool_]
-    """(Q,)"""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One neighbour."""
-
-    id: int
-    key: str
-    label: str | None
-    fields: dict[str, Any]
-    distance: float
-    """what the answer is ordered by"""
-    plain_distance: float
-    """Euclidean distance, without structure"""
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds that the whole batch of queries took, stage by stage."""
-
-    embed_ms: float
-    first_stage_ms: float
-    rerank_ms: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is known of one query's neighbours, nearest first."""
-
-    hits: list[Hit]
-    certainty: Certainty
-    side: Side
-    release_id: str
-    model_name: str
-    model_version: str
-    timings: Timings
-
-
-class _Plan(NamedTuple):
-    """A search's options, checked and with the release's own for those not given."""
-
-    k: int
-    side: Side
-    depth: int
-    nprobe: int
-    exact: bool
+    items: Items
+    hidden: Ids
+    """of the index, ascending"""
 
 
 class Searcher:
@@ -119,15 +69,22 @@ class Searcher:
     ) -> None:
         self.release, self.manifest = release, release.manifest
         self.model = query_model
-        self.items = items
-        self._index, self._vectors, self._dead = index, vectors, dead
+        self._vectors, self._dead = vectors, dead
+        self._stages = Stages(index, vectors, gallery_min=release.manifest.gallery_min_structure)
+        self._all_items, self._shown = items, _Shown(items, dead)
+        self.taken_down = np.empty(0, np.int64)
         self._device = device
         self._embedding = threading.Lock()  # the model takes all cores, or the device, by itself
 
     @property
+    def items(self) -> Items:
+        """What can be found."""
+        return self._shown.items
+
+    @property
     def num_lists(self) -> int:
         """Lists that `nprobe` can choose from; 0 where every item is looked at."""
-        return self._index.num_lists
+        return self._stages.num_lists
 
     @classmethod
     def open(
@@ -144,11 +101,16 @@ class Searcher:
 
         Objects of a remote release are kept in `cache`; those of a local one are used where they are. The
         index is mapped into memory, not read. Without a model, queries are vectors and keys. num_threads of
-        one search: None = torch's. Raises ModelMismatch for a model that the release was not made with.
+        one search: None = torch's. What is taken down by now is hidden; see `hide` for what is later. Raises
+        ModelMismatch for a model that the release was not made with.
         """
         release = releases.open_release(releases_uri, release_id)
         query_model = model.load(model_folder) if model_folder else None
-        return cls.of(release, cache=cache, query_model=query_model, num_threads=num_threads, device=device)
+        searcher = cls.of(
+            release, cache=cache, query_model=query_model, num_threads=num_threads, device=device
+        )
+        searcher.hide(takedowns.taken_down(release.releases_uri, release.manifest.dataset_uri))
+        return searcher
 
     @classmethod
     def of(
@@ -160,7 +122,7 @@ class Searcher:
         num_threads: int | None = None,
         device: str = "cpu",
     ) -> "Searcher":
-        """`open` of a release and a model that are at hand already."""
+        """`open` of a release and a model that are at hand already; nothing is hidden."""
         manifest = release.manifest
         if query_model is not None:
             _check_model(query_model, release)
@@ -186,6 +148,36 @@ class Searcher:
             device=device,
         )
 
+    def hide(self, taken_down: Ids) -> None:
+        """From now on none of these ids is found, shown or counted; in place of those hidden before.
+
+        Ids of other images are welcome. Searches under way end with what they began with.
+        """
+        self.taken_down, hidden = taken_down, np.union1d(self._dead, taken_down)
+        self._shown = _Shown(self._all_items.without(taken_down), hidden)
+
+    def info(self) -> ReleaseInfo:
+        """What is being searched."""
+        manifest = self.manifest
+        return ReleaseInfo(
+            release_id=manifest.release_id,
+            created=manifest.created,
+            model_name=manifest.model_name,
+            model_version=manifest.model_version,
+            model_digest=manifest.model_digest,
+            dataset_uri=manifest.dataset_uri,
+            dataset_version=manifest.dataset_version,
+            index_key=manifest.index_key,
+            metric=manifest.metric,
+            structure_side=manifest.structure_side,
+            embedding_dim=manifest.embedding_dim,
+            num_items=len(self.items),
+            nprobe=manifest.nprobe,
+            depth=manifest.depth,
+            recall_at_10=manifest.recall_at_10,
+            takes_images=self.model is not None,
+        )
+
     def search(
         self,
         *,
@@ -193,18 +185,15 @@ class Searcher:
         embeddings: Floats | None = None,
         structures: Floats | None = None,
         keys: Sequence[str] | None = None,
-        k: int = 10,
-        side: Side | None = None,
-        depth: int | None = None,
-        nprobe: int | None = None,
-        exact: bool = False,
+        options: SearchOptions = _DEFAULTS,
+        stop: Stop = go_on,
     ) -> list[Answer]:
-        """The k nearest items of each query; give images, or embeddings (with structures), or keys.
+        """The nearest items of each query; give images, or embeddings (with structures), or keys.
 
         images: encoded pictures; the item of a picture that is in the gallery is found like any other.
         embeddings, structures (Q, D): as the model returns them. keys: items of the gallery, which are left
-        out of their own answer. The other arguments are those of `search_arrays`. Raises ImageRefused for
-        bytes that are no picture, ConfigError for an unknown key.
+        out of their own answer. stop: see `search_arrays`. Raises ImageRefused for bytes that are no picture,
+        ConfigError for an unknown key, and what `search_arrays` raises.
         """
         given = {"images": images, "embeddings": embeddings, "keys": keys}
         names = [name for name, it in given.items() if it is not None]
@@ -212,42 +201,46 @@ class Searcher:
             raise ConfigError(
                 f"a search takes one of {', '.join(given)}; got {' and '.join(names) or 'none'}"
             )
-        plan = self._plan(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
+        plan, shown = self._plan(options), self._shown
         began = time.perf_counter()
-        own_ids = None if keys is None else self._ids_of(keys)
+        own_ids = None if keys is None else self._ids_of(keys, shown.items)
         if images is not None:
-            embeddings, structures = self.embed(images)
+            embeddings, structures = self.embed(images, stop=stop)
         embedded_ms = (time.perf_counter() - began) * 1e3
-        if own_ids is None:
-            q, s_q = self._queries(embeddings, structures)
-        else:
-            q, s_q = self._vectors.embeddings(own_ids).float(), self._vectors.structures(own_ids).float()
-        found, timings = self._search(q, s_q, plan, own_ids=own_ids)
+        asked = (
+            queries.stored(own_ids, self._vectors)
+            if own_ids is not None
+            else self._given(embeddings, structures)
+        )
+        neighbours, timings = self._stages.search(
+            asked, plan, hidden=shown.hidden, num_items=len(shown.items), stop=stop
+        )
         timings = replace(timings, embed_ms=embedded_ms)
-        return [self._answer(found, row, plan.side, timings) for row in range(len(found.ids))]
+        return [
+            self._answer(neighbours, row, shown.items, plan.side, timings)
+            for row in range(len(neighbours.ids))
+        ]
 
     def search_arrays(
         self,
         embeddings: Floats,
         structures: Floats | None = None,
         *,
-        k: int = 10,
-        side: Side | None = None,
-        depth: int | None = None,
-        nprobe: int | None = None,
-        exact: bool = False,
-    ) -> Found:
+        options: SearchOptions = _DEFAULTS,
+        stop: Stop = go_on,
+    ) -> Neighbours:
         """`search` by embeddings for large batches: arrays out, no items.
 
-        side: "none" orders by plain distance; "query", "both" and "scale" re-rank the first `depth` (at least
-        k); None is what the release recommends, as for depth and nprobe. "query" and "both" need structures.
-        exact: compare with every item, in one stage; for small galleries. Raises ShapeError for another
-        dimension, NaN or infinity, an empty batch; ConfigError for k, depth or nprobe below 1.
+        stop is called between stages and blocks of work, and what it raises ends the search. Raises
+        ShapeError for another dimension, NaN, infinity or values whose squares overflow float32, for an empty
+        batch, and for sides "query" and "both" without structures; ManifestError for damaged vectors.
         """
-        plan = self._plan(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
-        return self._search(*self._queries(embeddings, structures), plan, own_ids=None)[0]
+        shown, asked = self._shown, self._given(embeddings, structures)
+        return self._stages.search(
+            asked, self._plan(options), hidden=shown.hidden, num_items=len(shown.items), stop=stop
+        )[0]
 
-    def embed(self, pictures: Sequence[bytes]) -> tuple[Floats, Floats]:
+    def embed(self, pictures: Sequence[bytes], *, stop: Stop = go_on) -> tuple[Floats, Floats]:
         """Embeddings and structures (Q, D) of encoded pictures, by the release's model."""
         if self.model is None:
             raise ConfigError(
@@ -257,6 +250,7 @@ class Searcher:
             raise ShapeError("no images to search with: expected at least one")
         pixels = []
         for number, data in enumerate(pictures):
+            stop()
             try:
                 pixels.append(images.prepare(data, self.model.preprocessing))
             except ImageRefused as error:
@@ -265,105 +259,29 @@ class Searcher:
                 raise ImageRefused(f"number {number} of {len(pictures)}: {error.reason}") from error
         batch_size = min(len(pixels), _EMBED_ROWS)
         with self._embedding:
+            stop()
             return model.embed(self.model, np.stack(pixels), batch_size=batch_size, device=self._device)
 
-    def _queries(self, embeddings: Floats | None, structures: Floats | None) -> tuple[Tensor, Tensor | None]:
-        """As they are searched with: (Q, D) float32, of unit length for cosine."""
-        x = _checked("embeddings", embeddings, self.manifest.embedding_dim)
-        s = None
-        if structures is not None:
-            s = _checked("structures", structures, self.manifest.embedding_dim)
-            if s.shape != x.shape:
-                raise ShapeError(f"{len(s)} structures for {len(x)} embeddings; expected one each")
-            if (s <= 0).any():
-                raise ShapeError(f"structures hold {float(s.min()):g}; weights have to be above 0")
-        return distances.for_search(x, self.manifest.metric), s
+    def _given(self, embeddings: Floats | None, structures: Floats | None) -> Queries:
+        manifest = self.manifest
+        return queries.given(embeddings, structures, dim=manifest.embedding_dim, metric=manifest.metric)
 
-    def _plan(
-        self, *, k: int, side: Side | None, depth: int | None, nprobe: int | None, exact: bool
-    ) -> _Plan:
+    def _plan(self, options: SearchOptions) -> Plan:
         own = self.manifest
-        plan = _Plan(
-            k=k,
-            side=own.structure_side if side is None else side,
-            depth=own.depth if depth is None else depth,
-            nprobe=own.nprobe if nprobe is None else nprobe,
-            exact=exact,
+        return Plan(
+            k=options.k,
+            side=own.structure_side if options.side is None else options.side,
+            depth=own.depth if options.depth is None else options.depth,
+            nprobe=own.nprobe if options.nprobe is None else options.nprobe,
+            exact=options.exact,
         )
-        for name, value in (("k", plan.k), ("depth", plan.depth), ("nprobe", plan.nprobe)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}; expected 1 or more")
-        if plan.side not in _SIDES:
-            raise ConfigError(f"side is {side!r}; expected one of {', '.join(_SIDES)}")
-        return plan
 
-    def _search(
-        self, q: Tensor, s_q: Tensor | None, plan: _Plan, *, own_ids: Ids | None
-    ) -> tuple[Found, Timings]:
-        if plan.side in ("query", "both") and s_q is None:
-            raise ShapeError(
-                f"side {plan.side!r} needs structures with the embeddings; or ask for side 'none' or 'scale'"
-            )
-        began = time.perf_counter()
-        if plan.exact:
-            ranked = rerank.nearest_exact(
-                q, s_q, self._vectors, k=plan.k, side=plan.side, hidden=self._dead, own_ids=own_ids
-            )
-            timings = Timings(0.0, (time.perf_counter() - began) * 1e3, 0.0)
-            return _found(ranked, np.ones(len(q), np.bool_)), timings
-        num = plan.k if plan.side == "none" else max(plan.k, plan.depth)
-        first = self._first_stage(q.numpy(), num, nprobe=plan.nprobe, own_ids=own_ids)
-        between = time.perf_counter()
-        proved = np.full(len(q), self._is_exact(plan.nprobe))
-        ranked = first
-        if plan.side != "none":
-            ranked = rerank.rerank(q, s_q, first.ids, self._vectors, k=plan.k, side=plan.side)
-            proved &= rerank.is_proved(
-                ranked.squared[:, -1],
-                first.squared[:, -1],
-                q,
-                s_q,
-                side=plan.side,
-                gallery_min=self.manifest.gallery_min_structure,
-            )
-        ended = time.perf_counter()
-        return _found(ranked, proved), Timings(0.0, (between - began) * 1e3, (ended - between) * 1e3)
-
-    def _first_stage(self, q: Floats, num: int, *, nprobe: int, own_ids: Ids | None) -> Ranked:
-        """(Q, num) nearest live entries, without each query's own item; deeper until there are enough."""
-        hides = own_ids is not None or len(self._dead)
-        total = max(1, self._index.num_vectors)
-        depth = num + (own_ids is not None) + min(num, len(self._dead))
-        while True:
-            squared, ids = self._index.search(q, min(depth, total), nprobe)
-            if not hides:
-                break
-            hidden = ids < 0
-            if len(self._dead):
-                hidden |= self._dead[np.searchsorted(self._dead, ids).clip(max=len(self._dead) - 1)] == ids
-            if own_ids is not None:
-                hidden |= ids == own_ids[:, None]
-            enough = ((~hidden).sum(axis=1) >= num) | (ids < 0).any(axis=1)
-            squared[hidden], ids[hidden] = np.inf, -1
-            if depth >= total or enough.all():
-                break
-            depth *= 2
-        order = np.lexsort((np.where(ids < 0, np.iinfo(np.int64).max, ids), squared), axis=-1)[:, :num]
-        squared, ids = np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
-        short = ((0, 0), (0, num - ids.shape[1]))
-        ids = np.pad(ids, short, constant_values=-1)
-        wide = np.pad(squared.astype(np.float64), short, constant_values=np.inf)
-        return Ranked(ids, wide, wide)
-
-    def _is_exact(self, nprobe: int) -> bool:
-        return self._index.key.endswith("Flat") and nprobe >= self._index.num_lists
-
-    def _ids_of(self, keys: Sequence[str]) -> Ids:
+    def _ids_of(self, keys: Sequence[str], items: Items) -> Ids:
         if not keys:
             raise ShapeError("no keys to search with: expected at least one")
         ids = []
         for key in keys:
-            item = self.items.by_key(key)
+            item = items.by_key(key)
             if item is None:
                 raise ConfigError(
                     f"key {key!r} is not in release {self.manifest.release_id}: it was never packed, was "
@@ -372,14 +290,14 @@ class Searcher:
             ids.append(item.id)
         return np.array(ids, np.int64)
 
-    def _answer(self, found: Found, row: int, side: Side, timings: Timings) -> Answer:
+    def _answer(self, neighbours: Neighbours, row: int, items: Items, side: Side, timings: Timings) -> Answer:
         hits = []
-        num = int((found.ids[row] >= 0).sum())
+        num = int((neighbours.ids[row] >= 0).sum())
         for at in range(num):
-            item = self.items.by_id(int(found.ids[row, at]))
+            item = items.by_id(int(neighbours.ids[row, at]))
             if item is None:
                 raise ManifestError(
-                    f"id {found.ids[row, at]} is in the index and no item; build the release anew"
+                    f"id {neighbours.ids[row, at]} is in the index and no item; build the release anew"
                 )
             hits.append(
                 Hit(
@@ -387,41 +305,20 @@ class Searcher:
                     item.key,
                     item.label,
                     item.fields,
-                    float(found.distances[row, at]),
-                    float(found.plain_distances[row, at]),
+                    float(neighbours.distances[row, at]),
+                    float(neighbours.plain_distances[row, at]),
                 )
             )
         manifest = self.manifest
         return Answer(
-            hits=hits,
-            certainty="proved" if found.proved[row] else "unproved",
+            hits=tuple(hits),
+            certainty="proved" if neighbours.proved[row] else "unproved",
             side=side,
             release_id=manifest.release_id,
             model_name=manifest.model_name,
             model_version=manifest.model_version,
             timings=timings,
         )
-
-
-def _found(ranked: Ranked, proved: npt.NDArray[np.bool_]) -> Found:
-    return Found(
-        ids=ranked.ids,
-        distances=np.sqrt(ranked.squared).astype(np.float32),
-        plain_distances=np.sqrt(ranked.plain_squared).astype(np.float32),
-        proved=proved,
-    )
-
-
-def _checked(name: str, given: Floats | None, dim: int) -> Tensor:
-    array = np.asarray(given, np.float32)
-    if array.ndim != 2 or array.shape[1] != dim:
-        raise ShapeError(f"{name} are {array.shape}; the release wants (Q, {dim})")
-    if not len(array):
-        raise ShapeError(f"{name} are {array.shape}: an empty batch; expected at least one query")
-    finite = np.isfinite(array).all(axis=1)
-    if not finite.all():
-        raise ShapeError(f"{name}: row {int(np.argmin(finite))} holds NaN or infinity")
-    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _check_model(query_model: NamrModel, release: Release) -> None:

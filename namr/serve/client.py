@@ -1,92 +1,29 @@
-"""The Python client of the search service; needs nothing of namr but its errors.
+"""The Python client of the search service; of namr it needs the words of an answer and the errors.
 
     with Client("http://search:8000") as client:
-        for hit in client.search_image(Path("shoe.jpg").read_bytes(), k=5).hits:
+        for hit in client.search_image(Path("shoe.jpg").read_bytes(), SearchOptions(k=5)).hits:
             print(hit.key, hit.distance)
 
-What the service refuses is raised as the error that it names (ImageRefused, ShapeError, ConfigError, ...).
-A connection that can't be made is tried again; a request that was sent is not.
+What the service refuses is raised as the error that it names (ImageRefused, ShapeError, ConfigError, ...);
+Busy says after how many seconds to ask again. A connection that can't be made is tried again; a request that
+was sent is not.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, fields
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
 from namr import errors
-from namr.errors import ConfigError, ImageRefused, NamrError, ObjectMissing, ShapeError, StorageError
+from namr.errors import Busy, ConfigError, ImageRefused, NamrError, ObjectMissing, ShapeError, StorageError
+from namr.search.answers import Answer, Hit, Item, ReleaseInfo, SearchOptions, Timings
 
-Side = Literal["none", "query", "both", "scale"]
+T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Item:
-    """One image of the gallery."""
-
-    id: int
-    key: str
-    label: str | None
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One neighbour; distances are not squared."""
-
-    id: int
-    key: str
-    label: str | None
-    fields: dict[str, Any]
-    distance: float
-    """what the answer is ordered by"""
-    plain_distance: float
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds that the service took, stage by stage, for all queries of the request."""
-
-    embed_ms: float
-    first_stage_ms: float
-    rerank_ms: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One query's neighbours, nearest first."""
-
-    hits: tuple[Hit, ...]
-    certainty: Literal["proved", "unproved"]
-    side: Side
-    release_id: str
-    model_name: str
-    model_version: str
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Release:
-    """What the service serves."""
-
-    release_id: str
-    created: str
-    model_name: str
-    model_version: str
-    model_digest: str
-    dataset_uri: str
-    dataset_version: int
-    index_key: str
-    metric: str
-    structure_side: Side
-    embedding_dim: int
-    num_items: int
-    nprobe: int
-    depth: int
-    recall_at_10: float
-    takes_images: bool
+_DEFAULTS = SearchOptions()
 
 
 class Client:
@@ -122,47 +59,24 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def search_image(
-        self,
-        image: bytes,
-        *,
-        k: int = 10,
-        side: Side | None = None,
-        depth: int | None = None,
-        nprobe: int | None = None,
-        exact: bool = False,
-    ) -> Answer:
-        """The items that look most like an encoded picture; None leaves an option to the release."""
-        options = _given(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
-        return _answer(self._post("/search/image", files={"image": ("image", image)}, data=options))
+    def search_image(self, image: bytes, options: SearchOptions = _DEFAULTS) -> Answer:
+        """The items that look most like an encoded picture."""
+        files = {"image": ("image", image)}
+        return _answer(self._post("/search/image", files=files, data=_given(asdict(options))))
 
-    def search_key(
-        self,
-        key: str,
-        *,
-        k: int = 10,
-        side: Side | None = None,
-        depth: int | None = None,
-        nprobe: int | None = None,
-        exact: bool = False,
-    ) -> Answer:
+    def search_key(self, key: str, options: SearchOptions = _DEFAULTS) -> Answer:
         """The items that look most like one of the gallery, itself left out; ObjectMissing if unknown."""
-        options = _given(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
-        return _answer(self._post("/search/key", json={"key": key, **options}))
+        return _answer(self._post("/search/key", json={"key": key, **_given(asdict(options))}))
 
     def search_vectors(
         self,
         embeddings: Sequence[Sequence[float]],
         structures: Sequence[Sequence[float]] | None = None,
         *,
-        k: int = 10,
-        side: Side | None = None,
-        depth: int | None = None,
-        nprobe: int | None = None,
-        exact: bool = False,
+        options: SearchOptions = _DEFAULTS,
     ) -> list[Answer]:
         """The items nearest to each embedding (rows of numpy arrays do too); up to 256 at once."""
-        body = _given(k=k, side=side, depth=depth, nprobe=nprobe, exact=exact)
+        body = _given(asdict(options))
         body["embeddings"] = _rows("embeddings", embeddings)
         if structures is not None:
             body["structures"] = _rows("structures", structures)
@@ -170,18 +84,18 @@ class Client:
 
     def item(self, item_id: int) -> Item:
         """Key, label and fields of an item; ObjectMissing if there is none."""
-        return Item(**self._get(f"/items/{item_id}").json())
+        return _made(Item, self._get(f"/items/{item_id}").json())
 
     def image(self, item_id: int, *, size_px: int | None = None) -> bytes:
         """The picture of an item as it is stored, or as a JPEG of at most size_px."""
-        return self._get(f"/items/{item_id}/image", params=_given(size_px=size_px)).content
+        return self._get(f"/items/{item_id}/image", params=_given({"size_px": size_px})).content
 
-    def release(self) -> Release:
+    def release(self) -> ReleaseInfo:
         """What the service serves."""
-        return Release(**self._get("/release").json())
+        return _made(ReleaseInfo, self._get("/release").json())
 
     def is_ready(self) -> bool:
-        """Whether the service answers queries; False too where nothing answers at all."""
+        """Whether the service takes searches and is up to date; False too where nothing answers at all."""
         try:
             self._get("/ready")
         except NamrError:
@@ -210,7 +124,7 @@ class Client:
         raise _refusal(reply)
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -223,8 +137,14 @@ def _rows(name: str, vectors: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _answer(body: dict[str, Any]) -> Answer:
-    known = {**body, "hits": tuple(Hit(**hit) for hit in body["hits"]), "timings": Timings(**body["timings"])}
-    return Answer(**known)
+    hits = tuple(_made(Hit, hit) for hit in body["hits"])
+    return _made(Answer, {**body, "hits": hits, "timings": _made(Timings, body["timings"])})
+
+
+def _made(kind: type[T], body: Mapping[str, Any]) -> T:
+    """What a newer service says beyond what this client knows is left out."""
+    known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in body.items() if name in known})
 
 
 def _refusal(reply: httpx.Response) -> NamrError:
@@ -236,6 +156,10 @@ def _refusal(reply: httpx.Response) -> NamrError:
         return NamrError(f"{reply.request.url} answered {reply.status_code}, and not as a namr service does")
     if reply.status_code == 404:
         return ObjectMissing(message)
+    if reply.status_code == 429:
+        wait = reply.headers.get("retry-after", "")
+        wait_s = float(wait) if wait.isdigit() else 1.0
+        return Busy(f"{message}; ask again in {wait_s:g} s", wait_s)
     if kind == "InvalidRequest":
         return ConfigError(message)
     if kind == "ImageRefused":

@@ -30,8 +30,14 @@ class Metrics:
         self.answers = prometheus_client.Counter(
             "namr_answers", "Queries answered", ["side", "certainty"], **own
         )
+        self.refused = prometheus_client.Counter(
+            "namr_refused",
+            "Requests refused or stopped for what they or all together take",
+            ["kind"],
+            **own,
+        )
         self.failures = prometheus_client.Counter(
-            "namr_follow_failures", "New releases that could not be opened", **own
+            "namr_follow_failures", "Polls that could not read or open what is current", **own
         )
         self.release = prometheus_client.Info("namr_release", "What is being served", **own)
         self.items = prometheus_client.Gauge("namr_items", "Items that can be found", **own)

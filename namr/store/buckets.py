@@ -47,8 +47,8 @@ class Buckets:
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         uris, starts, stops = zip(*ranges, strict=True)
         filesystem = self.filesystem()
-        found = filesystem.cat_ranges(list(uris), list(starts), list(stops), on_error="raise", batch_size=64)
-        return cast(list[bytes], found)
+        parts = filesystem.cat_ranges(list(uris), list(starts), list(stops), on_error="raise", batch_size=64)
+        return cast(list[bytes], parts)
 
     def open_stream(self, uri: str) -> BinaryIO:
         return cast(BinaryIO, self.filesystem().open(uri, "rb", cache_type="readahead"))
@@ -79,20 +79,32 @@ class Buckets:
         loop = self.filesystem().loop
         return cast(tuple[bytes, str], fsspec.asyn.sync(loop, self._get_with_etag, bucket, key))
 
+    def read_with_state(self, uri: str) -> tuple[bytes, str]:
+        return self.read_with_etag(uri)
+
+    def state(self, uri: str) -> str:
+        return str(self.filesystem().info(uri)["ETag"])
+
     async def _get_with_etag(self, bucket: str, key: str) -> tuple[bytes, str]:
-        answer = await self.filesystem()._call_s3("get_object", Bucket=bucket, Key=key)
-        async with answer["Body"] as body:
-            return await body.read(), answer["ETag"]
+        filesystem = self.filesystem()
+
+        async def get() -> tuple[bytes, str]:
+            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key)
+            async with answer["Body"] as body:
+                return await body.read(), answer["ETag"]
+
+        # a connection that ends inside the body is tried again, as it is by cat_file
+        return cast(tuple[bytes, str], await s3fs.core._error_wrapper(get, retries=filesystem.retries))
 
     def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool:
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         return self._put_if(uri, data, **condition)
 
     def size(self, uri: str) -> int:
-        found = self.filesystem().info(uri)
-        if found["type"] != "file":
+        described = self.filesystem().info(uri)
+        if described["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "is a folder, not an object", uri)
-        return int(found["size"])
+        return int(described["size"])
 
     def list_names(self, uri: str) -> list[str]:
         root = uri.removeprefix(PREFIX).rstrip("/") + "/"

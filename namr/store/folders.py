@@ -10,11 +10,12 @@ import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from namr.store import scratch
 
 
 class Folders:
@@ -24,11 +25,11 @@ class Folders:
         return Path(uri).read_bytes()
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        found = []
+        parts = []
         for path, start, stop in ranges:
             with Path(path).open("rb", buffering=0) as file:
-                found.append(os.pread(file.fileno(), stop - start, start))
-        return found
+                parts.append(os.pread(file.fileno(), stop - start, start))
+        return parts
 
     def open_stream(self, uri: str) -> BinaryIO:
         return Path(uri).open("rb")
@@ -58,6 +59,14 @@ class Folders:
     def download(self, uri: str, path: Path) -> None:
         shutil.copyfile(uri, path)
 
+    def read_with_state(self, uri: str) -> tuple[bytes, str]:
+        before = self.state(uri)
+        return self.read(uri), before
+
+    def state(self, uri: str) -> str:
+        status = Path(uri).stat()
+        return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+
     def read_with_etag(self, uri: str) -> tuple[bytes, str]:
         data = self.read(uri)
         return data, _tag(data)
@@ -80,8 +89,8 @@ class Folders:
 
     def list_names(self, uri: str) -> list[str]:
         root = Path(uri)
-        found = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-        return [str(path.relative_to(root)) for path in found if not path.name.startswith(".")]
+        paths = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+        return [str(path.relative_to(root)) for path in paths if not path.name.startswith(".")]
 
     def delete(self, uri: str) -> None:
         Path(uri).unlink(missing_ok=True)
@@ -90,7 +99,7 @@ class Folders:
     def _new_file(self, uri: str) -> Iterator[tuple[Path, Path]]:
         target = Path(uri)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(target) as temporary:
+        with scratch.beside(target) as temporary:
             yield temporary, target
 
     def _link(self, temporary: Path, target: Path) -> bool:
@@ -100,18 +109,6 @@ class Folders:
             return False
         _sync_folder(target.parent)
         return True
-
-
-@contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new name in the folder of `path`, gone afterwards; hidden, so that listings leave it out."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -131,14 +128,12 @@ def _write_through(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    path.chmod(0o644)
 
 
 def _copy_through(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     with target.open("rb") as file:
         os.fsync(file.fileno())
-    target.chmod(0o644)
 
 
 def _sync_folder(path: Path) -> None:

@@ -167,7 +167,9 @@ def _take(uri: str, wanted: _Record, clock: Clock) -> tuple[_Record, float]:
         if _put(uri, taken, etag):
             return taken, started
         quicker, _ = _read(uri)
-        if quicker is not None and not quicker.released:
+        if quicker is None:
+            raise Conflict(f"{uri} is not there and can't be created; check that its bucket exists")
+        if not quicker.released:
             raise _held(uri, quicker)
         watched = None
 

@@ -2,14 +2,15 @@
 
 A manifest class is a frozen, keyword-only dataclass with two class variables, FORMAT and FORMAT_VERSION. Its
 JSON carries both, and readers refuse what they don't know. A pointer (`current.json`) names its target and
-carries its writer's token, so that a writer whose answer was lost recognises its own swap.
+carries its writer's token, so that a writer whose answer was lost recognises its own swap; it may be pinned,
+with a reason, by those who want it to stay.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import pydantic
 
@@ -25,6 +26,8 @@ class Manifest(Protocol):
 
 
 M = TypeVar("M", bound=Manifest)
+Id = Annotated[int, pydantic.Field(ge=0, lt=1 << 53)]
+"""A sample's id as a manifest lists it: below 2^53, so that it is exact in everybody's JSON."""
 
 
 def _always(_: object) -> bool:
@@ -40,12 +43,21 @@ class StoredObject:
     sha256: str
 
 
+class Pin(NamedTuple):
+    """Why a pointer is to stay where it is until somebody lifts the pin."""
+
+    since: str
+    """ISO 8601, UTC"""
+    reason: str
+
+
 class Pointer(NamedTuple):
     """What a pointer said when it was read."""
 
     target: str
     token: str
     etag: str
+    pin: Pin | None = None
 
 
 def write_object(root_uri: str, name: str, data: bytes | Path) -> StoredObject:
@@ -95,7 +107,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
     adapter = pydantic.TypeAdapter(type(manifest))
     body = adapter.dump_python(manifest, mode="json")
     head = {"format": manifest.FORMAT, "format_version": manifest.FORMAT_VERSION}
-    return json.dumps(head | body, indent=1, ensure_ascii=False).encode()
+    text = json.dumps(head | body, indent=1, ensure_ascii=False)
+    if _is_unicode(text):
+        return text.encode()
+    raise ManifestError(
+        f"a {manifest.FORMAT} manifest can't be written: half a character (a lone surrogate) is in "
+        f"{_around_surrogate(text)}; expected Unicode, rename it"
+    )
 
 
 def read_manifest(uri: str, kind: type[M]) -> M:
@@ -153,26 +171,39 @@ def read_pointer(uri: str) -> Pointer | None:
         data, etag = storage.read_with_etag(uri)
     except ObjectMissing:
         return None
-    body = _parse(data, uri)
-    target, token = body.get("target"), body.get("token")
-    if not isinstance(target, str) or not isinstance(token, str):
-        raise ManifestError(f"{uri} is damaged: expected a target and a token; point it anew")
-    return Pointer(target, token, etag)
+    try:
+        said = pydantic.TypeAdapter(_PointerBody).validate_python(_parse(data, uri))
+    except pydantic.ValidationError as error:
+        raise ManifestError(f"{uri} is damaged: expected a target and a token; point it anew") from error
+    return Pointer(said.target, said.token, etag, said.pin)
 
 
-def swap_pointer(uri: str, target: str, *, expected: Pointer | None, token: str) -> None:
+def swap_pointer(
+    uri: str, target: str, *, expected: Pointer | None, token: str, pin: Pin | None = None
+) -> None:
     """Point to `target`, if the pointer is still what it was when `expected` was read; else Conflict.
 
     `token` is the writer's own, new for each swap. If the swap happened but its answer was lost, the
-    repeated attempt finds the token and is content.
+    repeated attempt finds the token and is content. A pin is kept beside the target; none lifts it.
     """
-    data = json.dumps({"target": target, "token": token}).encode()
+    if not _is_unicode(target):
+        raise ManifestError(f"{uri} can't point to {target!a}: half a character (a lone surrogate) is in it")
+    body = {"target": target, "token": token} | ({"pin": pin._asdict()} if pin else {})
     try:
-        storage.replace_if_match(uri, data, etag=expected.etag if expected else None)
+        storage.replace_if_match(uri, json.dumps(body).encode(), etag=expected.etag if expected else None)
     except Conflict:
-        found = read_pointer(uri)
-        if found is None or found.token != token:
+        standing = read_pointer(uri)
+        if standing is None or standing.token != token:
             raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PointerBody:
+    """The JSON of a pointer."""
+
+    target: str
+    token: str
+    pin: Pin | None = None
 
 
 def _parse(data: bytes, uri: str) -> dict[str, Any]:
@@ -180,6 +211,23 @@ def _parse(data: bytes, uri: str) -> dict[str, Any]:
         body = json.loads(data)
     except ValueError as error:
         raise ManifestError(f"{uri} is damaged: no JSON ({error}); restore it or make it anew") from error
+    except RecursionError:
+        raise ManifestError(f"{uri} is damaged: its JSON is nested too deep; restore it") from None
+    if b"\\ud" in data.lower() and not _is_unicode(json.dumps(body, ensure_ascii=False)):
+        raise ManifestError(f"{uri} is damaged: half a character (a lone surrogate) is in it; restore it")
     if not isinstance(body, dict):
         raise ManifestError(f"{uri} is damaged: expected a JSON object")
     return body
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _around_surrogate(text: str) -> str:
+    at = next(place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    return ascii(text[max(0, at - 20) : at + 20])

@@ -26,11 +26,11 @@ def read_near(ranges: Sequence[Range]) -> list[bytes]:
         else:
             joined.append(wanted)
         place_of[place] = len(joined) - 1
-    found = _read(joined)
+    parts = _read(joined)
     cut = []
     for wanted, place in zip(ranges, place_of, strict=True):
         start = wanted.start - joined[place].start
-        cut.append(found[place][start : start + wanted.stop - wanted.start])
+        cut.append(parts[place][start : start + wanted.stop - wanted.start])
     return cut
 
 
@@ -46,8 +46,8 @@ def _is_near(before: Range, after: Range) -> bool:
 
 def _read(ranges: Sequence[Range]) -> list[bytes]:
     """Local and remote ones each in one call."""
-    found: dict[int, bytes] = {}
+    parts: dict[int, bytes] = {}
     for local in (True, False):
         places = [place for place, wanted in enumerate(ranges) if storage.is_local(wanted.uri) == local]
-        found |= zip(places, storage.read_ranges([ranges[place] for place in places]), strict=True)
-    return [found[place] for place in range(len(ranges))]
+        parts |= zip(places, storage.read_ranges([ranges[place] for place in places]), strict=True)
+    return [parts[place] for place in range(len(ranges))]

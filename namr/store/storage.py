@@ -8,17 +8,16 @@ Not covered: other object stores (their conditional writes differ), deleting who
 """
 
 import hashlib
-import os
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from namr import secrets
 from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
-from namr.store import buckets
+from namr.store import buckets, scratch
 from namr.store.buckets import Buckets
-from namr.store.folders import Folders, temporary_beside
+from namr.store.folders import Folders
 
 
 class Range(NamedTuple):
@@ -40,6 +39,8 @@ class _Backend(Protocol):
     def upload(self, path: Path, uri: str) -> None: ...
     def upload_if_absent(self, path: Path, uri: str) -> bool: ...
     def download(self, uri: str, path: Path) -> None: ...
+    def read_with_state(self, uri: str) -> tuple[bytes, str]: ...
+    def state(self, uri: str) -> str: ...
     def read_with_etag(self, uri: str) -> tuple[bytes, str]: ...
     def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool: ...
     def size(self, uri: str) -> int: ...
@@ -53,12 +54,19 @@ def join(base: str, *names: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """True for a path of this machine; ConfigError for a scheme that namr doesn't know."""
+    """True for a path of this machine; ConfigError for a scheme that namr doesn't know, or credentials."""
     if "://" not in uri:
         return True
-    if uri.startswith(buckets.PREFIX):
-        return False
-    raise ConfigError(f"{uri!r}: unknown kind of URI; expected s3://bucket/key or a local path")
+    shown = secrets.without_secrets(uri)
+    if not uri.startswith(buckets.PREFIX):
+        raise ConfigError(f"{shown!r}: unknown kind of URI; expected s3://bucket/key or a local path")
+    bucket = uri.removeprefix(buckets.PREFIX).partition("/")[0]
+    if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+        raise ConfigError(
+            "an s3 URI has credentials in it; expected s3://bucket/key, with AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in the environment"
+        )
+    return False
 
 
 def local_path(uri: str) -> Path:
@@ -85,14 +93,14 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     if not wanted:
         return [b""] * len(ranges)
     with _explained("read ranges of", wanted[0].uri):
-        found = _backend(wanted[0].uri).read_ranges(wanted)
-    for asked, data in zip(wanted, found, strict=True):
+        parts = _backend(wanted[0].uri).read_ranges(wanted)
+    for asked, data in zip(wanted, parts, strict=True):
         if len(data) != asked.stop - asked.start:
             raise StorageError(
                 f"{asked.uri}: wanted bytes {asked.start} to {asked.stop}, got {len(data)} of "
                 f"{asked.stop - asked.start}; the object is shorter than its index says"
             )
-    remaining = iter(found)
+    remaining = iter(parts)
     return [next(remaining) if asked.stop > asked.start else b"" for asked in ranges]
 
 
@@ -128,16 +136,29 @@ def upload_if_absent(path: Path, uri: str) -> bool:
 
 def download(uri: str, path: Path) -> None:
     """Copy an object to a local file, which appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _explained("read", uri), temporary_beside(path) as temporary:
-        _backend(uri).download(uri, temporary)
-        temporary.replace(path)
+    with _explained("copy", uri, f" to {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.beside(path) as temporary:
+            _backend(uri).download(uri, temporary)
+            temporary.replace(path)
 
 
 def read_with_etag(uri: str) -> tuple[bytes, str]:
     """A whole object and the tag that `replace_if_match` compares."""
     with _explained("read", uri):
         return _backend(uri).read_with_etag(uri)
+
+
+def read_with_state(uri: str) -> tuple[bytes, str]:
+    """A whole object and its `state` as it was read, or just before."""
+    with _explained("read", uri):
+        return _backend(uri).read_with_state(uri)
+
+
+def state(uri: str) -> str:
+    """What is another when the object was replaced or written to: known without reading it."""
+    with _explained("look at", uri):
+        return _backend(uri).state(uri)
 
 
 def replace_if_match(uri: str, data: bytes, *, etag: str | None) -> None:
@@ -149,7 +170,8 @@ def replace_if_match(uri: str, data: bytes, *, etag: str | None) -> None:
     with _explained("replace", uri):
         swapped = _backend(uri).replace_if_match(uri, data, etag)
     if not swapped:
-        raise Conflict(f"{uri} was changed by somebody else since it was read; read it and decide again")
+        shown = secrets.without_secrets(uri)
+        raise Conflict(f"{shown} was changed by somebody else since it was read; read it and decide again")
 
 
 def exists(uri: str) -> bool:
@@ -180,21 +202,35 @@ def delete(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Raise StorageError, saying what to do, unless objects can be written below `uri`."""
-    probe = join(uri, f".namr-probe-{os.getpid()}-{os.urandom(4).hex()}")
+    """Raise StorageError, saying what to do, unless objects can be written below `uri`.
+
+    Every job asks this first of each place it writes to. In a folder, it removes what killed writers left.
+    """
     try:
-        if not is_local(uri):
-            with _explained("write", uri):
+        with _explained("write", uri):
+            if is_local(uri):
+                _check_folder(Path(uri))
+            else:
                 _s3.check_bucket(uri)
-        write(probe, b"")
+        if not is_local(uri):
+            probe = join(uri, ".namr-probe")  # one name, so that a killed job leaves nothing for good
+            write(probe, b"")
+            delete(probe)
     except StorageError as error:
         remedy = (
             "check that you may write to this folder"
             if is_local(uri)
             else "create the bucket, and check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
         )
-        raise StorageError(f"{uri} is not writable: {error}; {remedy}") from error
-    delete(probe)
+        text = secrets.without_secrets(f"{uri} is not writable: {error}; {remedy}")
+        raise StorageError(text) from error
+
+
+def _check_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch.sweep(folder, below=True)
+    with scratch.beside(folder / "probe"):
+        pass
 
 
 def sha256(data: bytes) -> str:
@@ -211,7 +247,7 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of(uri: str) -> str:
     """Digest of an object, in hexadecimal, read as a stream."""
     digest = hashlib.sha256()
-    with open_stream(uri) as stream:
+    with _explained("read", uri), open_stream(uri) as stream:
         while block := stream.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -234,26 +270,26 @@ def _backend(uri: str) -> _Backend:
 
 
 @contextmanager
-def _explained(verb: str, uri: str) -> Iterator[None]:
-    """Failures of the libraries become ObjectMissing or StorageError that name the URI."""
+def _explained(verb: str, uri: str, more: str = "") -> Iterator[None]:
+    """Failures of the libraries become ObjectMissing or StorageError that name the URI and no secret."""
     try:
         yield
-    except FileNotFoundError as error:
-        if buckets.error_code(error) == "NoSuchBucket":
-            raise StorageError(f"cannot {verb} {uri}: there is no such bucket; create it first") from error
-        raise ObjectMissing(f"cannot {verb} {_without_secrets(uri)}: nothing is there") from error
-    except OSError as error:
-        raise StorageError(f"cannot {verb} {_without_secrets(uri)}: {_reason(error)}") from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
-            raise StorageError(f"cannot {verb} {_without_secrets(uri)}: {error}") from error
-        raise
+        kind, reason = _understood(error)
+        if kind is None:
+            raise
+        text = secrets.without_secrets(f"cannot {verb} {uri}{more}: {reason}")
+        raise kind(text) from secrets.cause_of(error)
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
-
-
-def _without_secrets(uri: str) -> str:
-    parts = urllib.parse.urlsplit(uri)
-    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "") if "@" in parts.netloc else uri
+def _understood(error: Exception) -> tuple[type[StorageError] | None, str]:
+    """What a failure of a library is called here, and the reason; None for all others."""
+    if isinstance(error, FileNotFoundError):
+        if buckets.error_code(error) == "NoSuchBucket":
+            return StorageError, "there is no such bucket; create it first"
+        return ObjectMissing, "nothing is there"
+    if isinstance(error, OSError):
+        return StorageError, error.strerror or str(error) or type(error).__name__
+    if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp"):
+        return StorageError, str(error)
+    return None, ""

@@ -6,11 +6,10 @@ travel as JSON text, one object a row, so that shards of different years need no
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from namr.errors import ManifestError, ShapeError, StorageError
+from namr.store import scratch
 
 Ids = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
@@ -104,10 +104,15 @@ class EmbeddingTable:
 
 def encode_samples(table: SampleTable) -> bytes:
     """The Parquet file of a sample table."""
-    columns = [table.ids, table.keys, table.labels, table.fields, table.offsets, table.sizes]
-    return _encode(
-        pa.table([pa.array(c, f.type) for c, f in zip(columns, _SAMPLES, strict=True)], schema=_SAMPLES)
-    )
+    texts: dict[str, Sequence[str | None]] = {
+        "key": table.keys,
+        "label": table.labels,
+        "fields": table.fields,
+    }
+    numbers = {"id": table.ids, "offset": table.offsets, "size": table.sizes}
+    columns = {name: pa.array(column, pa.int64()) for name, column in numbers.items()}
+    columns |= {name: _texts(column, name) for name, column in texts.items()}
+    return _encode(pa.table([columns[name] for name in _SAMPLES.names], schema=_SAMPLES))
 
 
 def decode_samples(data: bytes) -> SampleTable:
@@ -123,16 +128,32 @@ def decode_samples(data: bytes) -> SampleTable:
     )
 
 
+class KeyedIds(NamedTuple):
+    """Some rows of a sample table."""
+
+    ids: Ids
+    """(n,)"""
+    keys: list[str]
+
+
+def rows_without_key_in(data: bytes, other: bytes) -> KeyedIds:
+    """The samples in one Parquet file whose keys the other lacks; only these become Python objects."""
+    ours = _decode(data, ["id", "key"], only=["id", "key"])
+    theirs = _decode(other, ["key"], only=["key"])
+    lacking = ours.filter(pc.invert(pc.is_in(ours["key"], value_set=theirs["key"])))
+    return KeyedIds(_numbers(lacking, "id"), lacking["key"].to_pylist())
+
+
 def encode_embeddings(table: EmbeddingTable) -> bytes:
     """The Parquet file of an embedding table; refused images are rows of NaN, with a reason."""
     num, num_refused = len(table.ids), len(table.refused_ids)
-    reasons = pa.array([None] * num + table.refused_reasons, pa.string())
+    reasons = _texts([*[None] * num, *table.refused_reasons], "reason")
     return _encode(
         pa.table(
             {
                 "id": pa.array(np.concatenate([table.ids, table.refused_ids]), pa.int64()),
-                "key": pa.array(table.keys + table.refused_keys, pa.string()),
-                "label": pa.array(table.labels + [None] * num_refused, pa.string()),
+                "key": _texts(table.keys + table.refused_keys, "key"),
+                "label": _texts(table.labels + [None] * num_refused, "label"),
                 "embedding": _vectors_column(table.embeddings, num_refused),
                 "structure": _vectors_column(table.structures, num_refused),
                 "refused": reasons,
@@ -163,18 +184,15 @@ def write_columns(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}"
-    temporary.mkdir()
-    for name, column in columns.items():
-        np.save(temporary / f"{name}.npy", column)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        for path in temporary.iterdir():
-            path.unlink()
-        temporary.rmdir()
-        if not folder.exists():
-            raise
+    scratch.sweep(folder.parent)
+    with scratch.folder_beside(folder) as temporary:
+        for name, column in columns.items():
+            np.save(temporary / f"{name}.npy", column)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
 
 
 def open_columns(folder: Path) -> dict[str, npt.NDArray[Any]]:
@@ -199,14 +217,32 @@ def read_rows(path: Path) -> dict[str, list[Any]]:
                 column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
             )
             table = pyarrow.csv.read_csv(path, convert_options=options)
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"{path} can't be read as a table: {error}") from error
+    except (pa.ArrowException, OSError, UnicodeEncodeError) as error:
+        raise ManifestError(f"{str(path)!a} can't be read as a table: {error}") from error
     return cast(dict[str, list[Any]], table.to_pydict())
 
 
 def fields_text(fields: Mapping[str, Any]) -> str:
-    """User fields as the JSON text that sample tables keep."""
-    return json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str)
+    """User fields as the JSON text that sample tables keep; ManifestError for what can't be kept."""
+    try:
+        text = json.dumps(fields, ensure_ascii=False, sort_keys=True, default=str)
+        text.encode()
+    except RecursionError:
+        raise ManifestError("fields of a sample are nested too deep; expected a few levels") from None
+    except UnicodeEncodeError as error:
+        raise ManifestError(
+            f"fields of a sample have half a character (a lone surrogate) in {text[:80]!a}; expected Unicode"
+        ) from error
+    return text
+
+
+def _texts(values: Sequence[str | None], name: str) -> pa.Array:
+    try:
+        return pa.array(values, pa.string())
+    except UnicodeEncodeError as error:
+        raise ManifestError(
+            f"a {name} has half a character (a lone surrogate) in {error.object[:80]!a}; expected Unicode"
+        ) from error
 
 
 def _encode(table: pa.Table) -> bytes:
@@ -215,9 +251,9 @@ def _encode(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _decode(data: bytes, names: Sequence[str]) -> pa.Table:
+def _decode(data: bytes, names: Sequence[str], *, only: list[str] | None = None) -> pa.Table:
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.read_table(io.BytesIO(data), columns=only)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"not a Parquet file that can be read ({len(data)} bytes): {error}") from error
     missing = set(names) - set(table.column_names)

@@ -1,6 +1,8 @@
 """One training run under Ray Train, from a dataset version to a registered model version.
 
-`job` is the run as the driver sees it; `ray_group` the processes; `lessons` what they learn from and are
-examined by; `loop` the steps with their checkpoints and numbers; `step` one optimisation step; `features`
-the cached features of a frozen backbone.
+`job` trains and registers it, as the driver sees it, and `run` is what it is: its configuration and what is
+stored of it. `ray_group` is the processes; in each of them `loop` does the steps with examinations and
+checkpoints between them, `step` one of the steps. `training_data` has the batches and the classes to be
+examined on, `features` what a frozen backbone makes of images; `examination` is what a checkpoint is worth,
+and `diary` tells MLflow.
 """

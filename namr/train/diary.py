@@ -118,6 +118,7 @@ class Diary:
             except StorageError as error:
                 with self._changed:
                     self._fault = error
+                    self._changed.notify_all()
                 if self._closing.wait(self._retry_s):
                     self._given_up.wait(min(self._retry_s, 1.0))
                 continue

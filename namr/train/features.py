@@ -4,7 +4,6 @@ Not covered: reading the images (`reading`), and who computes which (`sampling.s
 Legend: N images, W width of what is computed of an image, F features, b images of a batch.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 from namr import collectives
 from namr.errors import ShapeError
 from namr.model.model import NamrModel
+from namr.store import scratch
 
 Values = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int64]
@@ -108,11 +108,9 @@ def _fill(rows: Values, batches: Iterable[Computed]) -> None:
 
 def _write(path: Path, batches: Iterable[Computed], shape: tuple[int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    scratch.sweep(path.parent)
+    with scratch.beside(path) as temporary:
         rows = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
         _fill(rows, batches)
         rows.flush()
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ Not covered: how a run is stored (`run`); elastic training (the number of worker
 and may differ when it goes on).
 """
 
-import tempfile
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from namr.model import model
 from namr.model.losses import search_metric_of
 from namr.registry import registry
 from namr.registry.registry import Registry
-from namr.store import lease, storage
+from namr.store import lease, scratch, storage
 from namr.store.lease import Lease
 from namr.train import diary, loop, ray_group
 from namr.train import run as run_store
@@ -184,7 +183,7 @@ def _publish(
         "data_version": str(train.version.version),
         "data_digest": train.digest,
     }
-    with tempfile.TemporaryDirectory(prefix="namr-model-") as temporary:
+    with scratch.folder("model-") as temporary:
         model.save(best, Path(temporary), extra=extra)
         for name in (model.WEIGHTS_FILE, model.DESCRIPTION_FILE):
             storage.upload(Path(temporary) / name, storage.join(config.run_uri, "model", name))

@@ -7,7 +7,6 @@ Not covered: what the function does (`job`); groups that change their size while
 """
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from namr import checks, ray_connection
 from namr.errors import ConfigError, NamrError
 from namr.progress import shown
-from namr.store import storage
+from namr.store import scratch, storage
 from namr.train.examination import SCORE, Examination
 
 _train: Any = ray.train  # its annotations are those of the API before V2
@@ -88,7 +87,7 @@ class Worker(NamedTuple):
 
         Collective; one rank writes and the others pass None.
         """
-        with tempfile.TemporaryDirectory(prefix="namr-checkpoint-") as folder:
+        with scratch.folder("checkpoint-") as folder:
             checkpoint = None
             if write is not None:
                 write(Path(folder))

@@ -18,7 +18,7 @@ from namr import config as configuration
 from namr.data import datasets
 from namr.data.datasets import Dataset
 from namr.data.images import AugmentConfig
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
 from namr.errors import ConfigError, ManifestError
 from namr.model.losses import LossConfig

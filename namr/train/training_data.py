@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from namr import checks
-from namr.data import reading, sampling
+from namr.data import loading, sample_index, sampling
 from namr.data.datasets import Dataset
 from namr.data.images import AugmentConfig
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.data.sample_index import SampleIndex
 from namr.data.sampling import PKConfig, slice_of_rank
 from namr.errors import ConfigError
@@ -60,7 +60,7 @@ class _Labelled:
 
     def __init__(self, dataset: Dataset, loader: LoaderConfig) -> None:
         self.dataset, self.loader = dataset, loader
-        self.index: SampleIndex = reading.build_class_index(dataset, loader.cache_folder)
+        self.index: SampleIndex = sample_index.build(dataset, loader.cache_folder)
         if self.index.num_classes == 0:
             raise ConfigError(
                 f"{dataset.uri} version {dataset.version.version}: none of {dataset.num_live} images has a "
@@ -83,7 +83,7 @@ class _Labelled:
         self, model: NamrModel, *, rank: int, world_size: int, ids: Ints | None = None
     ) -> Iterator[Computed]:
         """The rank's share of the features of all labelled images, or of those of `ids`."""
-        loader = reading.make_evaluation_loader(
+        loader = loading.make_evaluation_loader(
             self.dataset,
             self.loader,
             batch_size_per_worker=_BLOCK_ROWS,
@@ -151,9 +151,9 @@ class TrainingData:
             raise ConfigError(f"{self._unseen.dataset.uri}: no class has two images, nothing to validate on")
         self._numbers = torch.full((every.num_classes,), -1)
         self._numbers[torch.from_numpy(trained)] = torch.arange(len(trained))
-        self.validation_ids = np.sort(examined.rows)
+        self.validation_ids = np.sort(examined.ids)
         self._validation_labels = self._unseen.classes_of(self.validation_ids)
-        self._loaded: torch.utils.data.DataLoader[reading.Batch] | None = None
+        self._loaded: torch.utils.data.DataLoader[loading.Batch] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -172,7 +172,7 @@ class TrainingData:
 
         The same bits on every rank and on any number of ranks.
         """
-        every = np.sort(self.classes.rows)
+        every = np.sort(self.classes.ids)
         chosen = np.random.default_rng(self._seed).choice(len(every), min(num, len(every)), replace=False)
         ids = every[np.sort(chosen)]
         if self._train.features is not None:
@@ -191,7 +191,7 @@ class TrainingData:
                 labels = torch.from_numpy(self._train.classes_of(ids))
                 yield self._train.features_of(ids), self._numbers[labels]
             return
-        loader = reading.make_loader(
+        loader = loading.make_loader(
             self._train.dataset,
             self._loader,
             batches=self._batch,
@@ -230,7 +230,7 @@ class TrainingData:
 
     def _of_images(self, model: NamrModel) -> Iterator[Computed]:
         if self._loaded is None:  # kept, with its processes, for the next examination
-            self._loaded = reading.make_evaluation_loader(
+            self._loaded = loading.make_evaluation_loader(
                 self._unseen.dataset,
                 self._loader,
                 batch_size_per_worker=_BLOCK_ROWS,

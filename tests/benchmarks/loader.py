@@ -34,10 +34,10 @@ import torch
 import webdataset as wds
 from PIL import Image, ImageFilter
 
-from namr.data import datasets, images, reading, sampling
+from namr.data import datasets, images, loading, reading, sample_index, sampling
 from namr.data.datasets import Dataset
 from namr.data.images import AugmentConfig, Preprocessing
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
 from namr.store import storage
 
@@ -152,7 +152,7 @@ def copy(remote: Dataset, folder: Path) -> Dataset:
 
 
 def namr_loader(setting: Setting, config: LoaderConfig) -> Iterator[torch.Tensor]:
-    loader = reading.make_loader(
+    loader = loading.make_loader(
         setting.dataset,
         config,
         batches=setting.batches,
@@ -221,7 +221,7 @@ def images_per_s(batches: Iterator[torch.Tensor], num_per_batch: int) -> float:
 
 def check_same_pixels(setting: Setting, folder: Path) -> None:
     """Every sample that webdataset yields is what namr makes of the same key and seed."""
-    index = reading.build_class_index(setting.dataset, folder / "cache")
+    index = sample_index.build(setting.dataset, folder / "cache")
     reader = reading.SampleReader(setting.dataset, cache=None)
     id_of = {
         key: id
@@ -239,7 +239,7 @@ def check_same_pixels(setting: Setting, folder: Path) -> None:
         assert np.array_equal(pixels.numpy(), ours), key
         num += 1
     assert not id_of, f"webdataset yielded {len(id_of)} samples fewer"
-    loader = reading.make_loader(
+    loader = loading.make_loader(
         setting.dataset,
         LoaderConfig(num_workers=0, cache_folder=folder / "cache"),
         batches=setting.batches,

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 
 from namr.index import ivf
-from namr.search.searcher import Found
+from namr.search.answers import SearchOptions
+from namr.search.searcher import Neighbours
 from tests.benchmarks.search import NUM_QUERIES, Gallery, K, batches, fastest, make, parse
 
 TARGET = 0.83
@@ -33,11 +34,11 @@ def main() -> None:
         def first_stage(rows: slice) -> tuple[np.ndarray, np.ndarray]:
             return index.search(gallery.queries.x[rows], DEPTH, gallery.nprobe)
 
-        def reranked(rows: slice, side: Literal["query", "both", "scale"]) -> Found:
+        def reranked(rows: slice, side: Literal["query", "both", "scale"]) -> Neighbours:
+            options = SearchOptions(k=K, side=side, depth=DEPTH, nprobe=gallery.nprobe)
             return gallery.searcher.search_arrays(
-                gallery.queries.x[rows], gallery.queries.s[rows], k=K, side=side, depth=DEPTH,
-                nprobe=gallery.nprobe,
-            )  # fmt: skip
+                gallery.queries.x[rows], gallery.queries.s[rows], options=options
+            )
 
         for side in SIDES:
             check(gallery, side, first_stage(slice(NUM_CHECKED))[1], reranked(slice(NUM_CHECKED), side))
@@ -56,7 +57,7 @@ def main() -> None:
         print(f"rerank ratio {worst:.2f} target {TARGET}")
 
 
-def check(gallery: Gallery, side: str, candidates: np.ndarray, found: Found) -> None:
+def check(gallery: Gallery, side: str, candidates: np.ndarray, answered: Neighbours) -> None:
     """The definition, one query at a time, on the stored vectors."""
     vectors = gallery.searcher._vectors
     for row, ids in enumerate(candidates):
@@ -65,8 +66,8 @@ def check(gallery: Gallery, side: str, candidates: np.ndarray, found: Found) -> 
         weights = {"query": s_q, "both": (s_q + s) / 2, "scale": np.sqrt(s.mean(1))[:, None]}[side]
         squared = (weights * (q - x) ** 2).sum(1)
         order = np.argsort(squared)[:K]
-        np.testing.assert_allclose(found.distances[row], np.sqrt(squared[order]), rtol=1e-5)
-        assert (found.ids[row] == ids[order]).all(), f"query {row}: other neighbours than by the definition"
+        np.testing.assert_allclose(answered.distances[row], np.sqrt(squared[order]), rtol=1e-5)
+        assert (answered.ids[row] == ids[order]).all(), f"query {row}: others than by the definition"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from namr.index import ivf
 from namr.release import releases
 from namr.release.releases import Counts, Release, ReleaseManifest, Segment, VectorShard
+from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.rerank import GalleryVectors, VectorPaths
 from namr.search.searcher import Searcher
@@ -68,8 +69,10 @@ def main() -> None:
             return np.sqrt(squared), ids
 
         def through_searcher(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-            found = gallery.searcher.search_arrays(x[rows], k=K, side="none", nprobe=gallery.nprobe)
-            return found.distances, found.ids
+            neighbours = gallery.searcher.search_arrays(
+                x[rows], options=SearchOptions(k=K, side="none", nprobe=gallery.nprobe)
+            )
+            return neighbours.distances, neighbours.ids
 
         for rows in batches():
             one, other = through_faiss(rows), through_searcher(rows)
@@ -165,8 +168,12 @@ def make(folder: Path, options: argparse.Namespace) -> Gallery:
         device="cpu",
     )
     for nprobe in (2**power for power in range(options.lists.bit_length())):
-        found = searcher.search_arrays(queries.x[:BATCH], k=K, side="none", nprobe=nprobe)
-        recall = np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found.ids, exact.I, strict=True)])
+        neighbours = searcher.search_arrays(
+            queries.x[:BATCH], options=SearchOptions(k=K, side="none", nprobe=nprobe)
+        )
+        recall = np.mean(
+            [len(np.intersect1d(a, b)) / K for a, b in zip(neighbours.ids, exact.I, strict=True)]
+        )
         if recall >= MIN_RECALL:
             break
     print(
@@ -178,8 +185,8 @@ def make(folder: Path, options: argparse.Namespace) -> Gallery:
     return Gallery(searcher, path, queries, nprobe, float(recall))
 
 
-def numbered(found: tuple[np.ndarray, np.ndarray], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return found[0], ids[found[1]]
+def numbered(knn: tuple[np.ndarray, np.ndarray], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return knn[0], ids[knn[1]]
 
 
 def store(uri: str, drawn: Vectors, ids: np.ndarray, number: int) -> VectorShard:

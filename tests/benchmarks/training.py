@@ -29,7 +29,7 @@ import torch.distributed as dist
 from namr import ray_connection
 from namr.data import datasets, images, shards
 from namr.data.images import AugmentConfig
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
 from namr.data.shards import Sample
 from namr.model.losses import LossConfig

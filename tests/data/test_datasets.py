@@ -1,8 +1,11 @@
 """Dataset versions: what is published is read back; damage and contests are named errors."""
 
+import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from namr.data import datasets, shards
@@ -75,6 +78,65 @@ def test_a_tombstone_hides_an_id_and_keeps_its_key_known(tmp_path: Path) -> None
         datasets.tombstone(str(root), ["a", "x"], now=NOW)
 
 
+def test_a_version_that_was_never_current_is_not_opened_by_its_number(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    publish(root, 0, ["a"])
+    before = datasets.head(str(root))
+    winner = datasets.publish_version(before, [make_shard(root, 1, ["b"])], now=NOW)
+    with pytest.raises(Conflict):
+        datasets.publish_version(before, winner.shards[1:], now=NOW)
+    lost = r"no such version as 3, or it was never current; the newest that were are 1, 2"
+    with pytest.raises(ManifestError, match=lost):
+        datasets.open_version(str(root), 3)
+    last = publish(root, 2, ["d"])
+    with pytest.raises(ManifestError, match=lost):
+        datasets.open_version(str(root), 3)
+    assert (last.version.version, last.version.history) == (4, (1, 2))
+    assert datasets.open_version(str(root), 2) == winner
+    assert [datasets.open_version(str(root), n).version.version for n in (1, 4)] == [1, 4]
+
+
+def test_versions_that_an_older_namr_wrote_are_opened_as_it_did(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    publish(root, 0, ["a"])
+    publish(root, 1, ["b"])
+    for path in (root / "versions").iterdir():
+        body = json.loads(path.read_text())
+        del body["history"]
+        path.write_text(json.dumps(body))
+    assert datasets.open_version(str(root)).version.history is None
+    assert datasets.open_version(str(root), 1).version.version == 1
+    assert publish(root, 2, ["c"]).version.history == (1, 2)
+
+
+@pytest.mark.parametrize("id", [1 << 70, -1, 3, (7 << 32) + 1])
+def test_a_tombstone_is_an_id_of_the_dataset(tmp_path: Path, id: int) -> None:
+    root = tmp_path / "set"
+    dataset = publish(root, 0, ["a", "b", "c"])
+    with pytest.raises(ConfigError, match=f"tombstone {id} is the id of no sample"):
+        datasets.publish_version(datasets.head(str(root)), [], now=NOW, tombstones=[id])
+    assert datasets.open_version(str(root)) == dataset
+
+
+@pytest.mark.parametrize("ids", ["[-1]", f"[{1 << 70}]", "[2, 1]"])
+def test_tombstones_that_can_not_be_are_damage(tmp_path: Path, ids: str) -> None:
+    root = tmp_path / "set"
+    publish(root, 0, ["a", "b", "c"])
+    path = root / "versions" / "1.json"
+    path.write_text(path.read_text().replace('"tombstones": []', f'"tombstones": {ids}'))
+    with pytest.raises(ManifestError, match=r"is damaged.*tombstones"):
+        datasets.open_version(str(root))
+
+
+def test_what_is_live_is_found_among_many_tombstones(tmp_path: Path) -> None:
+    dataset = publish(tmp_path / "set", 0, ["a"])
+    ids = np.array([0, 5, 6, 9, 11, 1 << 40])
+    assert dataset.live(ids).all()
+    dead = replace(dataset, version=replace(dataset.version, tombstones=(5, 7, 11)))
+    assert dead.live(ids).tolist() == [True, False, True, True, False, True]
+    assert dead.live(ids[:0]).tolist() == []
+
+
 @pytest.mark.parametrize("number", [0, -1, 1 << 21])
 def test_a_shard_number_is_given_once_and_stays_in_range(tmp_path: Path, number: int) -> None:
     root = tmp_path / "set"
@@ -118,6 +180,15 @@ def test_damage_is_a_named_error(tmp_path: Path) -> None:
         datasets.open_version(str(root))
     version.unlink()
     with pytest.raises(ManifestError, match=r"versions/1\.json is missing"):
+        datasets.open_version(str(root))
+
+
+def test_a_tombstone_that_is_no_id_is_a_named_error(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    publish(root, 0, ["a"])
+    path = root / "versions" / "1.json"
+    path.write_text(path.read_text().replace('"tombstones": []', f'"tombstones": [0, {2**70}]'))
+    with pytest.raises(ManifestError, match=r"1\.json is damaged: tombstones\.1: .*less than"):
         datasets.open_version(str(root))
 
 

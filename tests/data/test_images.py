@@ -196,6 +196,26 @@ def test_the_first_frame_of_an_animation_is_taken(format: str) -> None:
     assert looks_like_corners(images.decode(data), tolerance=40)
 
 
+@pytest.mark.parametrize(
+    ("name", "extension", "media_type"),
+    [
+        ("jpeg", "jpg", "image/jpeg"),
+        ("png", "png", "image/png"),
+        ("webp", "webp", "image/webp"),
+        ("gif", "gif", "image/gif"),
+        ("bmp", "bmp", "image/bmp"),
+        ("tiff", "tif", "image/tiff"),
+        ("avif", "avif", "image/avif"),
+    ],
+)
+def test_an_image_tells_its_format(name: str, extension: str, media_type: str) -> None:
+    sink = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(sink, name)
+    assert images.format_of(sink.getvalue()) == (extension, media_type)
+    for short in (b"", b"hello", sink.getvalue()[:1]):
+        assert images.format_of(short) is None
+
+
 def test_an_image_above_the_limit_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ImageRefused, match="too large: 64 x 48 is 3072 pixels, limit 3000"):
         images.decode(to_bytes(corners()), max_pixels=3000)

@@ -1,42 +1,24 @@
 """Packing: the dataset contains what the source offers, once, whatever happens on the way."""
 
-import io
 import os
 import signal
 import subprocess
-import tarfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from namr.data import datasets, pack_shard, packing, reading
+from namr import ray_connection
+from namr.data import datasets, packing, reading
 from namr.data.datasets import Dataset
-from namr.data.pack_shard import ShardPlan
 from namr.data.packing import PackingConfig, PackReport
 from namr.data.sources import SourceImage
 from namr.errors import ConfigError, ImageRefused, ManifestError, StorageError
-from namr.store import storage, tables
-from namr.store.manifests import StoredObject
+from namr.store import storage
+from tests.small_pictures import folder_of, picture, tar_of
 
 ROOT = Path(__file__).parents[2]
-
-
-def picture(number: int, kind: str = "PNG") -> bytes:
-    sink = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
-    Image.fromarray(pixels).save(sink, kind)
-    return sink.getvalue()
-
-
-def folder_of(root: Path, *names: str) -> Path:
-    for number, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(picture(number))
-    return root
 
 
 def pack(source: object, dataset: object, **options: object) -> PackReport:
@@ -63,7 +45,7 @@ def cut(found: list[SourceImage], order: str, shard_bytes: int, seed: int = 0) -
         shard_bytes=shard_bytes,
         seed=seed,  # type: ignore[arg-type]
     )
-    return packing.cut(found, config)
+    return packing.cut(found, config, shard_bytes=shard_bytes)
 
 
 def test_shards_by_class_keep_a_class_in_one_range() -> None:
@@ -94,94 +76,19 @@ def test_shuffled_shards_mix_classes_and_the_seed_decides() -> None:
     assert all({i.label for i in part} == {"a", "b"} for part in first)
 
 
-def test_a_plan_makes_a_shard_of_what_decodes_and_lists_what_does_not(tmp_path: Path) -> None:
-    good, cmyk = folder_of(tmp_path / "in", "cat/1.png") / "cat/1.png", tmp_path / "in/2.jpg"
-    Image.new("CMYK", (4, 4)).save(cmyk)
-    (tmp_path / "junk.jpg").write_bytes(b"hello")
-    (tmp_path / "half.jpg").write_bytes(picture(0, "JPEG")[:300])
-    found = [
-        SourceImage(key="one", location=str(good), label="cat", fields={"price": 3}, num_bytes=1),
-        SourceImage(key="junk", location=str(tmp_path / "junk.jpg")),
-        SourceImage(key="two.x", location=str(cmyk)),
-        SourceImage(key="half", location=str(tmp_path / "half.jpg")),
-        SourceImage(key="gone", location=str(tmp_path / "gone.jpg")),
-    ]
-    plan = ShardPlan(dataset_uri=str(tmp_path / "set"), number=7, images=found)
-    receipt = pack_shard.run_plan(plan)
-    assert receipt.entry
-    table = tables.decode_samples(storage.read(f"{plan.dataset_uri}/{receipt.entry.index.name}"))
-    assert (table.keys, table.labels, table.fields) == (
-        ["one", "two.x"],
-        ["cat", None],
-        ['{"price": 3}', "{}"],
-    )
-    tar = storage.read(f"{plan.dataset_uri}/{receipt.entry.tar.name}")
-    stored = [tar[o : o + s] for o, s in zip(table.offsets, table.sizes, strict=True)]
-    assert stored == [good.read_bytes(), cmyk.read_bytes()]
-    reasons = {image.key: image.reason for image in receipt.refused}
-    assert reasons.keys() == {"junk", "half", "gone"}
-    assert "not an image" in reasons["junk"]
-    assert "damaged" in reasons["half"]
-    assert reasons["gone"] == "nothing is there"
-
-
-def test_a_repeated_plan_goes_by_the_receipt_unless_something_was_refused(tmp_path: Path) -> None:
-    root = folder_of(tmp_path / "in", "1.png", "2.png")
-    found = [SourceImage(key=n, location=str(root / f"{n}.png"), num_bytes=1) for n in "12"]
-    plan = ShardPlan(dataset_uri=str(tmp_path / "set"), number=0, images=found)
-    (root / "1.png").write_bytes(b"junk")
-    first = pack_shard.run_plan(plan)
-    assert [image.key for image in first.refused] == ["1"]
-    (root / "1.png").write_bytes(picture(5))
-    second = pack_shard.run_plan(plan)
-    assert second.refused == ()
-    (root / "1.png").unlink()
-    assert pack_shard.run_plan(plan) == second
-
-
-def test_a_plan_of_nothing_that_decodes_has_no_shard(tmp_path: Path) -> None:
-    bad = [SourceImage(key="a", location=str(tmp_path / "nowhere.png"))]
-    receipt = pack_shard.run_plan(ShardPlan(dataset_uri=str(tmp_path / "set"), number=0, images=bad))
-    assert receipt.entry is None
-    assert len(receipt.refused) == 1
-
-
-def tar_of(path: Path, *entries: tuple[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in entries:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def test_a_foreign_shard_is_indexed_where_it_is(tmp_path: Path) -> None:
-    path = tar_of(
-        tmp_path / "x.tar",
-        ("a.png", picture(0)),
-        ("a.cls", b"3"),
-        ("b.png", b"junk"),
-        ("c.jpg", picture(1, "JPEG")),
-    )
-    foreign = StoredObject(str(path), path.stat().st_size, "")
-    receipt = pack_shard.run_plan(ShardPlan(dataset_uri=str(tmp_path / "set"), number=4, foreign=foreign))
-    assert receipt.entry
-    assert receipt.entry.tar == StoredObject(
-        str(path), path.stat().st_size, storage.sha256(path.read_bytes())
-    )
-    assert [(image.key, image.location) for image in receipt.refused] == [("b", str(path))]
-    assert receipt.entry.num_samples == 2
-    assert not list((tmp_path / "set").rglob("*.tar"))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ManifestError, match=r"x\.tar"):
-        pack_shard.run_plan(ShardPlan(dataset_uri=str(tmp_path / "other"), number=4, foreign=foreign))
+@pytest.mark.parametrize("order", ["class", "shuffled"])
+def test_where_shards_are_cut_does_not_change_the_order_of_images(order: str) -> None:
+    offered_images = offered(*"abcdefghij" * 9, None, None)
+    small, large = (cut(offered_images, order, shard_bytes) for shard_bytes in (9_000, 1 << 30))
+    assert len(small) > 20 and len(large) == 1
+    assert [image for part in small for image in part] == large[0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shard_bytes": 0}, "shard_bytes is 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5"),
         ({"source": "webdataset:x", "classes": "first_half"}, "foreign shards are indexed whole"),
     ],
@@ -212,7 +119,8 @@ def test_a_night_packs_only_what_is_new(tmp_path: Path) -> None:
     first = pack(source, tmp_path / "set", shard_bytes=6000)
     assert (first.version, first.num_found, first.num_packed, first.num_known) == (1, 4, 4, 0)
     assert (first.num_classes, first.num_single_classes, first.num_unlabelled) == (2, 1, 1)
-    assert (first.num_new_shards, first.num_passed_over) == (2, 1)
+    assert first.num_new_shards == 2
+    assert [str(each) for each in first.passed_over] == ["1 .txt (cat/readme.txt)"]
     assert pack(source, tmp_path / "set").version == 1
 
     datasets.tombstone(str(tmp_path / "set"), ["cat/1"], now=datetime.now(UTC))
@@ -224,6 +132,40 @@ def test_a_night_packs_only_what_is_new(tmp_path: Path) -> None:
     assert contents(dataset) == {key: (source / f"{key}.png").read_bytes() for key in expected}
     assert [entry.number for entry in dataset.shards] == [0, 1, 2]
     assert [record.num_packed for record in dataset.version.sources] == [4, 2]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_small_set_is_cut_so_that_every_core_has_shards_to_make() -> None:
+    def shard_bytes(num_images: int, num_bytes: int, **options: int) -> int:
+        config = PackingConfig(source="s", dataset_uri="d", **options)  # type: ignore[arg-type]
+        return packing._shard_bytes(offered(*"a" * num_images, num_bytes=num_bytes), config)
+
+    assert ray_connection.total_cpus() == 2
+    assert shard_bytes(0, 0) == 256 << 20
+    assert shard_bytes(100, 10_000) == 4 << 20
+    assert shard_bytes(100, 1 << 20) == 16 << 20  # 100 MiB, at least 3 shards a core
+    assert shard_bytes(110, 1 << 20) == 16 << 20  # a rerun with a little more cuts alike
+    assert shard_bytes(100, 1 << 30) == 256 << 20
+    assert shard_bytes(100, 1 << 20, shard_bytes=5_000) == 5_000
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_one_bad_row_of_a_table_is_counted_and_does_not_end_the_run(tmp_path: Path) -> None:
+    folder_of(tmp_path, *(f"{n}.png" for n in range(9)))
+    rows = [f"{n}.png" for n in range(9)]
+    (tmp_path / "items.csv").write_text("\n".join(["path", *rows, "x" * 5000]))
+    with pytest.raises(ImageRefused, match=r"1 of 10 images, more than .*File name too long"):
+        pack(tmp_path / "items.csv", tmp_path / "set")
+    report = pack(tmp_path / "items.csv", tmp_path / "set", max_bad_fraction=0.1)
+    assert (report.num_found, report.num_packed, report.num_refused) == (10, 9, 1)
+    assert pack(tmp_path / "items.csv", tmp_path / "set", max_bad_fraction=0.1).num_known == 9
+    (tmp_path / "bad.csv").write_text("path\ngone.png\n")
+    with pytest.raises(ImageRefused, match=r"gone\.png .*nothing is there"):
+        pack(tmp_path / "bad.csv", tmp_path / "other")
+    with pytest.raises(ConfigError, match="all 1 images were refused"):
+        pack(tmp_path / "bad.csv", tmp_path / "other", max_bad_fraction=1)
 
 
 @pytest.mark.ray

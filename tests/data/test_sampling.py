@@ -49,7 +49,7 @@ def settings_of_batches(draw: st.DrawFn) -> tuple[list[int], PKConfig, int]:
 
 def test_an_index_by_hand() -> None:
     index = ClassIndex.from_labels(np.array([2, -1, 0, 2, 4, 0, 2], dtype=np.int32))
-    assert index.rows.tolist() == [2, 5, 0, 3, 6, 4]
+    assert index.ids.tolist() == [2, 5, 0, 3, 6, 4]
     assert index.starts.tolist() == [0, 2, 2, 5, 5, 6]
     assert (index.num_classes, index.num_excluded, index.drawn_classes.tolist()) == (5, 3, [0, 2])
     assert ClassIndex.from_labels(np.array([-1, -1], dtype=np.int32)).num_classes == 0
@@ -111,7 +111,7 @@ def test_the_union_over_ranks_is_the_global_batch(
     for number, parts in enumerate(zip(*samplers, strict=True)):
         step = first_step + number
         picks = [pick for part in parts for pick in part]
-        assert [pick.row for pick in picks] == global_batch(index, config, seed=seed, step=step).tolist()
+        assert [pick.id for pick in picks] == global_batch(index, config, seed=seed, step=step).tolist()
         assert [pick.position for pick in picks] == list(range(config.num_samples))
         assert {pick.step for pick in picks} == {step}
         assert max(map(len, parts)) - min(map(len, parts)) <= 1

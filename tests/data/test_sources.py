@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import struct
 from datetime import date
 from pathlib import Path
@@ -49,7 +50,11 @@ def test_a_folder_gives_its_class_folders_as_labels_and_paths_as_keys(tmp_path: 
         ("dog/a.b", "dog", 5),
         ("loose", None, 5),
     ]
-    assert source.passed_over == {".txt": 1}
+    assert [str(each) for each in source.passed_over] == [
+        "1 .txt (cat/notes.txt)",
+        "1 hidden (dog/.hidden.jpg)",
+    ]
+    assert source.refused == ()
     assert Path(source.images[1].location).read_bytes() == b"12345"
 
 
@@ -59,7 +64,7 @@ def test_what_offers_nothing_or_no_classes_is_a_named_error(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="has no images"):
         listed(tmp_path)
     touch(tmp_path, "a/x.heic")
-    with pytest.raises(ConfigError, match=r"has no images .* but 1 other files \(\.heic\)"):
+    with pytest.raises(ConfigError, match=r"has no images .* but 1 \.heic \(a/x\.heic\)"):
         listed(tmp_path)
     touch(tmp_path, "set/train/cat/1.jpg", "set/test/dog/1.jpg")
     with pytest.raises(ConfigError, match=r"the splits test, train and not classes; give one .*/set/train"):
@@ -78,17 +83,81 @@ def test_a_half_of_the_classes_can_be_chosen(tmp_path: Path) -> None:
         listed(tmp_path / "flat", classes="first_half")
 
 
+def test_a_folder_keeps_out_nothing_but_what_it_refuses_or_counts(tmp_path: Path) -> None:
+    root = touch(tmp_path / "in", "cat/1.jpg", ".ipynb_checkpoints/cat/1.jpg")
+    touch(tmp_path / "elsewhere", "2.jpg")
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    (root / "cat" / "gone.jpg").symlink_to("nowhere")
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.jpg")).write_bytes(b"12345")
+    os.mkfifo(root / "cat" / "pipe.jpg")
+    source = sources.open_source(str(root), classes="all", download_folder=tmp_path)
+    assert [(image.key, image.label) for image in source.images] == [("cat/1", "cat"), ("dog/2", "dog")]
+    assert {(image.key, image.reason) for image in source.refused} == {
+        ("cat/gone", "nothing is there"),
+        ("caf\\udce9", "its name is not UTF-8"),
+    }
+    assert {str(each) for each in source.passed_over} == {
+        "1 hidden (.ipynb_checkpoints)",
+        "1 fifo (cat/pipe.jpg)",
+    }
+
+
 def test_a_csv_gives_paths_labels_and_fields(tmp_path: Path) -> None:
+    whole = touch(tmp_path, "elsewhere/3", "img/1.jpg") / "elsewhere" / "3"
     table = tmp_path / "items.csv"
-    table.write_text("path,label,price\nimg/1.jpg,cat,3\ns3://bucket/2.PNG,,\n/abs/3,7,x\n")
+    table.write_text(f"path,label,price\nimg/1.jpg,cat,3\ns3://bucket/2.PNG,,\n{whole},7,x\n")
     assert listed(table) == [
-        SourceImage(key="/abs/3", location="/abs/3", label="7", fields={"price": "x"}),
-        SourceImage(key="img/1", location=f"{tmp_path}/img/1.jpg", label="cat", fields={"price": "3"}),
+        SourceImage(key=f"{whole}", location=f"{whole}", label="7", fields={"price": "x"}, num_bytes=5),
+        SourceImage(
+            key="img/1", location=f"{tmp_path}/img/1.jpg", label="cat", fields={"price": "3"}, num_bytes=5
+        ),
         SourceImage(key="s3://bucket/2", location="s3://bucket/2.PNG", fields={"price": None}),
     ]
 
 
+def test_a_bad_row_of_a_table_is_refused_by_itself(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    rows = ["1.jpg", ".", "", f"{'x' * 5000}.jpg", "a\0b.jpg", "gone.jpg", "pipe.jpg", "http://host/2.jpg"]
+    keys = [f"k{row}" for row in range(len(rows))]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"path": [*rows, "1.jpg"], "key": [*keys, ""]}), tmp_path / "items.parquet"
+    )
+    source = sources.open_source(str(tmp_path / "items.parquet"), classes="all", download_folder=tmp_path)
+    assert [image.key for image in source.images] == ["k0"]
+    assert {image.key: image.reason for image in source.refused} == {
+        "k1": "a folder, not a file",
+        "k2": "row 3 has no path",
+        "k3": "File name too long",
+        "k4": "its path holds a NUL",
+        "k5": "nothing is there",
+        "k6": "a fifo, not a file",
+        "k7": "'http://host/2.jpg': unknown kind of URI; expected s3://bucket/key or a local path",
+        "": "row 9 has no key",
+    }
+    (tmp_path / "items.csv").write_bytes(b"path,label\n1.jpg,a\na\0b.jpg,b\n")
+    source = sources.open_source(str(tmp_path / "items.csv"), classes="all", download_folder=tmp_path)
+    assert [image.reason for image in source.refused] == ["its path holds a NUL"]
+
+
+@pytest.mark.parametrize("values", [[1, 2], [b"1.jpg", b"2.jpg"], [["1.jpg"], None]])
+def test_paths_that_are_no_text_are_a_named_error(tmp_path: Path, values: list[object]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"uri": values}), tmp_path / "items.parquet")
+    with pytest.raises(ConfigError, match=r"the column uri holds (int|bytes|list) values .*; expected text"):
+        listed(tmp_path / "items.parquet")
+
+
+def test_a_table_of_text_that_is_not_utf8_is_a_named_error(tmp_path: Path) -> None:
+    paths = pyarrow.array([b"caf\xe9.jpg"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"path": paths}), tmp_path / "items.parquet")
+    (tmp_path / "items.csv").write_bytes(b"path\ncaf\xe9.jpg\n")
+    for name in ("items.parquet", "items.csv"):
+        with pytest.raises(ManifestError, match=name):
+            listed(tmp_path / name)
+
+
 def test_a_parquet_gives_typed_fields_and_keys(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
     table = tmp_path / "items.parquet"
     columns = {
         "uri": ["a.jpg", "b.jpg"],
@@ -111,7 +180,6 @@ def test_a_parquet_gives_typed_fields_and_keys(tmp_path: Path) -> None:
             ConfigError,
             r"columns \['file', 'label'\]; expected one called path or uri",
         ),
-        ("path,label\n,a\n", ConfigError, "row 1 has no path"),
         ("path\n1.jpg\n1.png\n", ConfigError, "same key '1'"),
         ("path\n", ConfigError, "has no images"),
         ("path,label\n1.jpg,a,b\n", ManifestError, "can't be read as a table"),
@@ -120,6 +188,7 @@ def test_a_parquet_gives_typed_fields_and_keys(tmp_path: Path) -> None:
 def test_an_unclear_table_is_a_named_error(
     tmp_path: Path, text: str, error: type[Exception], message: str
 ) -> None:
+    touch(tmp_path, "1.jpg", "1.png")
     (tmp_path / "items.csv").write_text(text)
     with pytest.raises(error, match=message):
         listed(tmp_path / "items.csv")

@@ -1,8 +1,12 @@
 """Every row of a shard comes out, interruptions change no byte, and bad models and images are told."""
 
+import os
+import select
 import subprocess
 import sys
 import time
+import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,7 +142,13 @@ def test_the_model_is_verified_before_any_worker_starts(model_folder: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size_per_worker": 0}, {"num_workers": 0}, {"max_bad_fraction": 1.5}]
+    "wrong",
+    [
+        {"batch_size_per_worker": 0},
+        {"batch_size_per_worker": 10**7},
+        {"num_workers": 0},
+        {"max_bad_fraction": 1.5},
+    ],
 )
 def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -205,12 +215,25 @@ def test_everything_may_lie_on_s3(model_folder: str, dataset: Dataset, tmp_path:
 
 PROGRAM = """
 import sys
-from namr import datasets, engine, extraction
+from namr import ray_connection
+from namr.data import datasets
+from namr.embed import extraction
 config = extraction.ExtractionConfig(num_workers=1, batch_size_per_worker=1)
-engine.connect(None, num_cpus=2)
+ray_connection.connect(None, num_cpus=2)
 dataset = datasets.open_version(sys.argv[1])
 print(extraction.extract(dataset, sys.argv[2], sys.argv[3], config).num_new_files)
 """
+
+
+def wait_for_the_end_of_all(mark: str) -> None:
+    """Until no process is left that has inherited this environment variable."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            if f"{mark}=1".encode() in (path / "environ").read_bytes().split(b"\0"):
+                handle = os.pidfd_open(int(path.name))
+                ended, _, _ = select.select([handle], [], [], 120)
+                os.close(handle)
+                assert ended, f"process {path.name} did not end with its driver"
 
 
 @pytest.mark.ray
@@ -222,7 +245,10 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str
     def run(folder: Path, *, kill: bool = False) -> int:
         """How many files it said it wrote; a killed run says nothing, its files are counted."""
         words = [sys.executable, "-c", PROGRAM, dataset.uri, str(folder), model_folder]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        mark = f"NAMR_TEST_{uuid.uuid4().hex}"
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, text=True, env={**os.environ, mark: "1"}
+        ) as process:
             try:
                 while kill and process.poll() is None and not files_of(folder):
                     time.sleep(0.01)
@@ -230,7 +256,7 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str
                     return int(process.communicate(timeout=400)[0].split()[-1])
             finally:
                 process.kill()
-        time.sleep(3)  # until its workers have noticed
+        wait_for_the_end_of_all(mark)
         return len(files_of(folder))
 
     assert run(tmp_path / "whole") == 4

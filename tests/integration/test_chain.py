@@ -111,14 +111,14 @@ def check_service(stack: Stack, releases_uri: str, folder: Path, release_id: str
     """jobs/serve.py answers for an item of the release."""
     command = [sys.executable, "jobs/serve.py", "--config", "jobs/configs/serve.toml"]
     command += [
-        "--serve.releases-uri",
+        "--releases-uri",
         releases_uri,
-        "--serve.port",
+        "--port",
         "0",
-        "--serve.cache-folder",
+        "--cache-folder",
         str(folder),
     ]
-    command += ["--serve.tracking-uri", stack.tracking_uri]
+    command += ["--tracking-uri", stack.tracking_uri]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
+from namr.serve.limits import Limits
 from namr.store.cache import Cache
 from tests import small_release
 from tests.running import running
@@ -30,7 +32,7 @@ def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
 
 @pytest.fixture(scope="module")
 def url(searcher: Searcher) -> Iterator[str]:
-    with running(create_app(searcher, max_upload_bytes=1 << 20)) as address:
+    with running(create_app(searcher, limits=Limits(max_upload_bytes=1 << 20))) as address:
         yield address
 
 
@@ -78,7 +80,9 @@ def test_an_uploaded_picture_shows_its_neighbours_side_by_side(
     expect(page.locator("#plain .card")).to_have_count(12)
     expect(page.locator("#adaptive .card")).to_have_count(12)
     for name, side in (("plain", "none"), ("adaptive", "both")):
-        answer = searcher.search(images=[small_release.digit(17)], k=12, side=side, depth=50)[0]
+        answer = searcher.search(
+            images=[small_release.digit(17)], options=SearchOptions(k=12, side=side, depth=50)
+        )[0]
         assert keys(page, name) == [hit.key for hit in answer.hits]
         distances = page.locator(f"#{name} .distance").all_text_contents()
         assert distances == [f"{hit.distance:.3f}" for hit in answer.hits]
@@ -133,7 +137,7 @@ def test_controls_change_the_answer(page: Page, searcher: Searcher) -> None:
     page.locator("#exact").check()
     expect(page.locator("#depth")).to_be_disabled()
     expect(page.locator("#adaptive-badge")).to_have_text("proved")
-    answer = searcher.search(keys=["digit/33"], k=5, side="query", exact=True)[0]
+    answer = searcher.search(keys=["digit/33"], options=SearchOptions(k=5, side="query", exact=True))[0]
     expect(page.locator("#adaptive .key")).to_have_text([hit.key for hit in answer.hits])
 
 
@@ -196,7 +200,9 @@ def test_keys_and_labels_are_text_and_never_markup(browser: Browser, tmp_path: P
     nasty = Searcher.open(str(tmp_path / "releases"), cache=Cache(tmp_path / "cache", 10**9))
     table = nasty.release.items()
     keys_of_markup = [f"{NASTY}{row}" for row in range(len(table))]
-    nasty.items = Items(replace(table, keys=keys_of_markup, labels=[NASTY] * len(table)))
+    nasty = small_release.with_items(
+        nasty, Items(replace(table, keys=keys_of_markup, labels=[NASTY] * len(table)))
+    )
     context = browser.new_context()
     with running(create_app(nasty)) as url:
         page = context.new_page()

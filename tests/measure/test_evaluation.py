@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from namr.data import datasets, images
-from namr.data.reading import LoaderConfig
+from namr.data.loading import LoaderConfig
 from namr.embed import embeddings
 from namr.errors import ConfigError, ManifestError
 from namr.measure import evaluation
@@ -16,7 +16,7 @@ from namr.measure.evaluation import Comparison, Entry, EvaluationConfig
 from namr.model import model
 from namr.model.model import ModelConfig, SearchDefaults
 from namr.store.tables import EmbeddingTable
-from tests.train.test_job import make_dataset
+from tests.small_training import make_dataset
 
 # On a line: 0 and 1 of class 0, 3 and 9 of class 1. Plain: 0 -> 1, 1 -> 0, 3 -> 1 (wrong), 9 -> 3.
 LINE = np.array([[0.0], [1.0], [3.0], [9.0]], np.float32)

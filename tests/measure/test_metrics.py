@@ -1,6 +1,5 @@
 """Retrieval metrics against loops and pytorch-metric-learning, and the laws of exact rankings."""
 
-import math
 import time
 from typing import Any
 
@@ -21,11 +20,15 @@ from namr.data.sampling import slice_of_rank
 from namr.errors import ConfigError, ShapeError
 from namr.measure import metrics
 from namr.measure.metrics import RetrievalMetrics
-from namr.model import distances
 from namr.model.distances import Metric, Side
 from tests.ranks import on_ranks
 
 SIDES: tuple[Side, ...] = ("none", "query", "both", "scale")
+
+
+def retrieval(embeddings: Any, labels: Any, **options: Any) -> RetrievalMetrics:
+    """Over all rows at once."""
+    return metrics.combine([metrics.retrieval_sums(embeddings, labels, **options)])
 
 
 class Points:
@@ -40,7 +43,7 @@ class Points:
 
     def retrieval(self, **options: Any) -> RetrievalMetrics:
         structures = None if options.get("side", "none") == "none" else self.s
-        return metrics.retrieval(self.x, self.y, structures=structures, **options)
+        return retrieval(self.x, self.y, structures=structures, **options)
 
 
 def looped(
@@ -94,7 +97,7 @@ def test_five_points_by_hand() -> None:
     0 sees 1 3: b a; 1 sees 0 3 7: a a b; 3 sees 1 0 7: b a b; 7 sees 3 1: a b; c is alone. R = 1 for each.
     """
     x = np.array([[0.0], [1.0], [3.0], [7.0], [20.0]], dtype=np.float32)
-    found = metrics.retrieval(x, np.array([0, 1, 0, 1, 2]), ks=(1, 2, 3))
+    found = retrieval(x, np.array([0, 1, 0, 1, 2]), ks=(1, 2, 3))
     assert found.recall_at_k == {1: 0.0, 2: 0.75, 3: 1.0}
     assert (found.map_at_r, found.r_precision, found.recall_at_1) == (0.0, 0.0, 0.0)
     assert (found.num_queries, found.num_skipped) == (4, 1)
@@ -224,20 +227,20 @@ def test_arrays_and_tensors_of_any_float_type_give_the_same() -> None:
     points = Points(100, 8, num_classes=9)
     points.x = points.x.astype(np.float16).astype(np.float32)
     whole = points.retrieval()
-    assert metrics.retrieval(points.x.astype(np.float16), points.y.astype(np.int32)) == whole
-    assert metrics.retrieval(torch.from_numpy(points.x), torch.from_numpy(points.y)) == whole
+    assert retrieval(points.x.astype(np.float16), points.y.astype(np.int32)) == whole
+    assert retrieval(torch.from_numpy(points.x), torch.from_numpy(points.y)) == whole
     read_only = points.x.copy()
     read_only.flags.writeable = False  # as memory-mapped embeddings are
-    assert metrics.retrieval(read_only, points.y) == whole
+    assert retrieval(read_only, points.y) == whole
 
 
 @pytest.mark.slow
 def test_a_gallery_of_8131_takes_seconds() -> None:
     points = Points(8131, 512, num_classes=98, spread=3.0)
-    start = time.monotonic()
-    found = points.retrieval(side="both")
-    assert time.monotonic() - start < 30  # 4 s on two idle cores
-    assert found.num_queries == 8131
+    start = time.process_time()  # what others do on this machine doesn't count
+    measured = points.retrieval(side="both")
+    assert time.process_time() - start < 60  # 8 s
+    assert measured.num_queries == 8131
 
 
 # k-means and the first stage
@@ -302,31 +305,19 @@ def test_a_row_that_is_no_number_is_named() -> None:
 def test_wrong_arguments_are_named() -> None:
     points = Points(20, 4, num_classes=3)
     with pytest.raises(ShapeError, match="side 'both' needs the structure embeddings"):
-        metrics.retrieval(points.x, points.y, side="both")
+        retrieval(points.x, points.y, side="both")
     with pytest.raises(ShapeError, match=r"structures \(20, 3\)"):
-        metrics.retrieval(points.x, points.y, structures=points.s[:, :3], side="query")
+        retrieval(points.x, points.y, structures=points.s[:, :3], side="query")
     with pytest.raises(ShapeError, match=r"for each of 20 embeddings, got labels \(19,\)"):
-        metrics.retrieval(points.x, points.y[:19])
+        retrieval(points.x, points.y[:19])
     with pytest.raises(ShapeError, match=r"\(N, D\).*\(4,\)"):
-        metrics.retrieval(points.x[0], points.y)
+        retrieval(points.x[0], points.y)
     with pytest.raises(ShapeError, match="label -1 at row 4"):
-        metrics.retrieval(points.x, np.where(np.arange(20) == 4, -1, points.y))
+        retrieval(points.x, np.where(np.arange(20) == 4, -1, points.y))
     with pytest.raises(ConfigError, match=r"ks \(0, 1\)"):
         points.retrieval(ks=(0, 1))
     with pytest.raises(ShapeError, match="no queries: each of 20 images"):
-        metrics.retrieval(points.x, np.arange(20))
+        retrieval(points.x, np.arange(20))
     one, other = (metrics.retrieval_sums(points.x, points.y, ks=ks) for ks in ((1, 2), (1, 4)))
     with pytest.raises(ShapeError, match="sums of one kind"):
         metrics.combine([one, other])
-
-
-def test_one_stage_exact_search_is_brute_force() -> None:
-    """The adaptive ranking over everything, by products of one stage and by difference of each pair."""
-    points = Points(300, 16, num_classes=10)
-    x, s = torch.from_numpy(points.x).double(), torch.from_numpy(points.s).double()
-    products = distances.one_stage_queries(x, s) @ distances.one_stage_items(x).T
-    brute = distances.rerank_squared(x, s, x.expand(300, 300, 16), None, side="query")
-    assert torch.equal(products.topk(20).indices, brute.topk(20, largest=False).indices)
-    assert math.isclose(
-        (distances.one_stage_constant(x, s)[:, None] - products - brute).abs().max(), 0, abs_tol=1e-9
-    )

@@ -22,7 +22,6 @@ def picture(color: str, **known: object) -> Picture:
 
 
 def full_page() -> ReportPage:
-    rng = np.random.default_rng(0)
     neighbours = [
         picture("red", distance=0.25, correct=True),
         picture("blue", distance=0.5, correct=False),
@@ -38,9 +37,6 @@ def full_page() -> ReportPage:
         plots=[
             report.curves("Loss", {"total": [(0, 2.0), (10, 1.0)]}, x_label="step", y_label="loss & more"),
             report.bars("Recall", {"NAMR": {"plain": 57.8, "re-ranked": 57.2}}, x_label="percent"),
-            report.histogram(
-                "Distances", {"same": rng.normal(0, 1, 50), "other": rng.normal(2, 1, 50)}, x_label="distance"
-            ),
         ],
         grids=[
             Grid(
@@ -81,7 +77,7 @@ def test_a_page_shows_all_that_it_was_given() -> None:
     assert tags.open == []
     classes = [figure["class"] for figure in tags.named("figure")]
     assert classes == ["query", "right", "wrong", "", "", "wrong", "right"]
-    assert len(tags.named("svg")) == 3 and len(tags.named("img")) == 7
+    assert len(tags.named("svg")) == 2 and len(tags.named("img")) == 7
     for text in ("What was found", "57.8 %", "Models", "0.250", "Plain distance", "Adaptive distance"):
         assert text in html
     assert re.search(r'<tr class="strong"><th scope="row">b</th><td>2.0</td></tr>', html)
@@ -131,11 +127,8 @@ def test_the_same_page_is_the_same_text() -> None:
 
 def test_plots_take_values_that_are_not_finite() -> None:
     curve = report.curves("c", {"a": [(0, 1.0), (1, float("nan")), (2, 3.0)]}, x_label="x", y_label="y")
-    spread = report.histogram(
-        "h", {"a": np.array([0.0, np.inf, np.nan, 1.0]), "b": np.array([])}, x_label="x"
-    )
     nothing = report.curves("empty", {"a": []}, x_label="x", y_label="y")
-    assert all("<svg" in plot.svg for plot in (curve, spread, nothing))
+    assert all("<svg" in plot.svg for plot in (curve, nothing))
 
 
 def test_a_crooked_table_is_refused() -> None:

@@ -1,18 +1,14 @@
 """Unseen classes, the ways of searching, and when one of them is recommended; the same over several ranks."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from namr import collectives
-from namr.data.sampling import ClassIndex, slice_of_rank
-from namr.errors import ShapeError
+from namr.data.sampling import ClassIndex
 from namr.measure import metrics, validation
 from namr.measure.metrics import RetrievalMetrics
 from namr.model.model import SearchDefaults
-from namr.train import features
-from namr.train.features import Computed
 from tests.ranks import Results, on_ranks
 
 NUM, DIM = 31, 6
@@ -80,57 +76,29 @@ def test_classes_with_one_image_are_not_held_out() -> None:
 def test_an_index_of_some_classes_numbers_them_anew() -> None:
     index = ClassIndex.from_labels(np.array([2, 0, 1, 2, 0, 2]))
     some = validation.only(index, np.array([2, 0]))
-    assert some.rows.tolist() == [0, 3, 5, 1, 4]
+    assert some.ids.tolist() == [0, 3, 5, 1, 4]
     assert some.starts.tolist() == [0, 3, 5]
     assert validation.only(index, np.empty(0, np.int64)).num_classes == 0
 
 
-def measured(folder: Path) -> tuple[dict[str, RetrievalMetrics], np.ndarray, np.ndarray]:
-    """What a rank finds: the metrics, all rows put together, and the same from a cache."""
+def measured() -> dict[str, RetrievalMetrics]:
     x, s = vectors()
-    mine = slice_of_rank(NUM, rank=collectives.rank(), world_size=collectives.world_size())
-
-    def computed() -> list[Computed]:
-        places = np.arange(mine.start, mine.stop)
-        return [Computed(places[at : at + 4], x[places[at : at + 4]]) for at in range(0, len(places), 4)]
-
-    together = features.whole(computed(), num_rows=NUM, width=DIM)
-    path = folder / f"cache-{collectives.world_size()}.npy"
-    cached = [
-        features.cached(path, computed, num_rows=NUM, width=DIM, writes=collectives.rank() == 0)
-        for _ in range(2)
-    ][1]
-    found = validation.measure(together, s, LABELS, ways=validation.ways("l2"), depth=10)
-    return {validation.name_of(way): of_way for way, of_way in found.items()}, together, np.array(cached)
+    results = validation.measure(x, s, LABELS, ways=validation.ways("l2"), depth=10)
+    return {validation.name_of(way): of_way for way, of_way in results.items()}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return on_ranks(measured, tmp_path_factory.mktemp("cache"))
+def results() -> Results:
+    return on_ranks(measured)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_rank_finds_what_one_process_finds(results: Results, world_size: int) -> None:
     x, s = vectors()
-    for of_ways, together, cached in results[world_size]:
-        np.testing.assert_array_equal(together, x)
-        np.testing.assert_array_equal(cached, x)
-        assert of_ways["both-l2"] == metrics.retrieval(x, LABELS, structures=s, side="both", depth=10)
-        assert of_ways["cosine"] == metrics.retrieval(x, LABELS, metric="cosine", depth=10)
 
+    def alone(**options: Any) -> RetrievalMetrics:
+        return metrics.combine([metrics.retrieval_sums(x, LABELS, depth=10, **options)])
 
-def test_a_row_that_is_missing_or_comes_twice_is_an_error(tmp_path: Path) -> None:
-    x, _ = vectors()
-    rows = np.arange(NUM)
-    with pytest.raises(ShapeError, match="1 of 31 images were not computed exactly once, first 30"):
-        features.whole([Computed(rows[:-1], x[:-1])], num_rows=NUM, width=DIM)
-    twice = [Computed(rows, x), Computed(rows[:2], x[:2])]
-    with pytest.raises(ShapeError, match="2 of 31 images"):
-        features.cached(tmp_path / "c.npy", lambda: twice, num_rows=NUM, width=DIM, writes=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_cache_of_another_shape_is_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "c.npy", np.zeros((3, 2), np.float32))
-    with pytest.raises(ShapeError, match=r"holds \(3, 2\), expected \(31, 6\)"):
-        features.cached(tmp_path / "c.npy", list, num_rows=NUM, width=DIM, writes=True)
+    for of_ways in results[world_size]:
+        assert of_ways["both-l2"] == alone(structures=s, side="both")
+        assert of_ways["cosine"] == alone(metric="cosine")

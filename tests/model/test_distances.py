@@ -160,17 +160,6 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(reranked.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_one_stage_is_exactly_the_adaptive_order() -> None:
-    q, s_q = points(20, 16, seed=9)
-    x, _ = points(300, 16, seed=10)
-    products = distances.one_stage_queries(q, s_q) @ distances.one_stage_items(x).T
-    squared = distances.one_stage_constant(q, s_q)[:, None] - products
-    expected = distances.adaptive_squared(q, s_q, x)
-    torch.testing.assert_close(squared, expected, rtol=1e-10, atol=1e-10)
-    found = products.topk(10).indices
-    assert torch.equal(found, expected.topk(10, largest=False).indices)
-
-
 def test_for_search_is_unit_length_for_cosine_alone() -> None:
     x, _ = points(4, 3, seed=11)
     x[2] = 0

@@ -16,9 +16,8 @@ from namr.embed.embeddings import EmbeddingFile
 from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.index import ivf
 from namr.model import distances
-from namr.release import build, build_steps, held_out
+from namr.release import build, build_steps
 from namr.release.build import BuildConfig, BuildReport
-from namr.release.build_steps import HeldOut, MergeTask, PartTask, SampleTask, Slice, Source
 from namr.store import manifests, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.tables import EmbeddingTable
@@ -32,14 +31,14 @@ REFUSED = [3, (2 << 32) + 7]
 DEAD = [4, 5, (2 << 32) + 7, (3 << 32) + 48]
 
 
-def embed_all(dataset: Dataset, root: str) -> list[EmbeddingTable]:
+def embed_all(dataset: Dataset, root: str, *, seed: int = 0) -> list[EmbeddingTable]:
     """Clustered vectors of all rows but the refused ones, written and published as extraction does."""
-    files, found = [], []
+    files, written = [], []
     for entry in dataset.shards:
         samples = dataset.samples(entry)
-        vectors = small_release.random_vectors(len(samples), DIM, seed=entry.number)
+        vectors = small_release.random_vectors(len(samples), DIM, seed=seed + entry.number)
         kept, refused = (np.flatnonzero(~np.isin(samples.ids, REFUSED)), np.isin(samples.ids, REFUSED))
-        found.append(
+        written.append(
             EmbeddingTable(
                 ids=samples.ids[kept],
                 keys=[samples.keys[row] for row in kept],
@@ -51,9 +50,9 @@ def embed_all(dataset: Dataset, root: str) -> list[EmbeddingTable]:
                 refused_reasons=["truncated"] * int(refused.sum()),
             )
         )
-        files.append(embeddings.write(root, MODEL, entry, found[-1]).file)
+        files.append(embeddings.write(root, MODEL, entry, written[-1]).file)
     embeddings.publish_set(root, MODEL, dataset, files)
-    return found
+    return written
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +94,9 @@ def built(gallery: Path, releases_uri: Path, **config: object) -> BuildReport:
 def live_vectors(gallery: Path, metric: distances.Metric) -> tuple[ivf.Floats, ivf.Ids]:
     """What has to be in the index, computed here from the embeddings as they lie there."""
     dataset = datasets.open_version(str(gallery / "dataset"))
-    found = list(embeddings.iterate(embeddings.open_set(str(gallery / "embeddings"), MODEL, dataset)))
-    ids = np.concatenate([table.ids for table in found])
-    x = np.concatenate([table.embeddings for table in found]).astype(np.float32)
+    stored = list(embeddings.iterate(embeddings.open_set(str(gallery / "embeddings"), MODEL, dataset)))
+    ids = np.concatenate([table.ids for table in stored])
+    x = np.concatenate([table.embeddings for table in stored]).astype(np.float32)
     keep = ~np.isin(ids, DEAD)
     return distances.for_search(torch.from_numpy(x[keep]), metric).numpy(), ids[keep]
 
@@ -125,40 +124,6 @@ def test_parts_are_even_ranges_whatever_the_shards_are() -> None:
     ]
     assert build.cut(files[1:2], 2) == [[], []]
     assert sum(len(part) for part in build.cut(files[2:3], 3)) == 1
-
-
-def test_a_part_that_was_built_is_not_built_again(gallery: Path, tmp_path: Path) -> None:
-    x, _ = live_vectors(gallery, "l2")
-    template = ivf.train_template(x, "IVF4,SQ8", seed=0, num_threads=1)
-    dataset = datasets.open_version(str(gallery / "dataset"))
-    found = embeddings.open_set(str(gallery / "embeddings"), MODEL, dataset)
-    source = Source(embeddings_uri=found.root_uri, dead=dataset.tombstones, metric="l2")
-    rows = [Slice(found.files[0], 0, 100)]
-    task = PartTask(source, template, rows, str(tmp_path), 0)
-    part = build_steps.build_part(task)
-    assert part.info.num_vectors == 98
-    assert part.info.first_id == 0
-    gone = task._replace(source=replace(source, embeddings_uri="nowhere"))
-    assert build_steps.build_part(gone) == part
-    (tmp_path / part.stored.name).unlink()
-    with pytest.raises(ManifestError, match="is missing"):
-        build_steps.build_part(gone)
-    assert build_steps.build_part(task) == part
-    (tmp_path / part.stored.name).write_bytes(b"x")
-    with pytest.raises(ManifestError, match="is damaged; delete"):
-        build_steps.merge(MergeTask(template, [part], str(tmp_path), str(tmp_path / "releases")))
-
-
-def test_the_template_sees_no_held_out_and_no_dead_image(gallery: Path) -> None:
-    dataset = datasets.open_version(str(gallery / "dataset"))
-    found = embeddings.open_set(str(gallery / "embeddings"), MODEL, dataset)
-    source = Source(embeddings_uri=found.root_uri, dead=dataset.tombstones, metric="l2")
-    picks = [(file, np.arange(file.num_embedded)) for file in found.files]
-    sample = build_steps.sample(SampleTask(source, HeldOut(0.2, 5), picks))
-    x, ids = live_vectors(gallery, "l2")
-    held = held_out.mask(ids, share=0.2, seed=5)
-    assert 0 < held.sum() < len(ids)
-    np.testing.assert_array_equal(sample, x[~held])
 
 
 @pytest.mark.ray
@@ -235,6 +200,22 @@ def test_a_build_that_was_killed_goes_on_to_the_same_release(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
+def test_other_embeddings_of_the_same_model_and_dataset_make_another_segment(
+    gallery: Path, tmp_path: Path
+) -> None:
+    """An earlier build lies in the same work folder: nothing of it may be taken for this one's."""
+    embed_all(datasets.open_version(str(gallery / "dataset")), str(tmp_path / "other" / "embeddings"), seed=9)
+    (tmp_path / "other" / "dataset").symlink_to(gallery / "dataset")
+    first = built(gallery, tmp_path / "releases")
+    second = built(tmp_path / "other", tmp_path / "releases")
+    alone = built(tmp_path / "other", tmp_path / "alone")
+    assert second.vectors != first.vectors
+    assert second.segments != first.segments
+    assert replace(second, seconds=0.0) == replace(alone, seconds=0.0)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
 def test_a_part_that_lost_vectors_stops_the_build(gallery: Path, tmp_path: Path) -> None:
     report = built(gallery, tmp_path)
     work = next((tmp_path / "building").iterdir())
@@ -287,3 +268,20 @@ def test_a_build_on_s3_is_the_same(gallery: Path, tmp_path: Path, s3: str) -> No
     (segment,) = remote.segments
     data = storage.read(storage.join(s3, "releases", segment.file.name))
     assert data == (tmp_path / segment.file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("seed", -1, "seed is -1; expected 0 to 2147483647"),
+        ("seed", 1 << 31, "seed is 2147483648"),
+        ("num_held_out", 0, "num_held_out is 0; expected 1 or more"),
+        ("num_parts", 0, "num_parts is 0"),
+        ("max_index_bytes", 0, "max_index_bytes is 0"),
+    ],
+)
+def test_a_config_that_no_build_could_follow_is_told_before_any_work(
+    field: str, value: int, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        BuildConfig(**{field: value})

@@ -1,6 +1,6 @@
-"""What publishing keeps: nothing half-published, nothing lost unseen, one winner of two."""
+"""What a release is: objects under their digests, verified wherever they lie; one file for plain FAISS."""
 
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import faiss
@@ -9,53 +9,27 @@ import pytest
 
 from namr.data.shards import make_id
 from namr.errors import ConfigError, Conflict, ManifestError, ShapeError
-from namr.release import releases
+from namr.release import publication, releases, takedowns
 from namr.release.releases import ReleaseManifest
+from namr.search.searcher import Searcher
 from namr.store import storage
 from namr.store.cache import Cache
 from namr.store.tables import EmbeddingTable
 from tests import small_release
-from tests.small_release import Recipe
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReleaseManifest]:
-    """The objects of one release, with refused, tombstoned and dead samples; not published."""
-    root = tmp_path_factory.mktemp("stored")
-    recipe = Recipe(
-        index_key="IVF4,Flat",
-        refused=[make_id(0, 3), make_id(2, 39)],
-        tombstoned=[make_id(1, 0)],
-        dead=[make_id(1, 7)],
-        num_segments=2,
-    )
-    return root, small_release.make_manifest(root, recipe)
-
-
-@pytest.fixture
-def fresh(stored: tuple[Path, ReleaseManifest], tmp_path: Path) -> tuple[str, ReleaseManifest]:
-    """A releases folder of this test's own that holds those objects, and nothing published."""
-    root, manifest = stored
-    for name in storage.list_names(str(root / "releases" / "objects")):
-        target = tmp_path / "releases" / "objects" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.hardlink_to(root / "releases" / "objects" / name)
-    return str(tmp_path / "releases"), manifest
+from tests.small_release import NOW, Recipe
 
 
 def test_nothing_is_there_before_the_first_release(tmp_path: Path) -> None:
     assert releases.current(str(tmp_path)) is None
     assert releases.read_pointer(str(tmp_path)) is None
-    assert releases.list_releases(str(tmp_path)) == []
+    assert releases.list_releases(str(tmp_path)) == ([], {})
     with pytest.raises(ManifestError, match="no current release"):
         releases.open_release(str(tmp_path))
-    with pytest.raises(ConfigError, match="nothing to roll back"):
-        releases.roll_back(str(tmp_path))
 
 
 def test_a_published_release_reads_back_whole(fresh: tuple[str, ReleaseManifest]) -> None:
     uri, manifest = fresh
-    published = releases.publish(uri, manifest, expected=None)
+    published = publication.publish(uri, manifest, expected=None)
     opened = releases.current(uri)
     assert opened is not None
     assert opened == published == releases.open_release(uri, "first")
@@ -69,7 +43,7 @@ def test_re_rank_vectors_lie_at_the_row_of_their_id(
     fresh: tuple[str, ReleaseManifest], tmp_path: Path
 ) -> None:
     uri, manifest = fresh
-    release = releases.publish(uri, manifest, expected=None)
+    release = publication.publish(uri, manifest, expected=None)
     cache = Cache(tmp_path / "cache", 10**9)
     for shard in manifest.vectors:
         x = np.load(release.path(shard.embedding, cache))
@@ -120,137 +94,67 @@ def test_an_object_that_is_there_already_is_not_written_again(tmp_path: Path) ->
     assert first.name == f"objects/{storage.sha256(b'abc')}/a.bin"
 
 
-@pytest.mark.parametrize(
-    "lost", [{"num_samples": 121}, {"num_indexed": 115}, {"num_refused": 1}, {"num_tombstoned": 3}]
-)
-def test_a_difference_in_the_counts_stops_the_publication(
-    fresh: tuple[str, ReleaseManifest], lost: dict[str, int]
+def flip_bytes(path: Path, num: int) -> None:
+    """Change that many bytes in the middle of a file, and not its size."""
+    data = np.fromfile(path, np.uint8)
+    start = (len(data) - num) // 2
+    data[start : start + num] ^= 0x10
+    path.unlink()  # others share the file
+    data.tofile(path)
+
+
+@pytest.mark.parametrize("what", ["segment", "embedding", "structure"])
+def test_a_local_file_with_other_bytes_of_the_same_size_is_never_opened(
+    fresh: tuple[str, ReleaseManifest], what: str, tmp_path: Path
 ) -> None:
     uri, manifest = fresh
-    wrong = replace(manifest, counts=replace(manifest.counts, **lost))
-    with pytest.raises(ManifestError, match=r"first is not published: .* against"):
-        releases.publish(uri, wrong, expected=None)
-    assert releases.current(uri) is None
-    assert releases.list_releases(uri) == []
+    release = publication.publish(uri, manifest, expected=None)
+    cache, vectors = Cache(tmp_path / "cache", 10**9), manifest.vectors[1]
+    of = {
+        "segment": manifest.segments[0].file,
+        "embedding": vectors.embedding,
+        "structure": vectors.structure,
+    }
+    stored = of[what]
+    Searcher.of(release, cache=cache, query_model=None)
+    flip_bytes(Path(uri, stored.name), num=1000)
+    with pytest.raises(ManifestError, match=rf"{stored.name} is damaged: .*{stored.sha256}"):
+        release.path(stored, cache)
+    with pytest.raises(ManifestError, match="is damaged"):
+        Searcher.of(release, cache=cache, query_model=None)
 
 
-def test_counts_that_agree_among_themselves_are_held_against_the_segments(
-    fresh: tuple[str, ReleaseManifest],
-) -> None:
-    uri, manifest = fresh
-    lost = replace(manifest.counts, num_indexed=115, num_refused=3)
-    with pytest.raises(ManifestError, match="117 entries of its segments against 115 indexed \\+ 1 dead"):
-        releases.publish(uri, replace(manifest, counts=lost), expected=None)
-
-
-def test_items_are_held_against_the_counts_and_the_vectors(
-    fresh: tuple[str, ReleaseManifest], tmp_path: Path
-) -> None:
-    uri, manifest = fresh
-    shorter = replace(
-        manifest, vectors=(*manifest.vectors[:2], replace(manifest.vectors[2], number=9)), release_id="wrong"
-    )
-    with pytest.raises(ManifestError, match=r"shard 2.* has no re-rank vector"):
-        releases.publish(uri, shorter, expected=None)
-    other = small_release.make_manifest(tmp_path / "other", Recipe(num_shards=1))
-    data = storage.read(storage.join(str(tmp_path / "other" / "releases"), other.items.name))
-    foreign = replace(manifest, items=releases.store(uri, "items.parquet", data))
-    with pytest.raises(ManifestError, match="40 items against 116 indexed"):
-        releases.publish(uri, foreign, expected=None)
-
-
-def test_a_missing_or_shortened_object_stops_the_publication(fresh: tuple[str, ReleaseManifest]) -> None:
-    uri, manifest = fresh
-    victim = Path(uri, manifest.vectors[1].structure.name)
-    data = victim.read_bytes()
-    victim.unlink()
-    with pytest.raises(ManifestError, match=r"structure-000001\.npy is missing"):
-        releases.publish(uri, manifest, expected=None)
-    victim.write_bytes(data[:-2])
-    with pytest.raises(ManifestError, match=r"structure-000001\.npy has .* bytes"):
-        releases.publish(uri, manifest, expected=None)
-    victim.write_bytes(data)
-    releases.publish(uri, manifest, expected=None)
-
-
-def test_of_two_runs_that_began_alike_one_wins(fresh: tuple[str, ReleaseManifest]) -> None:
-    uri, manifest = fresh
-    began = releases.read_pointer(uri)
-    releases.publish(uri, manifest, expected=began)
-    with pytest.raises(Conflict):
-        releases.publish(uri, small_release.renamed(manifest, "late"), expected=began)
-    current = releases.current(uri)
-    assert current is not None
-    assert current.manifest.release_id == "first"
-
-
-def test_publishing_again_what_was_published_changes_nothing(fresh: tuple[str, ReleaseManifest]) -> None:
-    uri, manifest = fresh
-    first = releases.publish(uri, manifest, expected=None)
-    assert releases.publish(uri, manifest, expected=None) == first  # the answer of the first swap was lost
-    assert releases.publish(uri, manifest, expected=releases.read_pointer(uri)) == first
-
-
-def test_an_id_names_one_release_for_ever(fresh: tuple[str, ReleaseManifest]) -> None:
-    uri, manifest = fresh
-    releases.publish(uri, manifest, expected=None)
-    releases.publish(uri, small_release.renamed(manifest, "second"), expected=releases.read_pointer(uri))
-    with pytest.raises(ManifestError, match="says something else"):
-        releases.publish(uri, replace(manifest, nprobe=9), expected=releases.read_pointer(uri))
-
-
-@pytest.mark.parametrize("name", ["objects", "../up", "", "a/b", ".hidden"])
-def test_a_release_id_that_is_no_name_is_refused(fresh: tuple[str, ReleaseManifest], name: str) -> None:
-    uri, manifest = fresh
-    with pytest.raises(ConfigError, match="release id"):
-        releases.publish(uri, small_release.renamed(manifest, name), expected=None)
-
-
-@pytest.fixture
-def three(fresh: tuple[str, ReleaseManifest]) -> str:
-    uri, manifest = fresh
-    for day, name in enumerate(["first", "second", "third"], start=1):
-        dated = small_release.renamed(manifest, name, created=f"2026-11-0{day}T00:00:00+00:00")
-        releases.publish(uri, dated, expected=releases.read_pointer(uri))
-    return uri
-
-
-def current_id(uri: str) -> str:
-    release = releases.current(uri)
-    assert release is not None
-    return release.manifest.release_id
-
-
-def test_rolling_back_goes_to_the_one_before_and_again(three: str) -> None:
-    assert [manifest.release_id for manifest in releases.list_releases(three)] == ["first", "second", "third"]
-    assert releases.roll_back(three).manifest.release_id == current_id(three) == "second"
-    assert releases.roll_back(three).manifest.release_id == current_id(three) == "first"
-    with pytest.raises(ConfigError, match="first is the first release"):
-        releases.roll_back(three)
-    assert releases.roll_back(three, to="third").manifest.release_id == current_id(three) == "third"
-
-
-def test_rolling_back_to_a_release_that_is_gone_changes_nothing(three: str) -> None:
-    with pytest.raises(ManifestError, match=r"nosuch.*missing"):
-        releases.roll_back(three, to="nosuch")
-    lost = releases.open_release(three, "second").manifest.items
-    Path(three, lost.name).unlink()
-    with pytest.raises(ManifestError, match=r"items\.parquet is missing"):
-        releases.roll_back(three)
-    assert current_id(three) == "third"
-
-
-def test_a_damaged_local_object_is_noticed_when_it_is_opened(three: str, tmp_path: Path) -> None:
-    release = releases.open_release(three)
+def test_a_damaged_or_missing_local_object_is_noticed_when_it_is_opened(three: str, tmp_path: Path) -> None:
+    release, cache = releases.open_release(three), Cache(tmp_path / "cache", 10**9)
     victim = Path(three, release.manifest.items.name)
     data = victim.read_bytes()
     victim.unlink()
+    with pytest.raises(ManifestError, match="is missing"):
+        release.path(release.manifest.items, cache)
     victim.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(ManifestError, match="damaged"):
         release.items()
     victim.write_bytes(data[:-1])
-    with pytest.raises(ManifestError, match="bytes, the release says"):
-        release.path(release.manifest.items, Cache(tmp_path / "cache", 10**9))
+    with pytest.raises(ManifestError, match="is damaged"):
+        release.path(release.manifest.items, cache)
+
+
+def test_releases_are_listed_by_age_and_a_damaged_one_hides_no_other(three: str) -> None:
+    Path(three, "second", "manifest.json").write_text('{"format": "namr-release"')
+    Path(three, "a folder").mkdir()
+    Path(three, "a folder", "manifest.json").write_text("{}")
+    listing = releases.list_releases(three)
+    assert [manifest.release_id for manifest in listing.manifests] == ["first", "third"]
+    assert set(listing.damaged) == {"second", "a folder"}
+    assert "manifest.json is damaged" in str(listing.damaged["second"])
+
+
+def test_a_manifest_of_an_earlier_namr_opens(three: str) -> None:
+    path = Path(three, "second", "manifest.json")
+    body = json.loads(path.read_text())
+    del body["config_digest"]
+    path.write_text(json.dumps(body))
+    assert releases.open_release(three, "second").manifest.config_digest == ""
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])
@@ -270,9 +174,23 @@ def test_an_exported_file_is_one_that_plain_faiss_searches_alike(
 
 def test_dead_entries_are_not_exported(fresh: tuple[str, ReleaseManifest], tmp_path: Path) -> None:
     uri, manifest = fresh
-    release = releases.publish(uri, manifest, expected=None)
+    release = publication.publish(uri, manifest, expected=None)
     with pytest.raises(ConfigError, match="hides 1 dead entries"):
         releases.export(release, tmp_path / "whole.faiss")
+
+
+def test_what_was_taken_down_since_is_not_exported(tmp_path: Path) -> None:
+    release = small_release.publish(tmp_path, Recipe(num_shards=1))
+    takedowns.take_down(release.releases_uri, release.manifest.dataset_uri, [5, make_id(7, 7)])
+    with pytest.raises(ConfigError, match="hides 1 dead entries"):
+        releases.export(release, tmp_path / "whole.faiss")
+
+
+def test_an_export_needs_a_folder_and_the_name_of_a_file(tmp_path: Path) -> None:
+    release = small_release.publish(tmp_path, Recipe(num_shards=1))
+    for path in (tmp_path / "no" / "such" / "x.faiss", tmp_path):
+        with pytest.raises(ConfigError, match=r"can't write .*a file in a folder that exists"):
+            releases.export(release, path)
 
 
 @pytest.mark.s3
@@ -282,14 +200,15 @@ def test_releases_on_an_object_store(s3: str, tmp_path: Path) -> None:
     release = small_release.publish(tmp_path, recipe, releases_uri=uri)
     began = releases.read_pointer(uri)
     second = small_release.renamed(release.manifest, "second")
-    releases.publish(uri, second, expected=began)
+    publication.publish(uri, second, expected=began)
     with pytest.raises(Conflict):
-        releases.publish(uri, small_release.renamed(release.manifest, "late"), expected=began)
-    assert current_id(uri) == "second"
-    assert releases.roll_back(uri).manifest.release_id == current_id(uri) == "first"
+        publication.publish(uri, small_release.renamed(release.manifest, "late"), expected=began)
+    assert releases.open_release(uri).manifest.release_id == "second"
+    assert publication.roll_back(uri, now=NOW).manifest.release_id == "first"
+    assert releases.read_pointer(uri)[0] == "first"
     cache = Cache(tmp_path / "cache", 10**9)
     assert np.load(release.path(release.manifest.vectors[0].embedding, cache)).shape == (40, 16)
     assert releases.export(release, tmp_path / "whole.faiss").num_vectors == 120
     storage.delete(storage.join(uri, release.manifest.vectors[0].embedding.name))
     with pytest.raises(ManifestError, match="missing"):
-        releases.roll_back(uri, to="second")
+        publication.roll_back(uri, to="second", now=NOW)

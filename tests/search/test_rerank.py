@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from namr.errors import ManifestError
 from namr.index import ivf
-from namr.model.distances import Side
 from namr.search import rerank
 from namr.search.rerank import GalleryVectors, VectorPaths
+from namr.sides import SIDES, Side
 
-SIDES: list[Side] = ["none", "query", "both", "scale"]
 NOTHING_HIDDEN = np.empty(0, np.int64)
 
 
@@ -82,10 +81,10 @@ def test_vectors_are_found_by_id_in_the_order_asked(tmp_path: Path) -> None:
 
 def test_an_id_of_no_shard_or_row_is_an_error(tmp_path: Path) -> None:
     vectors = make(tmp_path).vectors
-    with pytest.raises(IndexError, match="no shard 1"):
+    with pytest.raises(ManifestError, match=f"item {1 << 32} has no re-rank vector: shard 1 holds 0"):
         vectors.embeddings(np.array([1 << 32]))
-    with pytest.raises(IndexError):
-        vectors.embeddings(np.array([15]))
+    with pytest.raises(ManifestError, match="item 15 has no re-rank vector: shard 0 holds 15"):
+        vectors.embeddings(np.array([3, 15]))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +145,32 @@ def test_re_ranking_in_blocks_is_re_ranking_at_once(tmp_path: Path, monkeypatch:
     in_blocks = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
     np.testing.assert_array_equal(at_once.ids, in_blocks.ids)
     np.testing.assert_array_equal(at_once.squared, in_blocks.squared)
+
+
+@pytest.mark.parametrize("most", [1, 7, 60, 100, 1000])
+def test_no_more_vectors_are_gathered_at_once_than_a_block_has(
+    tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many queries and candidates: a block is some queries, or a part of one."""
+    gallery = make(tmp_path)
+    q, s_q = queries(7, 8)
+    ids = np.tile(gallery.ids, (7, 1))
+    at_once = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
+    sizes: list[int] = []
+    gather = GalleryVectors._gather
+
+    def noted_gather(self: GalleryVectors, files, ids: np.ndarray) -> torch.Tensor:
+        sizes.append(len(ids))
+        return gather(self, files, ids)
+
+    monkeypatch.setattr(rerank, "_GATHERED_VALUES", most * 8)
+    monkeypatch.setattr(GalleryVectors, "_gather", noted_gather)
+    in_blocks = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
+    np.testing.assert_array_equal(at_once.ids, in_blocks.ids)
+    np.testing.assert_array_equal(at_once.squared, in_blocks.squared)
+    np.testing.assert_array_equal(at_once.plain_squared, in_blocks.plain_squared)
+    assert max(sizes) <= most
+    assert sum(sizes) == 3 * 7 * 60  # both vectors of each candidate, and once more what is shown
 
 
 def test_all_candidates_stay_whatever_their_order(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The Searcher on real releases: equal to brute force where it says so, and clear in what it refuses."""
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,18 @@ import torch
 from namr.data.shards import make_id
 from namr.errors import ConfigError, ImageRefused, ManifestError, ModelMismatch, ShapeError
 from namr.model import model
-from namr.model.distances import Metric, Side, for_search
-from namr.release import releases
+from namr.model.distances import for_search
+from namr.release import releases, takedowns
+from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.searcher import Searcher
+from namr.sides import SIDES, Metric, Side
 from namr.store import storage
 from namr.store.cache import Cache
 from tests import small_release
 from tests.search.test_rerank import brute
 from tests.small_release import Recipe
 
-SIDES: list[Side] = ["none", "query", "both", "scale"]
 DIM = 16
 
 
@@ -82,7 +84,7 @@ def compared_queries(metric: Metric) -> np.ndarray:
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("key", ["Flat", "IVF4,Flat"])
 def test_plain_search_of_all_lists_is_brute_force_and_says_so(searchers, key: str, metric: Metric) -> None:
-    found = searchers(key, metric).search_arrays(*QUERIES, k=7, side="none", nprobe=4)
+    found = searchers(key, metric).search_arrays(*QUERIES, options=SearchOptions(k=7, side="none", nprobe=4))
     of = truth(Recipe(**{**vars(RECIPE), "metric": metric}))
     squared = brute(compared_queries(metric), QUERIES.structures, of.indexed, of.s, "none")
     order = np.argsort(squared, axis=1)[:, :7]
@@ -97,7 +99,9 @@ def test_plain_search_of_all_lists_is_brute_force_and_says_so(searchers, key: st
 @pytest.mark.parametrize("how", ["deep", "exact"])
 def test_adaptive_search_is_brute_force_and_says_so(searchers, how: str, side: Side, metric: Metric) -> None:
     options = {"exact": True} if how == "exact" else {"depth": 200}
-    found = searchers("IVF4,Flat", metric).search_arrays(*QUERIES, k=7, side=side, nprobe=4, **options)
+    found = searchers("IVF4,Flat", metric).search_arrays(
+        *QUERIES, options=SearchOptions(k=7, side=side, nprobe=4, **options)
+    )
     of = truth(Recipe(**{**vars(RECIPE), "metric": metric}))
     x = of.indexed if (how, side) == ("deep", "none") else of.x  # plain search compares what the index holds
     squared = brute(compared_queries(metric), QUERIES.structures, x, of.s, side)
@@ -113,9 +117,11 @@ def test_adaptive_search_is_brute_force_and_says_so(searchers, how: str, side: S
 def test_an_approximate_first_stage_proves_nothing(tmp_path: Path, key: str, nprobe: int) -> None:
     searcher = open_release(tmp_path, Recipe(index_key=key, rows_per_shard=100))
     for side in SIDES:
-        found = searcher.search_arrays(*QUERIES, k=3, side=side, depth=300, nprobe=nprobe)
+        found = searcher.search_arrays(
+            *QUERIES, options=SearchOptions(k=3, side=side, depth=300, nprobe=nprobe)
+        )
         assert not found.proved.any()
-    exact = searcher.search_arrays(*QUERIES, k=3, side="query", exact=True)
+    exact = searcher.search_arrays(*QUERIES, options=SearchOptions(k=3, side="query", exact=True))
     of = truth(Recipe(rows_per_shard=100))
     squared = brute(QUERIES.embeddings, QUERIES.structures, of.x, of.s, "query")
     np.testing.assert_array_equal(exact.ids, of.ids[np.argsort(squared, axis=1)[:, :3]])
@@ -124,17 +130,19 @@ def test_an_approximate_first_stage_proves_nothing(tmp_path: Path, key: str, npr
 
 def test_re_ranking_leaves_the_candidates_as_they_are(searchers) -> None:
     searcher = searchers("IVF4,Flat", "l2")
-    plain = searcher.search_arrays(*QUERIES, k=20, side="none", nprobe=2)
+    plain = searcher.search_arrays(*QUERIES, options=SearchOptions(k=20, side="none", nprobe=2))
     for side in SIDES[1:]:
-        adaptive = searcher.search_arrays(*QUERIES, k=20, side=side, depth=20, nprobe=2)
+        adaptive = searcher.search_arrays(
+            *QUERIES, options=SearchOptions(k=20, side=side, depth=20, nprobe=2)
+        )
         np.testing.assert_array_equal(np.sort(adaptive.ids, axis=1), np.sort(plain.ids, axis=1))
         assert (adaptive.ids != plain.ids).any()
 
 
 def test_depth_below_k_means_k(searchers) -> None:
     searcher = searchers("Flat", "l2")
-    one = searcher.search_arrays(*QUERIES, k=9, side="both", depth=1)
-    other = searcher.search_arrays(*QUERIES, k=9, side="both", depth=9)
+    one = searcher.search_arrays(*QUERIES, options=SearchOptions(k=9, side="both", depth=1))
+    other = searcher.search_arrays(*QUERIES, options=SearchOptions(k=9, side="both", depth=9))
     np.testing.assert_array_equal(one.ids, other.ids)
 
 
@@ -142,13 +150,15 @@ def test_depth_below_k_means_k(searchers) -> None:
 @pytest.mark.parametrize("exact", [False, True])
 def test_more_neighbours_than_items_end_where_the_items_end(searchers, side: Side, exact: bool) -> None:
     searcher = searchers("Flat", "l2")
-    found = searcher.search_arrays(*QUERIES, k=500, side=side, exact=exact)
+    found = searcher.search_arrays(*QUERIES, options=SearchOptions(k=500, side=side, exact=exact))
     assert found.ids.shape == (25, 500)
     assert ((found.ids >= 0).sum(axis=1) == len(searcher.items)).all()
     assert np.isinf(found.distances[:, -1]).all()
     assert found.proved.all()
     answer = searcher.search(
-        embeddings=QUERIES.embeddings[:1], structures=QUERIES.structures[:1], k=500, side=side
+        embeddings=QUERIES.embeddings[:1],
+        structures=QUERIES.structures[:1],
+        options=SearchOptions(k=500, side=side),
     )
     assert len(answer[0].hits) == len(searcher.items) == 120 - 6
 
@@ -161,7 +171,7 @@ def test_dead_refused_and_tombstoned_samples_are_never_found(searchers, k: int, 
     gone = [*RECIPE.refused, *RECIPE.tombstoned, *RECIPE.dead]
     q = np.stack([near[item >> 32][item & 0xFFFFFFFF] for item in gone])
     for side in ("none", "scale"):
-        found = searcher.search_arrays(q, k=k, side=side, nprobe=4, exact=exact)
+        found = searcher.search_arrays(q, options=SearchOptions(k=k, side=side, nprobe=4, exact=exact))
         assert not np.isin(found.ids, gone).any()
         assert (found.ids >= 0).all()
 
@@ -171,15 +181,17 @@ def test_segments_answer_as_one_index(tmp_path: Path) -> None:
     for num_segments in (1, 3):
         recipe = Recipe(index_key="IVF4,Flat", num_segments=num_segments)
         searcher = open_release(tmp_path / str(num_segments), recipe)
-        found.append(searcher.search_arrays(*QUERIES, k=10, side="both", nprobe=2))
+        found.append(searcher.search_arrays(*QUERIES, options=SearchOptions(k=10, side="both", nprobe=2)))
     np.testing.assert_array_equal(found[0].ids, found[1].ids)
     np.testing.assert_array_equal(found[0].distances, found[1].distances)
 
 
 def test_answers_name_what_they_found(searchers) -> None:
     searcher = searchers("Flat", "l2")
-    found = searcher.search_arrays(*QUERIES, k=4)
-    answers = searcher.search(embeddings=QUERIES.embeddings, structures=QUERIES.structures, k=4)
+    found = searcher.search_arrays(*QUERIES, options=SearchOptions(k=4))
+    answers = searcher.search(
+        embeddings=QUERIES.embeddings, structures=QUERIES.structures, options=SearchOptions(k=4)
+    )
     assert [[hit.id for hit in answer.hits] for answer in answers] == found.ids.tolist()
     answer, hit = answers[0], answers[0].hits[0]
     row = (hit.id >> 32) * 40 + (hit.id & 0xFFFFFFFF)
@@ -206,25 +218,10 @@ def test_a_search_by_key_leaves_the_item_itself_out(searchers) -> None:
         squared = brute(of.x[[at]], of.s[[at]], of.x, of.s, "both")[0]
         squared[at] = np.inf
         for options in ({"depth": 500}, {"exact": True}):
-            hits = searcher.search(keys=[key], k=5, side="both", **options)[0].hits
+            hits = searcher.search(keys=[key], options=SearchOptions(k=5, side="both", **options))[0].hits
             assert [hit.id for hit in hits] == of.ids[np.argsort(squared)[:5]].tolist(), row
-    several = searcher.search(keys=["digit/1", "digit/2"], k=3)
+    several = searcher.search(keys=["digit/1", "digit/2"], options=SearchOptions(k=3))
     assert [len(answer.hits) for answer in several] == [3, 3]
-
-
-def test_items_are_found_by_id_and_key(searchers) -> None:
-    items = searchers("Flat", "l2").items
-    item = items.by_id(make_id(2, 1))
-    assert item is not None
-    assert item == items.by_key("digit/81")
-    assert items.by_id(make_id(2, 39)) is None  # refused
-    assert items.by_id(make_id(1, 7)) is None  # dead
-    assert items.by_id(make_id(77, 0)) is None
-    assert items.by_key("digit/79999") is None
-    assert items.place(make_id(77, 0)) is None
-    drawn = items.draw(20, seed=1)
-    assert len({one.id for one in drawn}) == 20
-    assert drawn == items.draw(20, seed=1) != items.draw(20, seed=2)
 
 
 def test_threads_get_what_one_gets(searchers) -> None:
@@ -232,37 +229,21 @@ def test_threads_get_what_one_gets(searchers) -> None:
     plans = [
         {"side": side, "k": k, "nprobe": nprobe} for side in SIDES for k in (1, 9) for nprobe in (1, 4)
     ] * 4
-    alone = [searcher.search_arrays(*QUERIES, **plan) for plan in plans]
+    alone = [searcher.search_arrays(*QUERIES, options=SearchOptions(**plan)) for plan in plans]
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda plan: searcher.search_arrays(*QUERIES, **plan), plans))
+        together = list(
+            pool.map(lambda plan: searcher.search_arrays(*QUERIES, options=SearchOptions(**plan)), plans)
+        )
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_array_equal(one.distances, other.distances)
 
 
-BAD = np.full((2, DIM), np.nan, np.float32)
-
-
 @pytest.mark.parametrize(
     ("query", "error", "message"),
     [
-        (
-            {"embeddings": np.ones((2, 3))},
-            ShapeError,
-            r"embeddings are \(2, 3\); the release wants \(Q, 16\)",
-        ),
-        ({"embeddings": np.ones(16)}, ShapeError, r"embeddings are \(16,\)"),
-        ({"embeddings": np.ones((0, 16))}, ShapeError, "an empty batch"),
-        ({"embeddings": BAD}, ShapeError, "embeddings: row 0 holds NaN"),
-        ({"embeddings": np.full((2, 16), 1e39)}, ShapeError, "row 0 holds NaN or infinity"),
-        ({"embeddings": np.ones((2, 16)), "structures": BAD}, ShapeError, "structures: row 0 holds NaN"),
-        ({"embeddings": np.ones((2, 16)), "structures": np.zeros((2, 16))}, ShapeError, "above 0"),
-        ({"embeddings": np.ones((2, 16)), "structures": np.ones((1, 16))}, ShapeError, "1 structures for 2"),
+        ({"embeddings": np.ones((2, 3))}, ShapeError, r"embeddings are \(2, 3\)"),
         ({"embeddings": np.ones((2, 16))}, ShapeError, "side 'both' needs structures"),
-        ({"keys": ["digit/0"], "k": 0}, ConfigError, "k is 0; expected 1 or more"),
-        ({"keys": ["digit/1"], "depth": 0}, ConfigError, "depth is 0"),
-        ({"keys": ["digit/1"], "nprobe": -1}, ConfigError, "nprobe is -1"),
-        ({"keys": ["digit/1"], "side": "left"}, ConfigError, "side is 'left'; expected one of none, query"),
         ({"keys": []}, ShapeError, "no keys"),
         ({"keys": ["nosuch"]}, ConfigError, "key 'nosuch' is not in release first"),
         ({"keys": ["digit/3"]}, ConfigError, "key 'digit/3' is not in release first"),
@@ -272,15 +253,119 @@ BAD = np.full((2, DIM), np.nan, np.float32)
     ],
 )
 def test_what_a_search_refuses(searchers, query: dict, error: type[Exception], message: str) -> None:
-    with np.errstate(over="ignore"), pytest.raises(error, match=message):
+    with pytest.raises(error, match=message):
         searchers("Flat", "l2").search(**query)
 
 
-def test_an_item_without_a_place_in_the_table_is_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_largest_queries_get_all_their_neighbours_and_finite_distances(
+    searchers, metric: Metric, exact: bool
+) -> None:
+    x, s = np.full((25, DIM), 1e14, np.float32), np.full((25, DIM), 65504, np.float32)
+    for side in SIDES:
+        answers = searchers("IVF4,Flat", metric).search(
+            embeddings=x, structures=s, options=SearchOptions(k=5, side=side, nprobe=4, exact=exact)
+        )
+        assert {len(answer.hits) for answer in answers} == {5}
+        assert np.isfinite([[hit.distance, hit.plain_distance] for hit in answers[0].hits]).all()
+    for larger in (1.1e14, 1e19, 3e38):
+        with pytest.raises(ShapeError, match=r"row 0 holds .*; the largest that can be compared is 1e\+14"):
+            searchers("Flat", metric).search_arrays(np.full((2, DIM), larger), s[:2])
+
+
+def flip(searcher: Searcher, item_id: int, what: str, value: float) -> None:
+    """Damage the stored vector of an item where it lies, as a disk might."""
+    (shard,) = [shard for shard in searcher.manifest.vectors if shard.number == item_id >> 32]
+    path = searcher.release.path(getattr(shard, what), Cache(Path("unused"), 1))
+    vectors = np.load(path, mmap_mode="r+")
+    vectors[item_id & 0xFFFFFFFF, 3] = value
+    vectors.flush()
+
+
+@pytest.mark.parametrize(
+    ("what", "value"), [("embedding", np.nan), ("embedding", np.inf), ("structure", -np.inf)]
+)
+def test_damaged_vectors_are_the_releases_fault_whoever_asks(tmp_path: Path, what: str, value: float) -> None:
     searcher = open_release(tmp_path, Recipe(num_shards=1))
-    searcher.items = Items(replace(searcher.release.items(), ids=np.arange(1, 41)))
+    flip(searcher, 7, what, value)
+    with pytest.raises(ManifestError, match="the re-rank vectors of item 7 are damaged; restore them"):
+        searcher.search(keys=["digit/7"])
+    for options in (SearchOptions(k=3, side="both"), SearchOptions(k=3, side="both", exact=True)):
+        with pytest.raises(ManifestError, match="item 7 is in the index and has no re-rank vector, or a dam"):
+            searcher.search(keys=["digit/8"], options=options)
+
+
+def test_what_is_hidden_is_found_by_nobody_from_then_on(tmp_path: Path) -> None:
+    """By vector, by another's key, by its own key, in draws and counts; and back when nothing is hidden."""
+    searcher = open_release(tmp_path, RECIPE)
+    near = small_release.random_vectors(40, DIM, seed=2)
+    q, s = near.embeddings[[5]], near.structures[[5]]
+    gone = make_id(2, 5)
+    for side in SIDES:
+        for exact in (False, True):
+            options = SearchOptions(k=3, side=side, exact=exact)
+            searcher.hide(np.empty(0, np.int64))
+            before = searcher.search_arrays(q, s, options=options)
+            assert before.ids[0, 0] == gone
+            searcher.hide(np.array([gone, make_id(77, 1)]))
+            after = searcher.search_arrays(q, s, options=options)
+            assert after.ids[0, :2].tolist() == before.ids[0, 1:].tolist()
+            assert after.proved[0] == before.proved[0]
+    hits = searcher.search(keys=["digit/84"], options=SearchOptions(k=500))[0].hits
+    assert len(hits) == len(searcher.items) - 1 == 120 - 6 - 1 - 1
+    assert gone not in [hit.id for hit in hits]
+    with pytest.raises(ConfigError, match="'digit/85' is not in release first"):
+        searcher.search(keys=["digit/85"])
+    assert searcher.info().num_items == 113
+    searcher.hide(np.empty(0, np.int64))
+    assert len(searcher.items) == 114
+
+
+def test_what_was_taken_down_is_hidden_when_a_release_is_opened(tmp_path: Path) -> None:
+    release = small_release.publish(tmp_path, Recipe())
+    uri, dataset_uri = release.releases_uri, release.manifest.dataset_uri
+    takedowns.take_down(uri, dataset_uri, [make_id(1, 1)])
+    searcher = Searcher.open(uri, cache=Cache(tmp_path / "cache", 10**9))
+    assert searcher.items.by_id(make_id(1, 1)) is None
+    takedowns.take_down(uri, str(tmp_path / "another"), [make_id(1, 2)])
+    again = Searcher.open(uri, cache=Cache(tmp_path / "cache", 10**9))
+    assert again.items.by_id(make_id(1, 2)) is not None
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("options", [SearchOptions(), SearchOptions(side="none"), SearchOptions(exact=True)])
+def test_a_search_that_is_stopped_ends_with_what_stop_raises(searchers, options: SearchOptions) -> None:
+    num_asked = 0
+
+    def stop_at(number: int) -> Callable[[], None]:
+        def stop() -> None:
+            nonlocal num_asked
+            num_asked += 1
+            if num_asked == number:
+                raise Stopped
+
+        return stop
+
+    searcher = searchers("Flat", "l2")
+    searcher.search_arrays(*QUERIES, options=options, stop=stop_at(10**6))
+    num_stages, num_asked = num_asked, 0
+    for number in range(1, num_stages + 1):
+        num_asked = 0
+        with pytest.raises(Stopped):
+            searcher.search_arrays(*QUERIES, options=options, stop=stop_at(number))
+    assert num_stages >= (1 if options.side == "none" else 3)
+
+
+def test_an_item_without_a_place_in_the_table_is_damage(tmp_path: Path) -> None:
+    whole = open_release(tmp_path, Recipe(num_shards=1))
+    table = replace(whole.release.items(), ids=np.arange(1, 41))
+    searcher = small_release.with_items(whole, Items(table))
     with pytest.raises(ManifestError, match="id 0 is in the index and no item"):
-        searcher.search(keys=["digit/4"], k=39)
+        searcher.search(keys=["digit/4"], options=SearchOptions(k=39))
 
 
 def test_an_index_of_another_release_is_damage(tmp_path: Path) -> None:
@@ -304,7 +389,7 @@ def test_an_image_of_the_gallery_finds_itself_first(with_model: tuple[Path, Path
     searcher = Searcher.open(str(root / "releases"), cache=cache, model_folder=folder)
     pictures = [small_release.digit(number) for number in (0, 17, 79)]
     for side in SIDES:
-        answers = searcher.search(images=pictures, k=3, side=side)
+        answers = searcher.search(images=pictures, options=SearchOptions(k=3, side=side))
         assert [answer.hits[0].key for answer in answers] == ["digit/0", "digit/17", "digit/79"]
         assert all(answer.hits[0].distance < 0.02 * answer.hits[2].distance for answer in answers)
     assert answers[0].timings.embed_ms > 0
@@ -344,10 +429,14 @@ def test_a_remote_release_is_searched_from_the_cache(s3: str, tmp_path: Path) ->
     release = small_release.publish(tmp_path, recipe, releases_uri=f"{s3}/releases")
     cache = Cache(tmp_path / "cache", 10**9)
     first = Searcher.open(f"{s3}/releases", cache=cache)
-    found = first.search_arrays(*QUERIES, k=5, nprobe=4)
-    local = open_release(tmp_path / "local", recipe).search_arrays(*QUERIES, k=5, nprobe=4)
+    found = first.search_arrays(*QUERIES, options=SearchOptions(k=5, nprobe=4))
+    local = open_release(tmp_path / "local", recipe).search_arrays(
+        *QUERIES, options=SearchOptions(k=5, nprobe=4)
+    )
     np.testing.assert_array_equal(found.ids, local.ids)
     for stored in (release.manifest.segments[0].file, release.manifest.vectors[0].embedding):
         storage.delete(storage.join(f"{s3}/releases", stored.name))  # the cache is enough from now on
-    again = Searcher.open(f"{s3}/releases", cache=cache).search_arrays(*QUERIES, k=5, nprobe=4)
+    again = Searcher.open(f"{s3}/releases", cache=cache).search_arrays(
+        *QUERIES, options=SearchOptions(k=5, nprobe=4)
+    )
     np.testing.assert_array_equal(found.ids, again.ids)

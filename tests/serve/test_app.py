@@ -1,35 +1,36 @@
 """The service over real HTTP: what it answers, what it refuses and how, and how it takes up a new release."""
 
+import dataclasses
+import functools
 import io
 import os
 import re
-import signal
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.serve import ServeJob
-from namr import config
 from namr.data import datasets
 from namr.data.shards import make_id
-from namr.errors import ConfigError
-from namr.release import releases
+from namr.errors import Busy, TimedOut
+from namr.search.answers import Answer, SearchOptions
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
-from namr.serve.process import ServeConfig, _Follower
+from namr.serve.client import Client
+from namr.serve.limits import Limits
 from namr.store.cache import Cache
 from tests import small_release
-from tests.running import running
+from tests.running import running, wait_for
+from tests.search.test_searcher import flip
 from tests.small_release import Recipe
 
-ROOT = Path(__file__).parents[2]
 MAX_BYTES = 1 << 20
 
 
@@ -50,7 +51,7 @@ def searcher(published: tuple[Path, Path]) -> Searcher:
 
 @pytest.fixture(scope="module")
 def http(searcher: Searcher) -> Iterator[httpx.Client]:
-    app = create_app(searcher, max_upload_bytes=MAX_BYTES)
+    app = create_app(searcher, limits=Limits(max_upload_bytes=MAX_BYTES))
     with running(app) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client
 
@@ -74,7 +75,7 @@ def test_an_uploaded_picture_of_the_gallery_is_found_first(http: httpx.Client, s
         assert body["hits"][0]["key"] == "digit/17"
         assert (len(body["hits"]), body["side"], body["release_id"]) == (4, side, "first")
         assert (body["model_name"], body["model_version"]) == ("digits", "1")
-        expected = searcher.search(images=[small_release.digit(17)], k=4, side=side)[0]
+        expected = searcher.search(images=[small_release.digit(17)], options=SearchOptions(k=4, side=side))[0]
         assert [hit["id"] for hit in body["hits"]] == [hit.id for hit in expected.hits]
         assert body["certainty"] == expected.certainty
         assert body["hits"][1]["fields"] == expected.hits[1].fields
@@ -89,10 +90,10 @@ def test_vectors_are_answered_in_their_order(http: httpx.Client, searcher: Searc
     plain = http.post("/search/vector", json={"embeddings": x.tolist(), "k": 3, "side": "none"}).json()[
         "answers"
     ]
-    found = searcher.search_arrays(x, k=3, side="none")
-    assert [[hit["id"] for hit in answer["hits"]] for answer in plain] == found.ids.tolist()
+    neighbours = searcher.search_arrays(x, options=SearchOptions(k=3, side="none"))
+    assert [[hit["id"] for hit in answer["hits"]] for answer in plain] == neighbours.ids.tolist()
     np.testing.assert_allclose(
-        [[hit["distance"] for hit in answer["hits"]] for answer in plain], found.distances, rtol=1e-6
+        [[hit["distance"] for hit in answer["hits"]] for answer in plain], neighbours.distances, rtol=1e-6
     )
 
 
@@ -174,32 +175,6 @@ def test_an_upload_that_is_no_picture_is_refused_with_the_reason(
     assert message in said
 
 
-def test_a_large_upload_is_refused_before_it_is_read(http: httpx.Client) -> None:
-    """100 MB are offered; the answer is there after a few of them, whether their length was said or not."""
-    start = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
-    sent = 0
-
-    def pieces() -> Iterator[bytes]:
-        nonlocal sent
-        yield start
-        for _ in range(1600):
-            sent += 1 << 16
-            yield b"\0" * (1 << 16)
-
-    kind = {"Content-Type": "multipart/form-data; boundary=b"}
-    began = time.monotonic()
-    length = {"Content-Length": str(len(start) + (1600 << 16))}
-    said = http.post("/search/image", content=pieces(), headers={**kind, **length})
-    assert error_of(said) == (413, "TooLarge", "the request is larger than 1 MB; send a smaller picture")
-    assert sent < 50 << 20
-    sent = 0
-    unsaid = http.post("/search/image", content=pieces(), headers=kind)
-    assert error_of(unsaid)[:2] == (413, "TooLarge")
-    assert sent < 50 << 20
-    assert time.monotonic() - began < 20
-    assert http.get("/health").status_code == 200
-
-
 def test_items_and_their_pictures(http: httpx.Client) -> None:
     item_id = make_id(1, 2)
     expected = {"id": item_id, "key": "digit/42", "label": "1", "fields": {"row": 42}}
@@ -210,7 +185,7 @@ def test_items_and_their_pictures(http: httpx.Client) -> None:
     assert small.headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(small.content)).size == (16, 16)
     for reply in (full, small):
-        assert reply.headers["cache-control"] == "private, max-age=3600"
+        assert reply.headers["cache-control"] == "private, max-age=60"
         assert reply.headers["x-content-type-options"] == "nosniff"
     again = http.get(f"/items/{item_id}/image", headers={"If-None-Match": full.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
@@ -221,6 +196,7 @@ def test_items_and_their_pictures(http: httpx.Client) -> None:
 def test_unknown_items_are_404(http: httpx.Client) -> None:
     for path in (f"/items/{make_id(7, 0)}", f"/items/{make_id(0, 40)}/image"):
         assert error_of(http.get(path))[:2] == (404, "NotFound")
+    assert error_of(http.get(f"/items/{2**70}"))[:2] == (404, "NotFound")
     assert error_of(http.get("/items/abc"))[:2] == (422, "InvalidRequest")
 
 
@@ -299,128 +275,152 @@ def test_the_page_asks_nothing_of_other_hosts(http: httpx.Client) -> None:
         assert not re.search(r"(https?:)?//(?!www\.w3\.org/2000/svg)[a-z]+\.[a-z]", reply.text)
 
 
-def test_exact_is_refused_where_it_would_read_too_much(
-    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+def limited(searcher: Searcher, **limits: float) -> AbstractContextManager[str]:
+    return running(create_app(searcher, limits=Limits(**limits)))
+
+
+def test_what_takes_too_much_is_refused_with_what_to_lower(searcher: Searcher) -> None:
+    x, s = searcher.embed([small_release.digit(number) for number in range(5)])
+    body = {"embeddings": x.tolist(), "structures": s.tolist(), "k": 3}
+    with limited(searcher, max_candidates=99, max_hits=20, max_exact_items=79) as url:
+        for more, message in (
+            ({"depth": 20}, "5 queries with depth 20 are 100 candidates; expected at most 99"),
+            ({}, "5 queries with depth 50 are 250 candidates"),
+            ({"k": 5, "side": "none"}, "5 queries with k 5 are 25 hits; expected at most 20"),
+            ({"exact": True}, "80 items; expected at most 79"),
+        ):
+            status, kind, said = error_of(httpx.post(f"{url}/search/vector", json={**body, **more}))
+            assert (status, kind) == (422, "ConfigError")
+            assert message in said
+        for more in ({"depth": 19}, {"side": "none"}):
+            assert httpx.post(f"{url}/search/vector", json={**body, **more}).status_code == 200
+
+
+class HeldSearcher:
+    """In place of a searcher's search: one that waits until it is let go, stoppable."""
+
+    def __init__(self, searcher: Searcher, patch: pytest.MonkeyPatch) -> None:
+        self.let_go, self.begun = threading.Event(), threading.Semaphore(0)
+        search = searcher.search
+
+        def held_search(**query: Any) -> list[Answer]:
+            self.begun.release()
+            while not self.let_go.wait(0.005):
+                query["stop"]()
+            return search(**query)
+
+        patch.setattr(searcher, "search", held_search)
+
+
+def test_when_no_more_may_wait_searches_are_shed_and_the_rest_goes_on(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("namr.serve.app._MAX_EXACT_ITEMS", 79)
-    status, kind, message = error_of(http.post("/search/key", json={"key": "digit/1", "exact": True}))
-    assert (status, kind) == (422, "ConfigError")
-    assert "80 items; expected at most 79" in message
-
-
-def wait_for(said, wanted: object) -> None:
-    deadline = time.monotonic() + 20
-    while said() != wanted:
-        assert time.monotonic() < deadline, f"{said()} is not yet {wanted}"
-        time.sleep(0.02)
-
-
-def test_a_new_release_is_taken_up_without_a_failed_query(tmp_path: Path) -> None:
-    """The same model, then another one, then a damaged release, while queries go on."""
-    folder = small_release.publish_with_model(tmp_path)
-    uri = str(tmp_path / "releases")
-    follow = _Follower(
-        ServeConfig(releases_uri=uri, model_folder=tmp_path / "model", cache_folder=tmp_path / "cache")
-    )
-    (tmp_path / "model").symlink_to(folder)
-    searcher = follow.first()
-    stop, statuses, seen = threading.Event(), [], set()
-    with running(create_app(searcher, successor=follow, poll_interval_s=0.05)) as url:
-
-        def query(client: httpx.Client) -> None:
-            while not stop.is_set():
-                reply = upload(client, small_release.digit(3), k="3")
-                statuses.append(reply.status_code)
-                seen.add((reply.json()["release_id"], reply.json()["hits"][0]["key"]))
-
-        with httpx.Client(base_url=url, timeout=30) as client:
-            threads = [threading.Thread(target=query, args=[client]) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            try:
-
-                def served() -> str:
-                    return client.get("/ready").json()["release_id"]
-
-                manifest = releases.open_release(uri).manifest
-                second = small_release.renamed(manifest, "second")
-                releases.publish(uri, second, expected=releases.read_pointer(uri))
-                wait_for(served, "second")
-
-                other = small_release.publish_with_model(tmp_path, release_id="third", seed=1)
-                wait_for(lambda: metric(client, "namr_follow_failures_total") > 0, True)  # another model
-                assert served() == "second"
-                (tmp_path / "model").unlink()
-                (tmp_path / "model").symlink_to(other)
-                wait_for(served, "third")
-                assert releases.roll_back(uri, "second").manifest.release_id == "second"
-                (tmp_path / "model").unlink()
-                (tmp_path / "model").symlink_to(folder)
-                wait_for(served, "second")
-            finally:
-                stop.set()
-                for thread in threads:
-                    thread.join()
-    assert set(statuses) == {200}
-    assert len(statuses) > 20
-    assert {release_id for release_id, _ in seen} == {"first", "second", "third"}
-    assert {key for _, key in seen} == {"digit/3"}
-
-
-def test_a_config_that_is_wrong_names_its_field() -> None:
-    for wrong in ({"port": 70000}, {"poll_interval_s": 0}, {"max_upload_bytes": 0}, {"cache_bytes": -1}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
-            ServeConfig(releases_uri="somewhere", **wrong)
-
-
-def job(*flags: str) -> subprocess.Popen[str]:
-    command = [".venv/bin/python" if Path(ROOT, ".venv").exists() else "python", "jobs/serve.py", *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-
-
-@pytest.mark.slow
-def test_the_job_serves_until_it_is_told_to_stop(published: tuple[Path, Path]) -> None:
-    root, folder = published
-    flags = [f"--serve.releases-uri={root / 'releases'}", f"--serve.model-folder={folder}"]
-    process = job(
-        "--config", "jobs/configs/serve.toml", *flags, "--serve.port=0", f"--serve.cache-folder={root / 'c'}"
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(
-            r"serving release first \(80 items, model digits 1\) on (http://127\.0\.0\.1:\d+)\n", line
-        )
-        assert found, line + process.stderr.read()
-        with httpx.Client(base_url=found[1], timeout=30) as client:
-            assert upload(client, small_release.digit(5)).json()["hits"][0]["key"] == "digit/5"
-            taken = job(*flags, f"--serve.port={found[1].rpartition(':')[2]}")
-            said = taken.communicate(timeout=120)[1]
-            assert taken.returncode == 2
-            assert "ConfigError: can't listen on 127.0.0.1 port" in said
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
-        assert process.returncode in (0, -signal.SIGTERM), err
-        assert "Traceback" not in err
-    finally:
-        process.kill()
-
-
-@pytest.mark.slow
-def test_the_job_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    process = job(f"--serve.releases-uri={tmp_path}")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert re.fullmatch(r"ManifestError: .* has no current release: .*\n", err), err
-
-
-def test_wrong_flags_are_named() -> None:
-    for flags, message in (
-        (["--serve.releases-ury=x"], "releases-ur"),
-        (["--serve.releases-uri=x", "--serve.port=http"], "port"),
-        ([], "releases-uri"),
+    held, cores = HeldSearcher(searcher, monkeypatch), os.cpu_count() or 1
+    with (
+        limited(searcher, max_waiting=2, deadline_s=60) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor(cores + 2) as pool,
     ):
-        with pytest.raises(ConfigError, match=message):
-            config.load(ServeJob, flags)
+        try:
+            ask = functools.partial(client.post, "/search/key", json={"key": "digit/1"})
+            waiting = [pool.submit(ask) for _ in range(cores + 2)]
+            wait_for(lambda: client.get("/ready").status_code, 503)
+            status, kind, reason = error_of(client.get("/ready"))
+            assert (status, kind) == (503, "NotReady")
+            assert reason == f"the service works on {cores + 2} searches already, and no more may wait"
+            shed = ask()
+            assert error_of(shed)[:2] == (429, "Busy")
+            assert int(shed.headers["retry-after"]) >= 1
+            assert upload(client, small_release.digit(1)).status_code == 429
+            large = client.post("/search/vector", json={"embeddings": [[1 / 3] * 16] * 256})
+            assert error_of(large)[:2] == (429, "Busy")  # and not parsed, for its side needs structures
+            with Client(url) as impatient, pytest.raises(Busy, match=r"no more may wait; ask again in \d+ s"):
+                impatient.search_key("digit/1")
+            for path in ("/health", "/items", f"/items/{make_id(0, 1)}/image", "/release", "/"):
+                assert client.get(path).status_code == 200
+        finally:
+            held.let_go.set()
+        assert {each.result().status_code for each in waiting} == {200}
+        assert ask().status_code == client.get("/ready").status_code == 200
+        assert metric(client, 'namr_refused_total{kind="Busy"}') == 4
+
+
+def test_a_search_that_is_not_done_in_time_is_stopped_and_the_next_is_answered(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldSearcher(searcher, monkeypatch)
+    with limited(searcher, deadline_s=0.2) as url, httpx.Client(base_url=url, timeout=60) as client:
+        status, kind, message = error_of(client.post("/search/key", json={"key": "digit/1"}))
+        assert (status, kind) == (504, "TimedOut")
+        assert "not done after 0.2 s" in message
+        with Client(url) as late, pytest.raises(TimedOut, match="not done after"):
+            late.search_key("digit/1")
+        held.let_go.set()
+        assert client.post("/search/key", json={"key": "digit/1"}).status_code == 200
+        assert metric(client, 'namr_refused_total{kind="TimedOut"}') == 2
+
+
+def test_damaged_vectors_are_the_operators_error_and_not_the_callers(tmp_path: Path) -> None:
+    small_release.publish(tmp_path, Recipe(num_shards=1))
+    damaged = Searcher.open(str(tmp_path / "releases"), cache=Cache(tmp_path / "cache", 10**9))
+    flip(damaged, 7, "embedding", float("nan"))
+    with running(create_app(damaged)) as url:
+        status, kind, message = error_of(httpx.post(f"{url}/search/key", json={"key": "digit/7"}))
+        assert (status, kind) == (503, "ManifestError")
+        assert "the re-rank vectors of item 7 are damaged" in message
+
+
+def test_queries_that_leave_float32_are_refused_and_no_answer_has_nulls(http: httpx.Client) -> None:
+    for value, exact in ((1e19, False), (1e38, True), (-1e15, False)):
+        body = {"embeddings": [[value] * 16], "side": "none", "exact": exact}
+        status, kind, message = error_of(http.post("/search/vector", json=body))
+        assert (status, kind) == (422, "ShapeError")
+        assert "the largest that can be compared is 1e+14" in message
+    largest = http.post("/search/vector", json={"embeddings": [[1e14] * 16], "side": "none", "k": 7})
+    hits = largest.json()["answers"][0]["hits"]
+    assert len(hits) == 7
+    assert all(hit["distance"] > 0 and hit["plain_distance"] > 0 for hit in hits)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/search/key", {"key": "digit/1", "deph": 5}, "no field 'deph': perhaps you meant depth"),
+        (
+            "/search/key",
+            {"key": "digit/1", "structures": []},
+            "no field 'structures': expected depth, exact, k",
+        ),
+        ("/search/vector", {"embedings": [[1.0]]}, "no field 'embedings': perhaps you meant embeddings"),
+        (
+            "/search/vector",
+            {"embeddings": [[1.0]], "Side": "none"},
+            "no field 'Side': perhaps you meant side",
+        ),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_nearest(
+    http: httpx.Client, path: str, body: dict[str, object], message: str
+) -> None:
+    status, kind, said = error_of(http.post(path, json=body))
+    assert (status, kind) == (422, "ConfigError")
+    assert message in said
+
+
+def test_an_unknown_field_of_a_form_is_refused_with_the_nearest(http: httpx.Client) -> None:
+    status, kind, said = error_of(upload(http, small_release.digit(0), n_probe="5"))
+    assert (status, kind) == (422, "ConfigError")
+    assert "no field 'n_probe': perhaps you meant nprobe" in said
+    assert error_of(upload(http, small_release.digit(0), nprobe="0"))[1] == "ConfigError"
+    assert "k: " in error_of(upload(http, small_release.digit(0), k="1001"))[2]
+
+
+def test_every_option_of_a_search_is_described_for_every_way_of_searching(http: httpx.Client) -> None:
+    schemas = http.get("/openapi.json").json()["components"]["schemas"]
+    (form,) = [name for name in schemas if name.startswith("Body_search_by_image")]
+    for name in ("KeyQuery", "VectorQuery", form):
+        described = schemas[name]["properties"]
+        for option in dataclasses.fields(SearchOptions):
+            assert described[option.name]["description"] == option.metadata["description"]
+        assert described["k"]["maximum"] == 1000
+        assert "additionalProperties" not in schemas[name]

@@ -1,19 +1,18 @@
 """The client against a real service: typed answers, the service's errors as ours, patience and its end."""
 
-import ast
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from namr.data.shards import make_id
-from namr.errors import ConfigError, ImageRefused, NamrError, ObjectMissing, ShapeError, StorageError
+from namr.errors import Busy, ConfigError, ImageRefused, NamrError, ObjectMissing, ShapeError, StorageError
+from namr.search.answers import Item, SearchOptions
 from namr.search.searcher import Searcher
-from namr.serve import client as client_module
 from namr.serve.app import create_app
 from namr.serve.client import Client
 from namr.store.cache import Cache
@@ -36,15 +35,17 @@ def client(searcher: Searcher) -> Iterator[Client]:
 
 
 def test_answers_are_those_of_the_searcher(client: Client, searcher: Searcher) -> None:
-    expected = searcher.search(images=[small_release.digit(3)], k=4, side="query", depth=7)[0]
-    answer = client.search_image(small_release.digit(3), k=4, side="query", depth=7)
+    expected = searcher.search(
+        images=[small_release.digit(3)], options=SearchOptions(k=4, side="query", depth=7)
+    )[0]
+    answer = client.search_image(small_release.digit(3), SearchOptions(k=4, side="query", depth=7))
     assert [hit.key for hit in answer.hits] == [hit.key for hit in expected.hits]
     assert answer.hits[0].fields == {"row": 3}
     assert (answer.side, answer.certainty, answer.release_id) == ("query", expected.certainty, "first")
     assert (answer.model_name, answer.model_version) == ("digits", "1")
     assert answer.timings.embed_ms > 0
-    expected = searcher.search(keys=["digit/3"], k=4, exact=True)[0]
-    answer = client.search_key("digit/3", k=4, exact=True)
+    expected = searcher.search(keys=["digit/3"], options=SearchOptions(k=4, exact=True))[0]
+    answer = client.search_key("digit/3", SearchOptions(k=4, exact=True))
     assert [(hit.id, hit.distance) for hit in answer.hits] == [
         (hit.id, hit.distance) for hit in expected.hits
     ]
@@ -53,11 +54,11 @@ def test_answers_are_those_of_the_searcher(client: Client, searcher: Searcher) -
 
 def test_numpy_vectors_are_taken(client: Client, searcher: Searcher) -> None:
     x, s = searcher.embed([small_release.digit(number) for number in (5, 6)])
-    answers = client.search_vectors(x, s, k=3)
+    answers = client.search_vectors(x, s, options=SearchOptions(k=3))
     assert [answer.hits[0].key for answer in answers] == ["digit/5", "digit/6"]
-    plain = client.search_vectors(x.tolist(), k=3, side="none", nprobe=1)
-    found = searcher.search_arrays(x, k=3, side="none")
-    assert [[hit.id for hit in answer.hits] for answer in plain] == found.ids.tolist()
+    plain = client.search_vectors(x.tolist(), options=SearchOptions(k=3, side="none", nprobe=1))
+    neighbours = searcher.search_arrays(x, options=SearchOptions(k=3, side="none"))
+    assert [[hit.id for hit in answer.hits] for answer in plain] == neighbours.ids.tolist()
 
 
 def test_items_pictures_and_the_release(client: Client) -> None:
@@ -75,11 +76,11 @@ def test_what_the_service_refuses_is_raised_as_what_it_is(client: Client) -> Non
         client.search_image(b"no picture")
     assert refused.value.reason.startswith("not an image")
     with pytest.raises(ShapeError, match=r"\(1, 3\)"):
-        client.search_vectors([[1, 2, 3]], side="none")
+        client.search_vectors([[1, 2, 3]], options=SearchOptions(side="none"))
     with pytest.raises(ShapeError, match="structures: row 0 holds NaN"):
         client.search_vectors(np.ones((1, 16)), np.full((1, 16), np.nan))
-    with pytest.raises(ConfigError, match="k: "):
-        client.search_key("digit/1", k=0)
+    with pytest.raises(ConfigError, match=r"k: .*less than or equal to 1000"):
+        client.search_key("digit/1", SearchOptions(k=10**6))
     with pytest.raises(ObjectMissing, match="'nosuch'"):
         client.search_key("nosuch")
     with pytest.raises(ObjectMissing, match="no item has the id"):
@@ -140,24 +141,59 @@ def test_a_service_that_does_not_answer_is_given_up(stranger: socket.socket) -> 
 
 
 def test_another_service_is_recognised_by_its_errors(stranger: socket.socket) -> None:
-    def answer() -> None:
-        connection, _ = stranger.accept()
-        with connection:
-            connection.recv(4096)
-            connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\nsorry!")
-
-    thread = threading.Thread(target=answer)
-    thread.start()
+    thread = answering(stranger, b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\nsorry!")
     url = f"http://127.0.0.1:{stranger.getsockname()[1]}"
     with Client(url) as lost, pytest.raises(NamrError, match="answered 502, and not as a namr service"):
         lost.release()
     thread.join()
 
 
-def test_the_client_needs_only_the_errors() -> None:
-    tree = ast.parse(Path(client_module.__file__).read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    of_namr = {
-        (node.module, name.name) for node in imports for name in node.names if "namr" in str(node.module)
-    }
-    assert {module if module != "namr" else name for module, name in of_namr} == {"errors", "namr.errors"}
+def test_the_client_loads_neither_arrays_nor_what_serves(python: str) -> None:
+    program = "import sys, namr.serve.client; print(*sys.modules)"
+    loaded = subprocess.run(
+        [python, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"numpy", "torch", "ray", "faiss", "fastapi", "pyarrow", "mlflow"} & set(loaded) == set()
+    of_namr = {name for name in loaded if name.startswith("namr.")}
+    assert of_namr == {
+        "namr.checks", "namr.errors", "namr.search", "namr.search.answers", "namr.serve", "namr.serve.client",
+        "namr.sides",
+    }  # fmt: skip
+
+
+def answering(listening: socket.socket, reply: bytes) -> threading.Thread:
+    """A service that gives one answer and closes."""
+
+    def answer() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(reply)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("header", "wait_s"), [(b"Retry-After: 7\r\n", 7), (b"", 1), (b"Retry-After: Mon\r\n", 1)]
+)
+def test_a_busy_service_is_told_with_when_to_ask_again(
+    stranger: socket.socket, header: bytes, wait_s: float
+) -> None:
+    body = b'{"error": {"type": "Busy", "message": "no more may wait"}}'
+    reply = b"HTTP/1.1 429 Too Many Requests\r\n%bContent-Length: %d\r\n\r\n%b" % (header, len(body), body)
+    thread = answering(stranger, reply)
+    with Client(f"http://127.0.0.1:{stranger.getsockname()[1]}") as client:
+        with pytest.raises(Busy, match=f"no more may wait; ask again in {wait_s} s") as busy:
+            client.release()
+        assert busy.value.retry_after_s == wait_s
+    thread.join()
+
+
+def test_what_a_newer_service_says_beyond_is_left_out(stranger: socket.socket) -> None:
+    body = b'{"id": 5, "key": "a", "label": null, "fields": {}, "colour": "red"}'
+    thread = answering(stranger, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    with Client(f"http://127.0.0.1:{stranger.getsockname()[1]}") as client:
+        assert client.item(5) == Item(5, "a", None, {})
+    thread.join()

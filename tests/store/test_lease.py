@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from namr.errors import ConfigError, Conflict, ManifestError
+from namr.errors import ConfigError, Conflict, ManifestError, StorageError
 from namr.store import storage
 from namr.store.lease import Lease
 
@@ -77,7 +77,7 @@ def test_a_contender_waits_as_long_as_the_holder_asked_for(tmp_path: Path) -> No
     leave_behind(uri, ttl_s=100.0)
 
     def clock() -> float:
-        now[0] += 40
+        now[0] += 60
         return now[0]
 
     with Lease.take(uri, what="the next", ttl_s=1, renew_s=0.5, clock=clock):
@@ -202,3 +202,9 @@ def test_what_is_no_lease_is_refused(tmp_path: Path) -> None:
         Lease.take(str(tmp_path / "l"), what="a job")
     with pytest.raises(ConfigError, match="expected 0 < renew_s < ttl_s"):
         Lease.take(str(tmp_path / "m"), what="a job", ttl_s=5, renew_s=5)
+
+
+@pytest.mark.s3
+def test_a_bucket_that_is_missing_is_told(s3: str) -> None:
+    with pytest.raises(StorageError, match="there is no such bucket; create it first"):
+        Lease.take(f"{s3}-missing/l", what="a job")

@@ -1,4 +1,8 @@
 import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -7,7 +11,7 @@ import pytest
 
 from namr.errors import Conflict, ManifestError, ObjectMissing
 from namr.store import manifests, storage
-from namr.store.manifests import StoredObject
+from namr.store.manifests import Pin, StoredObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +124,128 @@ def test_a_damaged_pointer_is_refused(tmp_path: Path) -> None:
     storage.write(uri, b'{"target": 5}')
     with pytest.raises(ManifestError, match=r"current\.json is damaged"):
         manifests.read_pointer(uri)
+
+
+def test_a_pin_lies_beside_the_target_until_a_swap_without_one(root: str) -> None:
+    uri, pin = storage.join(root, "current.json"), Pin("2026-11-01T02:00:00+00:00", "Grüße")
+    manifests.swap_pointer(uri, "1", expected=None, token="a", pin=pin)
+    pinned = manifests.read_pointer(uri)
+    assert pinned is not None and (pinned.target, pinned.pin) == ("1", pin)
+    manifests.swap_pointer(uri, "1", expected=pinned, token="b")
+    lifted = manifests.read_pointer(uri)
+    assert lifted is not None and (lifted.target, lifted.pin) == ("1", None)
+
+
+@pytest.mark.parametrize("pin", ['"why"', '["since"]', '{"since": 1, "reason": "x"}', '{"reason": "x"}'])
+def test_a_pin_that_is_none_is_damage(tmp_path: Path, pin: str) -> None:
+    uri = str(tmp_path / "current.json")
+    storage.write(uri, f'{{"target": "1", "token": "a", "pin": {pin}}}'.encode())
+    with pytest.raises(ManifestError, match=r"current\.json is damaged"):
+        manifests.read_pointer(uri)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ids:
+    FORMAT: ClassVar[str] = "namr-test-ids"
+    FORMAT_VERSION: ClassVar[int] = 1
+    ids: tuple[manifests.Id, ...]
+
+
+@pytest.mark.parametrize("wrong", [2**70, 2**53, -1])
+def test_an_id_that_is_none_is_told_by_its_place(wrong: int) -> None:
+    body = json.loads(manifests.encode_manifest(Ids(ids=(0, 2**53 - 1))))
+    assert manifests.decode_manifest(json.dumps(body).encode(), Ids, "x").ids == (0, 2**53 - 1)
+    body["ids"].append(wrong)
+    with pytest.raises(ManifestError, match=r"x is damaged: ids\.2: "):
+        manifests.decode_manifest(json.dumps(body).encode(), Ids, "x")
+
+
+def test_json_that_is_nested_absurdly_deep_is_refused(tmp_path: Path) -> None:
+    uri = str(tmp_path / "album.json")
+    storage.write(uri, b"[" * 200_000)
+    for read in (manifests.read_pointer, lambda uri: manifests.read_manifest(uri, Album)):
+        with pytest.raises(ManifestError, match=r"album\.json is damaged: its JSON is nested too deep"):
+            read(uri)
+
+
+def test_half_a_character_is_refused_where_it_is_read_and_where_it_is_written(tmp_path: Path) -> None:
+    uri = str(tmp_path / "album.json")
+    storage.write(uri, b'{"target": "a\\uD800", "token": "t"}')
+    with pytest.raises(ManifestError, match=r"album\.json is damaged: half a character"):
+        manifests.read_pointer(uri)
+    with pytest.raises(ManifestError, match=r"can't be written: .*'.*fu.*\\ud800.*rename it"):
+        manifests.write_manifest(uri, Album(title="fuß\ud800", pictures=()))
+    with pytest.raises(ManifestError, match=r"can't point to 'a\\udfff'"):
+        manifests.swap_pointer(uri, "a\udfff", expected=None, token="t")
+    storage.write(uri, b'{"target": "\\uD83D\\uDE00", "token": "t"}')
+    pointer = manifests.read_pointer(uri)
+    assert pointer is not None and pointer.target == "😀"
+
+
+def test_the_first_record_counts_and_the_work_is_done_once(root: str) -> None:
+    uri, titles = storage.join(root, "album.json"), iter(["one", "two"])
+
+    def make() -> Album:
+        return Album(title=next(titles), pictures=())
+
+    first = manifests.recorded(uri, Album, make)
+    assert first.title == "one" == manifests.read_manifest(uri, Album).title
+    assert manifests.recorded(uri, Album, make) == first
+    assert next(titles) == "two"
+
+
+def test_a_record_that_no_longer_holds_is_replaced(root: str) -> None:
+    uri = storage.join(root, "album.json")
+    picture = manifests.write_object(root, "1.bin", b"picture")
+
+    def make() -> Album:
+        return Album(title="new", pictures=(manifests.write_object(root, "2.bin", b"new"),))
+
+    def holds(album: Album) -> bool:
+        return all(storage.exists(storage.join(root, picture.name)) for picture in album.pictures)
+
+    old = Album(title="old", pictures=(picture,))
+    assert manifests.recorded(uri, Album, lambda: old, holds=holds) == old
+    assert manifests.recorded(uri, Album, make, holds=holds) == old
+    storage.delete(storage.join(root, "1.bin"))
+    assert manifests.recorded(uri, Album, make, holds=holds).title == "new"
+    assert manifests.read_manifest(uri, Album).title == "new"
+
+
+KILLED = """
+import os, signal, sys
+from namr.store import manifests
+from tests.store.test_manifests import Album
+def make():
+    manifests.write_object(sys.argv[1], "1.bin", b"picture")
+    os.kill(os.getpid(), signal.SIGKILL)
+manifests.recorded(sys.argv[1] + "/album.json", Album, make)
+"""
+
+
+@pytest.mark.slow
+def test_work_that_was_killed_is_done_again(tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    assert subprocess.run([sys.executable, "-c", KILLED, root], check=False).returncode == -9
+    made = manifests.recorded(
+        storage.join(root, "album.json"),
+        Album,
+        lambda: Album(title="again", pictures=(manifests.write_object(root, "1.bin", b"picture"),)),
+    )
+    assert made.title == "again"
+    assert storage.list_names(root) == ["1.bin", "album.json"]
+
+
+def test_of_two_attempts_at_once_the_first_record_is_everybodys(root: str) -> None:
+    uri, both = storage.join(root, "album.json"), threading.Barrier(2, timeout=30)
+
+    def attempt(number: int) -> Album:
+        def make() -> Album:
+            both.wait()
+            return Album(title=str(number), pictures=())
+
+        return manifests.recorded(uri, Album, make)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(attempt, range(2))
+    assert one == two == manifests.read_manifest(uri, Album)

@@ -1,14 +1,11 @@
-import multiprocessing
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
 from namr.store import buckets, storage
-from namr.store.cache import Cache
 from namr.store.storage import Range
 
 
@@ -178,69 +175,3 @@ def test_an_unknown_kind_of_uri_is_refused() -> None:
         storage.read("gs://bucket/key")
     with pytest.raises(ConfigError, match="names no object"):
         storage.write("s3://bucket", b"")
-
-
-def test_the_cache_downloads_once_and_verifies(tmp_path: Path) -> None:
-    uri = str(tmp_path / "object")
-    storage.write(uri, b"contents")
-    cache = Cache(tmp_path / "cache", max_bytes=100)
-    digest = storage.sha256(b"contents")
-    assert cache.get(digest) is None
-    path = cache.path(uri, sha256=digest)
-    storage.delete(uri)
-    assert cache.path(uri, sha256=digest) == path
-    assert path.read_bytes() == b"contents"
-
-
-def test_the_cache_refuses_a_damaged_object(tmp_path: Path) -> None:
-    uri = str(tmp_path / "object")
-    storage.write(uri, b"other")
-    cache = Cache(tmp_path / "cache", max_bytes=100)
-    with pytest.raises(StorageError, match="damaged"):
-        cache.path(uri, sha256=storage.sha256(b"contents"))
-    assert cache.get(storage.sha256(b"contents")) is None
-
-
-def test_the_cache_evicts_what_was_used_least_recently(tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "cache", max_bytes=25)
-    digests = []
-    for number in range(3):
-        uri, data = str(tmp_path / str(number)), bytes([number]) * 10
-        storage.write(uri, data)
-        digests.append(storage.sha256(data))
-        path = cache.path(uri, sha256=digests[-1])
-        os.utime(path, (number, number))
-        if number == 1:
-            os.utime(tmp_path / "cache" / digests[0], (9, 9))
-    assert [cache.get(digest) is not None for digest in digests] == [True, False, True]
-
-
-def test_half_a_download_of_a_killed_process_goes_away(tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "cache", max_bytes=1000)
-    uri = str(tmp_path / "object")
-    storage.write(uri, b"whole")
-    cache.folder.mkdir()
-    for name, age_s in (("old", 2 * 24 * 3600), ("new", 60)):
-        (cache.folder / f".{name}").write_bytes(b"half")
-        os.utime(cache.folder / f".{name}", (time.time() - age_s,) * 2)
-    cache.path(uri, sha256=storage.sha256(b"whole"))
-    assert sorted(path.name for path in cache.folder.iterdir()) == [".new", storage.sha256(b"whole")]
-
-
-def _fetch(cache_folder: Path, uri: str, digest: str, results: "multiprocessing.Queue[bytes]") -> None:
-    results.put(Cache(cache_folder, 1 << 20).path(uri, sha256=digest).read_bytes())
-
-
-@pytest.mark.slow
-def test_the_cache_is_shared_by_processes(tmp_path: Path) -> None:
-    uri = str(tmp_path / "object")
-    storage.write(uri, b"z" * 1000)
-    context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[bytes] = context.Queue()
-    arguments = (tmp_path / "cache", uri, storage.sha256(b"z" * 1000), results)
-    processes = [context.Process(target=_fetch, args=arguments) for _ in range(3)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=60) for _ in processes] == [b"z" * 1000] * 3
-    for process in processes:
-        process.join(timeout=30)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,16 @@ def test_sample_tables_read_back_equal(num: int) -> None:
 def test_embedding_tables_read_back_equal(num: int, num_refused: int, dtype: type) -> None:
     table = embedding_table(num, num_refused, dtype)
     assert_equal(table, tables.decode_embeddings(tables.encode_embeddings(table)))
+
+
+def test_rows_whose_key_another_table_lacks() -> None:
+    table = sample_table(4)
+    fewer = replace(sample_table(3), keys=["schlüssel-2", "new", "schlüssel-0"])
+    ids, keys = tables.rows_without_key_in(tables.encode_samples(table), tables.encode_samples(fewer))
+    assert (ids.tolist(), keys) == ([(7 << 32) + 1, (7 << 32) + 3], ["schlüssel-1", "schlüssel-3"])
+    nothing = tables.encode_samples(sample_table(0))
+    assert tables.rows_without_key_in(nothing, nothing).keys == []
+    assert tables.rows_without_key_in(tables.encode_samples(table), nothing).keys == table.keys
 
 
 def test_the_same_table_has_the_same_bytes() -> None:
@@ -114,3 +125,33 @@ def test_an_unreadable_table_is_named(tmp_path: Path, name: str) -> None:
     path.write_bytes(b"a,b\n1\n")
     with pytest.raises(ManifestError, match=name):
         tables.read_rows(path)
+
+
+@pytest.mark.parametrize("column", ["key", "label", "field"])
+def test_half_a_character_is_refused_by_name(column: str) -> None:
+    half = "fuß-\ud800"
+    with pytest.raises(ManifestError, match=r"half a character \(a lone surrogate\) in '.*fu.*\\ud800"):
+        tables.encode_samples(
+            SampleTable(
+                ids=np.arange(1),
+                keys=[half if column == "key" else "k"],
+                labels=[half if column == "label" else None],
+                fields=[tables.fields_text({"name": half if column == "field" else "n"})],
+                offsets=np.arange(1),
+                sizes=np.arange(1),
+            )
+        )
+
+
+def test_fields_that_are_nested_absurdly_deep_are_refused() -> None:
+    fields: dict[str, object] = {}
+    for _ in range(50_000):
+        fields = {"a": fields}
+    with pytest.raises(ManifestError, match="nested too deep"):
+        tables.fields_text(fields)
+
+
+@pytest.mark.parametrize("name", ["a\0b.csv", "a\0b.parquet", "\ud800.csv", "\ud800.parquet"])
+def test_a_table_whose_name_is_no_text_is_refused(name: str) -> None:
+    with pytest.raises(ManifestError, match="can't be read as a table"):
+        tables.read_rows(Path(name))

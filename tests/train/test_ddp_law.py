@@ -17,7 +17,7 @@ from namr.data.sampling import slice_of_rank
 from namr.model.heads import TwinHeads
 from namr.model.losses import JointLoss, LossConfig, Mined
 from namr.model.model import ModelConfig, build, set_batchnorm_policy
-from namr.train.step import Learner
+from namr.train.step import ModelWithLoss
 from tests.ranks import Results, on_ranks
 
 BASES = ("triplet", "contrastive", "margin", "multi_similarity", "proxy_anchor")
@@ -103,11 +103,11 @@ def whole_model() -> dict[str, Outcome]:
         model = build(settings, seed=0)
         set_batchnorm_policy(model, "frozen")
         loss = JointLoss(LossConfig(base=base), num_classes=NUM_CLASSES, embedding_dim=DIM)  # type: ignore[arg-type]
-        learner = Learner(model, loss, seed=0, precision="float32").train()
-        parallel = wrapped(learner)
+        whole = ModelWithLoss(model, loss, seed=0, precision="float32").train()
+        parallel = wrapped(whole)
         total = parallel(pixels, LABELS[mine], 0).total
         total.backward()
-        outcomes[base] = Outcome(total.detach(), gradients_of(learner), torch.empty(0), {})
+        outcomes[base] = Outcome(total.detach(), gradients_of(whole), torch.empty(0), {})
     return outcomes
 
 

@@ -1,4 +1,4 @@
-"""Steps of learning: resuming over 1, 2 and 3 processes, the schedule, and what is refused.
+"""Steps of training: resuming over 1, 2 and 3 processes, the schedule, and what is refused.
 
 That processes agree in loss and gradients is shown in test_ddp_law.
 """
@@ -20,7 +20,7 @@ from namr.model import model
 from namr.model.losses import JointLoss, LossConfig
 from namr.model.model import ModelConfig
 from namr.train import step as training_step
-from namr.train.step import Learning, TrainingConfig, rate_factor
+from namr.train.step import Trainer, TrainingConfig, rate_factor
 from tests.ranks import Results, on_ranks
 
 NUM_CLASSES, NUM_STEPS, BATCH = 5, 4, 13  # 13 images are ragged over 2 and over 3 ranks
@@ -32,16 +32,16 @@ TRAINING = TrainingConfig(
 )
 
 
-def make_learning(
+def make_trainer(
     config: TrainingConfig = TRAINING, *, base: Any = "proxy_anchor", weight: float = 2.0, r: float = 0.5
-) -> Learning:
+) -> Trainer:
     built = model.build(ModelConfig(**{**vars(TINY), "structure_range": r}), seed=1)
     loss = JointLoss(
         LossConfig(base=base, ranking_weight=weight, num_clusters=3),
         num_classes=NUM_CLASSES,
         embedding_dim=TINY.embedding_dim,
     )
-    return Learning(built, loss, config, device=torch.device("cpu"))
+    return Trainer(built, loss, config, seed=0, device=torch.device("cpu"))
 
 
 def batches(first_step: int, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -55,30 +55,30 @@ def batches(first_step: int, *, rank: int = 0, world_size: int = 1) -> Iterator[
         yield torch.from_numpy(pixels[mine]), labels[mine]
 
 
-def flat_state(learned: Learning) -> dict[str, Tensor]:
-    state = learned.state()
+def flat_state(trained: Trainer) -> dict[str, Tensor]:
+    state = trained.state()
     return {**{f"model.{k}": v.clone() for k, v in state["model"].items()},
             **{f"loss.{k}": v.clone() for k, v in state["loss"].items()}}  # fmt: skip
 
 
 def interrupted(rank: int, world_size: int, path: Path) -> dict[str, Tensor]:
-    """Two steps, then the state through a file into a learner made anew, then the rest."""
-    first = make_learning()
+    """Two steps, then the state through a file into a trainer made anew, then the rest."""
+    first = make_trainer()
     for result in first.run(batches(0, rank=rank, world_size=world_size)):
         if result.step == 1:
             break
     torch.save(first.state(), path)
-    again = make_learning()
+    again = make_trainer()
     again.load_state(torch.load(path, weights_only=True))
     for _ in again.run(batches(2, rank=rank, world_size=world_size)):
         pass
     return flat_state(again)
 
 
-def uninterrupted(rank: int, world_size: int, **of_learning: Any) -> tuple[dict[str, Tensor], list[float]]:
-    learned = make_learning(**of_learning)
-    totals = [result.total for result in learned.run(batches(0, rank=rank, world_size=world_size))]
-    return flat_state(learned), totals
+def uninterrupted(rank: int, world_size: int, **of_trainer: Any) -> tuple[dict[str, Tensor], list[float]]:
+    trained = make_trainer(**of_trainer)
+    totals = [result.total for result in trained.run(batches(0, rank=rank, world_size=world_size))]
+    return flat_state(trained), totals
 
 
 def on_each_rank(folder: Path) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(results: Results, world_size: int) -> None:
     for rank in range(world_size):
-        found = results[world_size][rank]
-        assert found["interrupted"].keys() == found["uninterrupted"].keys()
-        for name, value in found["uninterrupted"].items():
-            assert torch.equal(found["interrupted"][name], value), name
+        whole, parted = (results[world_size][rank][name] for name in ("uninterrupted", "interrupted"))
+        assert parted.keys() == whole.keys()
+        for name, value in whole.items():
+            assert torch.equal(parted[name], value), name
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -129,13 +129,13 @@ def test_a_frozen_backbone_stays_as_it_is_and_its_statistics_too() -> None:
     config = TrainingConfig(
         num_steps=NUM_STEPS, learning_rate=1e-3, backbone_learning_rate=0, batchnorm="local"
     )
-    learned = make_learning(config)
-    before = {name: value.clone() for name, value in learned.model.backbone.state_dict().items()}
-    sample = learned.model.heads.sample.weight.clone()
-    for _ in learned.run(batches(0)):
+    trained = make_trainer(config)
+    before = {name: value.clone() for name, value in trained.model.backbone.state_dict().items()}
+    sample = trained.model.heads.sample.weight.clone()
+    for _ in trained.run(batches(0)):
         pass
-    torch.testing.assert_close(dict(learned.model.backbone.state_dict()), before, rtol=0, atol=0)
-    assert not torch.equal(learned.model.heads.sample.weight, sample)
+    torch.testing.assert_close(dict(trained.model.backbone.state_dict()), before, rtol=0, atol=0)
+    assert not torch.equal(trained.model.heads.sample.weight, sample)
 
 
 def test_rates_rise_linearly_and_fall_along_a_half_cosine() -> None:
@@ -148,20 +148,20 @@ def test_rates_rise_linearly_and_fall_along_a_half_cosine() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_step_and_terms_and_spares_the_weights() -> None:
-    learned = make_learning()
-    learned.step(*next(batches(0)))
-    weights = flat_state(learned)
+    trained = make_trainer()
+    trained.step(*next(batches(0)))
+    weights = flat_state(trained)
     with torch.no_grad():
-        learned.model.heads.sample.bias.fill_(math.nan)
+        trained.model.heads.sample.bias.fill_(math.nan)
     with pytest.raises(NamrError, match=r"step 1 is not finite: total nan, metric nan, .*learning rates"):
-        learned.step(*next(batches(1)))
-    assert learned.next_step == 1
-    assert torch.equal(flat_state(learned)["model.heads.sample.weight"], weights["model.heads.sample.weight"])
+        trained.step(*next(batches(1)))
+    assert trained.next_step == 1
+    assert torch.equal(flat_state(trained)["model.heads.sample.weight"], weights["model.heads.sample.weight"])
 
 
 def test_batches_that_end_too_soon_are_an_error() -> None:
     with pytest.raises(NamrError, match="ended after 1 of 4 steps"):
-        list(make_learning().run([next(batches(0))]))
+        list(make_trainer().run([next(batches(0))]))
 
 
 def test_automatic_batchnorm_is_frozen_on_pretrained_backbones_alone() -> None:
@@ -169,7 +169,7 @@ def test_automatic_batchnorm_is_frozen_on_pretrained_backbones_alone() -> None:
     assert training_step.batchnorm_policy(auto, TINY) == "local"
     assert training_step.batchnorm_policy(auto, ModelConfig(backbone="test_efficientnet")) == "frozen"
     with pytest.raises(ConfigError, match="needs GPUs"):
-        make_learning(TrainingConfig(num_steps=1, batchnorm="sync"))
+        make_trainer(TrainingConfig(num_steps=1, batchnorm="sync"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""Whether a release may replace the one that serves: images, recall, and what structure does to Recall@1.
+
+Images are compared by key, so that as many new ones don't hide those that were lost, and a dataset that was
+packed anew elsewhere is held against the old one. What somebody took out is not lost.
+
+Not covered: the measuring (`assessment`), and counts that don't add up (publishing refuses those).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from namr import checks
+from namr.data.datasets import Dataset
+from namr.errors import NamrError
+from namr.nightly import release_report
+from namr.nightly.release_report import ReleaseReport
+from namr.release import takedowns
+from namr.release.releases import Release
+from namr.store import tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """What a release has to reach before it replaces the one that serves."""
+
+    min_recall_at_10: float = 0.9
+    """of the index against exact search"""
+    max_lost_share: float = 0.01
+    """of the images that the current release has, how many the new one may lack (take-downs don't count)"""
+    max_recall_at_1_drop: float = 0.05
+    """how far Recall@1 of labelled images may fall below the current release's"""
+
+    def __post_init__(self) -> None:
+        shares = ("min_recall_at_10", "max_lost_share", "max_recall_at_1_drop")
+        checks.in_range(self, *shares, at_least=0, at_most=1, place="gate")
+
+
+def check(
+    config: GateConfig, draft: Release, measured: ReleaseReport, dataset: Dataset, *, current: Release | None
+) -> None:
+    """NamrError, with every reason, unless the draft (a release of `dataset`) may replace the current one."""
+    assessed = measured.assessment
+    reasons = []
+    if assessed.recall_at_10 < config.min_recall_at_10:
+        reasons.append(
+            f"recall@10 is {assessed.recall_at_10:.3f} with {assessed.probed}, the gate wants "
+            f"{config.min_recall_at_10:.3f}: take another build.index_key"
+        )
+    if current:
+        reasons += _lost_images(config, draft, dataset, current)
+        reasons += _lost_recall(config, draft, measured, current)
+    if reasons:
+        raise NamrError(
+            f"release {draft.manifest.release_id} is not published: {'; '.join(reasons)}. What serves stays; "
+            "change the gate's limits if this is meant"
+        )
+
+
+def lost_keys(draft: Release, dataset: Dataset, *, current: Release) -> list[str]:
+    """Keys of the current release that the draft lacks and nobody took out."""
+    lacking = tables.rows_without_key_in(
+        current.read(current.manifest.items), draft.read(draft.manifest.items)
+    )
+    gone_uri = current.manifest.dataset_uri
+    taken_out = np.isin(lacking.ids, takedowns.taken_down(current.releases_uri, gone_uri))
+    if gone_uri == dataset.uri:
+        taken_out |= np.isin(lacking.ids, dataset.tombstones)
+        return [lacking.keys[row] for row in np.flatnonzero(~taken_out)]
+    # the same key has another id in another dataset
+    keys = [lacking.keys[row] for row in np.flatnonzero(~taken_out)]
+    tombstoned = set(dataset.version.tombstones)
+    id_of = dataset.find(keys)
+    return [key for key in keys if id_of.get(key) not in tombstoned]
+
+
+def _lost_images(config: GateConfig, draft: Release, dataset: Dataset, current: Release) -> list[str]:
+    before = current.manifest.counts.num_indexed
+    lost = lost_keys(draft, dataset, current=current)
+    if len(lost) <= config.max_lost_share * before:
+        return []
+    return [
+        f"{len(lost)} of the {before} images of release {current.manifest.release_id} are gone and nobody "
+        f"took them out, for one {lost[0]!r}: look at the refused ones"
+    ]
+
+
+def _lost_recall(config: GateConfig, draft: Release, measured: ReleaseReport, current: Release) -> list[str]:
+    then = release_report.read(current).assessment.result(current.manifest.structure_side).recall_at_1
+    here = measured.assessment.result(draft.manifest.structure_side).recall_at_1
+    if then is None or here is None or then - here <= config.max_recall_at_1_drop:
+        return []
+    return [f"Recall@1 fell from {then:.3f} to {here:.3f}: compare the models before promoting this one"]

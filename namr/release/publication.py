@@ -1,0 +1,196 @@
+"""Which release is current: verified, published, rolled back, pinned.
+
+Publishing verifies that every object is there, reconciles the counts, and then swaps the pointer as it was
+read when the run began: of two runs at once one wins and the other gets a Conflict. What the dataset has
+tombstoned joins the take-down list, so that no earlier release shows it either.
+
+Rolling back is the same swap to a release that exists, and pins it: the reason to go back holds for the next
+night too. Nothing is published over a pin until somebody lifts it.
+
+Not covered: what a release is made of (`releases`), whether it is good enough (the night's gate).
+"""
+
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime
+
+import numpy as np
+import numpy.typing as npt
+
+from namr.data import datasets, shards
+from namr.errors import ConfigError, Conflict, ManifestError, ObjectMissing
+from namr.release import releases, takedowns
+from namr.release.releases import Release, ReleaseManifest
+from namr.store import manifests, storage
+from namr.store.manifests import Pin, Pointer, StoredObject
+
+_NUM_CHECKERS = 16
+_MAX_NPY_HEADER_BYTES = 256
+
+
+def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer | None) -> Release:
+    """Verify a release, write its manifest and make it current; returns it.
+
+    expected: the pointer as it was read when the run began. Raises ManifestError if an object is missing or
+    the counts don't add up, and Conflict if somebody else moved the pointer, or pinned it; what was current
+    stays so. Publishing again what this run published already changes nothing.
+    """
+    root = storage.absolute(releases_uri)
+    manifest_uri = releases.manifest_uri(root, manifest.release_id)
+    if expected and expected.target == manifest.release_id:
+        return releases.open_release(root, manifest.release_id)
+    if expected and expected.pin:
+        raise _held(manifest.release_id, expected.target, expected.pin)
+    manifest = replace(manifest, previous=expected.target if expected else None)
+    verify(root, manifest)
+    dataset = datasets.open_version(manifest.dataset_uri, manifest.dataset_version)
+    takedowns.take_down(root, manifest.dataset_uri, dataset.version.tombstones)
+    manifests.write_manifest(manifest_uri, manifest)
+    token = f"publish-{manifest.release_id}"
+    try:
+        manifests.swap_pointer(
+            releases.pointer_uri(root), manifest.release_id, expected=expected, token=token
+        )
+    except Conflict as error:
+        now = releases.read_pointer(root)
+        if now and now.pin:
+            raise _held(manifest.release_id, now.target, now.pin) from error
+        raise
+    return Release(root, manifest)
+
+
+def roll_back(
+    releases_uri: str, to: str | None = None, *, reason: str | None = None, now: datetime
+) -> Release:
+    """Make an earlier release current again, the one before the current one or the one named, and pin it.
+
+    reason: of the pin; which release was left where none is given. Raises ConfigError if there is none
+    before, ManifestError if the release is gone or an object of it is, Conflict if somebody publishes at the
+    same moment. Nothing is changed then.
+    """
+    pointer = _pointer(releases_uri, "roll back")
+    target = to or releases.open_release(releases_uri, pointer.target).manifest.previous
+    if target is None:
+        raise ConfigError(f"{releases_uri}: {pointer.target} is the first release; there is none before it")
+    release = releases.open_release(releases_uri, target)
+    verify(release.releases_uri, release.manifest)
+    _swap(releases_uri, target, pointer, _pin(reason or f"rolled back from {pointer.target}", now))
+    return release
+
+
+def pin(releases_uri: str, *, reason: str, now: datetime) -> Pointer:
+    """Keep the current release current until `unpin`; returns the pointer. An earlier pin is replaced."""
+    pointer = _pointer(releases_uri, "pin")
+    made = _pin(reason, now)
+    _swap(releases_uri, pointer.target, pointer, made)
+    return pointer._replace(pin=made)
+
+
+def unpin(releases_uri: str) -> Pointer:
+    """Let the next release be published again; returns the pointer as it was, with its pin if it had one."""
+    pointer = _pointer(releases_uri, "unpin")
+    if pointer.pin:
+        _swap(releases_uri, pointer.target, pointer, None)
+    return pointer
+
+
+def _pointer(releases_uri: str, verb: str) -> Pointer:
+    pointer = releases.read_pointer(releases_uri)
+    if pointer is None:
+        raise ConfigError(f"{releases_uri} has no current release, so there is nothing to {verb}")
+    return pointer
+
+
+def _pin(reason: str, now: datetime) -> Pin:
+    if not reason.strip():
+        raise ConfigError("the reason of a pin is empty; say why, for those who find it")
+    return Pin(since=now.isoformat(timespec="seconds"), reason=reason)
+
+
+def _swap(releases_uri: str, target: str, expected: Pointer, pin: Pin | None) -> None:
+    token = f"by-hand-{uuid.uuid4().hex}"
+    manifests.swap_pointer(
+        releases.pointer_uri(releases_uri), target, expected=expected, token=token, pin=pin
+    )
+
+
+def _held(release_id: str, current: str, pin: Pin) -> Conflict:
+    return Conflict(
+        f"release {release_id} is not published: {current} is pinned since {pin.since} ({pin.reason}); lift "
+        "it with `namr releases unpin` and publish again"
+    )
+
+
+def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
+    """ManifestError unless every object is there with its size and every count agrees with the others.
+
+    Digests are not compared here, but wherever an object is opened (`Release.path` and `read`): the night has
+    just opened all of a release to measure it, a service opens all of it before it answers from it, and a
+    release on an object store would have to be downloaded whole.
+    """
+    with ThreadPoolExecutor(_NUM_CHECKERS) as pool:
+        for _ in pool.map(lambda stored: _check_object(releases_uri, stored), manifest.objects()):
+            pass
+    what = f"release {manifest.release_id} is not published"
+    if manifest.report_json is None or manifest.report_html is None:
+        raise ManifestError(f"{what}: it was not measured, so it has no report")
+    counts, dead = manifest.counts, Release(releases_uri, manifest).tombstones()
+    items = Release(releases_uri, manifest).items()
+    went = {"indexed": counts.num_indexed, "refused": counts.num_refused, "tombstoned": counts.num_tombstoned}
+    _reconcile(what, "samples of its dataset", counts.num_samples, went)
+    num_entries = sum(segment.num_entries for segment in manifest.segments)
+    _reconcile(
+        what, "entries of its segments", num_entries, {"indexed": counts.num_indexed, "dead": len(dead)}
+    )
+    num_rows = sum(shard.num_rows for shard in manifest.vectors)
+    _reconcile(what, "rows of its re-rank vectors", num_rows, {"samples of its dataset": counts.num_samples})
+    _reconcile(what, "items", len(items), {"indexed": counts.num_indexed})
+    if (np.diff(items.ids) <= 0).any():
+        raise ManifestError(f"{what}: the ids of its items don't ascend")
+    _check_vectors(what, manifest, items.ids)
+    if manifest.nprobe < 1 or manifest.depth < 1 or manifest.gallery_min_structure <= 0:
+        raise ManifestError(
+            f"{what}: nprobe {manifest.nprobe} and depth {manifest.depth} have to be at least 1, and the "
+            f"smallest structure weight {manifest.gallery_min_structure:g} above 0"
+        )
+
+
+def _reconcile(what: str, name: str, whole: int, parts: dict[str, int]) -> None:
+    if whole != sum(parts.values()):
+        said = " + ".join(f"{number} {part}" for part, number in parts.items())
+        raise ManifestError(
+            f"{what}: {whole} {name} against {said}, {whole - sum(parts.values()):+d}; nothing was changed, "
+            "find what was lost and build again"
+        )
+
+
+def _check_vectors(what: str, manifest: ReleaseManifest, item_ids: npt.NDArray[np.int64]) -> None:
+    for shard in manifest.vectors:
+        for stored in (shard.embedding, shard.structure):
+            header = stored.size_bytes - 2 * shard.num_rows * manifest.embedding_dim
+            if not 0 < header <= _MAX_NPY_HEADER_BYTES:
+                raise ManifestError(
+                    f"{what}: {stored.name} has {stored.size_bytes} bytes, which are not {shard.num_rows} "
+                    f"float16 vectors of dimension {manifest.embedding_dim}"
+                )
+    num_rows = {shard.number: shard.num_rows for shard in manifest.vectors}
+    numbers = shards.shard_of(item_ids)
+    last_of_shards = item_ids[np.append(numbers[1:] != numbers[:-1], True)] if len(item_ids) else item_ids
+    for item_id in last_of_shards.tolist():
+        if (item_id & 0xFFFFFFFF) >= num_rows.get(item_id >> 32, 0):
+            raise ManifestError(f"{what}: item {item_id} (shard {item_id >> 32}) has no re-rank vector")
+
+
+def _check_object(releases_uri: str, stored: StoredObject) -> None:
+    uri = storage.join(releases_uri, stored.name)
+    try:
+        size = storage.size(uri)
+    except ObjectMissing as error:
+        raise ManifestError(
+            f"{uri} is missing, and the release lists it; restore it or build again"
+        ) from error
+    if size != stored.size_bytes:
+        raise ManifestError(
+            f"{uri} has {size} bytes, the release says {stored.size_bytes}; restore it or build again"
+        )

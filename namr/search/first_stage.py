@@ -1,0 +1,90 @@
+"""The first stage: the nearest entries of the index, without those that nobody may find.
+
+Hidden entries stay in the index until it is built anew, so a search goes deeper where they crowd out the
+others. Arrays only: no model, no items.
+
+Legend: Q queries, M candidates of a query.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from namr.index import ivf
+from namr.index.ivf import Floats, Ids
+from namr.search.items import among
+from namr.search.rerank import Ranked, Stop, go_on
+
+_PRODUCTS = 1 << 33
+"""multiplications between two looks at `stop`: about a second of one core"""
+_CELLS = 1 << 22
+"""neighbours that are asked for at once: 50 MB"""
+_NO_ID = np.iinfo(np.int64).max
+
+
+def is_exact(index: ivf.Index, nprobe: int) -> bool:
+    """Whether nothing nearer than the last candidate is ever left out."""
+    return index.key.endswith("Flat") and nprobe >= index.num_lists
+
+
+def candidates(
+    index: ivf.Index,
+    q: Floats,
+    num: int,
+    *,
+    nprobe: int,
+    hidden: Ids,
+    own_ids: Ids | None = None,
+    stop: Stop = go_on,
+) -> Ranked:
+    """(Q, num) nearest entries, without hidden ones (ids, ascending) and without each query's own (Q,)."""
+    stage = _Stage(index, num, nprobe, hidden, stop)
+    depth = num + (own_ids is not None) + min(num, len(hidden))
+    squared, ids = stage.nearest(q, own_ids, depth)
+    wide = squared.astype(np.float64)
+    return Ranked(ids, wide, wide)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One search of the index."""
+
+    index: ivf.Index
+    num: int
+    nprobe: int
+    hidden: Ids
+    stop: Stop
+
+    def nearest(self, q: Floats, own_ids: Ids | None, depth: int) -> tuple[Floats, Ids]:
+        """(Q, num) squared distances and ids; as many queries at once as `stop` and memory allow."""
+        index = self.index
+        share = min(1.0, self.nprobe / index.num_lists) if index.num_lists else 1.0
+        per_query = max(1.0, index.num_vectors * share * index.dim)
+        step = max(1, min(int(_PRODUCTS / per_query), _CELLS // depth))
+        squared = np.empty((len(q), self.num), np.float32)
+        ids = np.empty((len(q), self.num), np.int64)
+        for start in range(0, len(q), step):
+            self.stop()
+            part = slice(start, start + step)
+            own = None if own_ids is None else own_ids[part]
+            squared[part], ids[part] = self._at_once(q[part], own, depth)
+        return squared, ids
+
+    def _at_once(self, q: Floats, own_ids: Ids | None, depth: int) -> tuple[Floats, Ids]:
+        total = max(1, self.index.num_vectors)
+        squared, ids = self.index.search(q, min(depth, total), self.nprobe)
+        is_last = (depth >= total) | (ids < 0).any(axis=1)  # a deeper search would bring nothing more
+        is_hidden = among(ids, self.hidden)
+        if own_ids is not None:
+            is_hidden |= ids == own_ids[:, None]
+        squared[is_hidden], ids[is_hidden] = np.inf, -1
+        order = np.lexsort((np.where(ids < 0, _NO_ID, ids), squared), axis=-1)[:, : self.num]
+        squared, ids = np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
+        missing = ((0, 0), (0, self.num - ids.shape[1]))
+        squared = np.pad(squared, missing, constant_values=np.inf)
+        ids = np.pad(ids, missing, constant_values=-1)
+        lacking = np.flatnonzero((ids[:, -1] < 0) & ~is_last)
+        if len(lacking):
+            own = None if own_ids is None else own_ids[lacking]
+            squared[lacking], ids[lacking] = self.nearest(q[lacking], own, 2 * depth)
+        return squared, ids

@@ -1,0 +1,78 @@
+"""Queries as they are searched with: checked vectors, given or those of the gallery's own items.
+
+Legend: Q queries, D dimension.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from namr.errors import ManifestError, ShapeError
+from namr.model import distances
+from namr.search.rerank import GalleryVectors
+from namr.sides import Metric
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+_MOST_VALUE = 1e14
+"""of an embedding: no sum of its squares, however weighted, leaves float32"""
+_MOST_WEIGHT = 65504.0
+"""of a structure: the largest that a gallery can hold, as float16"""
+
+
+class Queries(NamedTuple):
+    """Some queries; those that are items of the gallery have their ids with them."""
+
+    x: Tensor
+    """(Q, D) float32, of unit length for cosine"""
+    s: Tensor | None
+    """(Q, D) float32"""
+    own_ids: Ids | None
+    """(Q,) what each must not find"""
+
+
+def given(embeddings: Floats | None, structures: Floats | None, *, dim: int, metric: Metric) -> Queries:
+    """Queries of (Q, D) arrays as the model returns them; ShapeError for what can't be compared."""
+    x = _checked("embeddings", embeddings, dim, most=_MOST_VALUE)
+    s = None
+    if structures is not None:
+        s = _checked("structures", structures, dim, most=_MOST_WEIGHT)
+        if s.shape != x.shape:
+            raise ShapeError(f"{len(s)} structures for {len(x)} embeddings; expected one each")
+        if (s <= 0).any():
+            raise ShapeError(f"structures hold {float(s.min()):g}; weights have to be above 0")
+    return Queries(distances.for_search(x, metric), s, None)
+
+
+def stored(ids: Ids, vectors: GalleryVectors) -> Queries:
+    """The vectors of items of the gallery; ManifestError where they are damaged or missing."""
+    x, s = vectors.embeddings(ids).float(), vectors.structures(ids).float()
+    usable = torch.isfinite(x).all(dim=1) & (torch.isfinite(s) & (s > 0)).all(dim=1)
+    if not usable.all():
+        raise ManifestError(
+            f"the re-rank vectors of item {ids[~usable.numpy()][0]} are damaged; restore them or build the "
+            "release anew"
+        )
+    return Queries(x, s, ids)
+
+
+def _checked(name: str, given: Floats | None, dim: int, *, most: float) -> Tensor:
+    array = np.asarray(given, np.float32)
+    if array.ndim != 2 or array.shape[1] != dim:
+        raise ShapeError(f"{name} are {array.shape}; the release wants (Q, {dim})")
+    if not len(array):
+        raise ShapeError(f"{name} are {array.shape}: an empty batch; expected at least one query")
+    largest = np.abs(array).max(axis=1)
+    if not np.isfinite(largest).all():
+        raise ShapeError(f"{name}: row {int(np.argmin(np.isfinite(largest)))} holds NaN or infinity")
+    if (largest > most).any():
+        row = int(np.argmax(largest))
+        raise ShapeError(
+            f"{name}: row {row} holds a value of size {largest[row]:g}; the largest that can be "
+            f"compared is {most:g}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,109 @@
+"""The stages of one search, as arrays: the index, then the order by structure, and what that proves.
+
+No model and no items here. `first_stage` and `rerank` do the work.
+
+Legend: Q queries, K neighbours.
+"""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from namr.errors import ShapeError
+from namr.index import ivf
+from namr.search import first_stage, rerank
+from namr.search.answers import Timings
+from namr.search.queries import Queries
+from namr.search.rerank import GalleryVectors, Ranked, Stop
+from namr.sides import Side
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+class Neighbours(NamedTuple):
+    """Neighbours of Q queries as arrays; id -1 and distance inf where there are fewer than K."""
+
+    ids: Ids
+    """(Q, K)"""
+    distances: Floats
+    """(Q, K) ascending"""
+    plain_distances: Floats
+    """(Q, K) Euclidean, whatever the order is by"""
+    proved: npt.NDArray[np.bool_]
+    """(Q,)"""
+
+
+class Plan(NamedTuple):
+    """A search's options, with the release's own for those not given."""
+
+    k: int
+    side: Side
+    depth: int
+    nprobe: int
+    exact: bool
+
+
+class Stages:
+    """Index and vectors of one gallery. Safe to use from several threads at once."""
+
+    def __init__(self, index: ivf.Index, vectors: GalleryVectors, *, gallery_min: float) -> None:
+        """gallery_min: no structure weight of the gallery is below it."""
+        self._index, self._vectors, self._gallery_min = index, vectors, gallery_min
+
+    @property
+    def num_lists(self) -> int:
+        """Lists that `nprobe` can choose from; 0 where every item is looked at."""
+        return self._index.num_lists
+
+    def search(
+        self, asked: Queries, plan: Plan, *, hidden: Ids, num_items: int, stop: Stop
+    ) -> tuple[Neighbours, Timings]:
+        """hidden: ids, ascending, that nobody may find; num_items: how many there are without them."""
+        k, side = plan.k, plan.side
+        q, s_q, own_ids = asked
+        if side in ("query", "both") and s_q is None:
+            raise ShapeError(
+                f"side {side!r} needs structures with the embeddings; or ask for side 'none' or 'scale'"
+            )
+        num_others = num_items - (own_ids is not None)
+        began = time.perf_counter()
+        if plan.exact:
+            ranked = rerank.nearest_exact(
+                q, s_q, self._vectors, k=k, side=side, hidden=hidden, own_ids=own_ids, stop=stop
+            )
+            timings = Timings(0.0, (time.perf_counter() - began) * 1e3, 0.0)
+            return _neighbours(ranked, np.ones(len(q), np.bool_), num_others), timings
+        num = k if side == "none" else max(k, plan.depth)
+        first = first_stage.candidates(
+            self._index, q.numpy(), num, nprobe=plan.nprobe, hidden=hidden, own_ids=own_ids, stop=stop
+        )
+        between = time.perf_counter()
+        proved = np.full(len(q), first_stage.is_exact(self._index, plan.nprobe))
+        ranked = first
+        if side != "none":
+            ranked = rerank.rerank(q, s_q, first.ids, self._vectors, k=k, side=side, stop=stop)
+            proved &= rerank.is_proved(
+                ranked.squared[:, -1],
+                first.squared[:, -1],
+                q,
+                s_q,
+                side=side,
+                gallery_min=self._gallery_min,
+            )
+        ended = time.perf_counter()
+        timings = Timings(0.0, (between - began) * 1e3, (ended - between) * 1e3)
+        return _neighbours(ranked, proved, num_others), timings
+
+
+def _neighbours(ranked: Ranked, proved: npt.NDArray[np.bool_], num_others: int) -> Neighbours:
+    """num_others: what could be found; an answer that has fewer, and fewer than k, proves nothing."""
+    num_hits = (ranked.ids >= 0).sum(axis=1)
+    return Neighbours(
+        ids=ranked.ids,
+        distances=np.sqrt(ranked.squared).astype(np.float32),
+        plain_distances=np.sqrt(ranked.plain_squared).astype(np.float32),
+        proved=proved & (num_hits >= min(ranked.ids.shape[1], num_others)),
+    )

@@ -1,0 +1,153 @@
+"""What a service lets one request, and all requests together, take: bytes, seconds, places in line.
+
+What a request asks for beyond its limits is the caller's to mend (ConfigError); what all together ask for
+beyond theirs is Busy, with a time after which to ask again; what takes too long is stopped (TimedOut).
+
+Not covered: limits for each caller. Put a proxy that knows them in front.
+"""
+
+import asyncio
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from namr import checks
+from namr.errors import Busy, ConfigError, TimedOut
+from namr.search.rerank import Stop
+
+T = TypeVar("T")
+
+MAX_QUERIES = 256
+"""of one request"""
+MAX_K = 1000
+MAX_DEPTH = 10_000
+
+_NEWEST = 0.2
+"""what the newest search counts in the mean time of one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a service lets requests take."""
+
+    max_upload_bytes: int = 20 << 20
+    """a larger body is refused before it is read"""
+    max_bodies_bytes: int = 256 << 20
+    """of all bodies that are held at once; beyond it bodies are refused with 429"""
+    max_candidates: int = 1 << 18
+    """queries x depth (or k, where that is more) of one request"""
+    max_hits: int = 25_600
+    """queries x k of one request"""
+    max_exact_items: int = 200_000
+    """items of the largest gallery that is searched with `exact`"""
+    max_waiting: int = 64
+    """searches that wait for a core; those beyond, or that would wait too long, are refused with 429"""
+    deadline_s: float = 10.0
+    """a search that is not done by then, its waiting included, is stopped"""
+    header_timeout_s: float = 10.0
+    """a connection whose request has not begun by then is closed"""
+    body_timeout_s: float = 30.0
+    """a request whose body is not there by then is refused with 408"""
+
+    def __post_init__(self) -> None:
+        checks.in_range(self, "max_upload_bytes", "max_candidates", "max_hits", at_least=1)
+        checks.in_range(self, "max_bodies_bytes", at_least=self.max_upload_bytes)
+        checks.in_range(self, "max_exact_items", "max_waiting", at_least=0)
+        checks.in_range(self, "deadline_s", "header_timeout_s", "body_timeout_s", above=0)
+
+    def check_search(self, *, num_queries: int, k: int, depth: int, num_items: int, exact: bool) -> None:
+        """ConfigError for a search that would take too much; depth: candidates that each query gets."""
+        if exact and num_items > self.max_exact_items:
+            raise ConfigError(
+                f"exact reads every vector, and this gallery has {num_items} items; expected at most "
+                f"{self.max_exact_items}: use depth"
+            )
+        costs = [("hits", "k", k, self.max_hits)]
+        if not exact:
+            costs.append(("candidates", "depth" if depth > k else "k", max(k, depth), self.max_candidates))
+        for what, option, each, most in costs:
+            if num_queries * each > most:
+                raise ConfigError(
+                    f"{num_queries} queries with {option} {each} are {num_queries * each} {what}; expected "
+                    f"at most {most} in one request: lower {option}, or send fewer queries at once"
+                )
+
+
+class Slots:
+    """Runs searches, no more at once than there are cores, since more would only wait for each other.
+
+    Those that come meanwhile wait in a line of limited length. For use from one event loop.
+    """
+
+    def __init__(self, limits: Limits, *, num: int | None = None) -> None:
+        """num: searches at once; None is one a core."""
+        self._num = num or os.cpu_count() or 1
+        self._limits = limits
+        self._pool = ThreadPoolExecutor(self._num, thread_name_prefix="namr-search")
+        self._counting = threading.Lock()
+        self._num_inside = 0
+        self._mean_s = 0.0
+
+    def busy(self) -> Busy | None:
+        """Why the next search would be refused: the line is full, or too long for its deadline."""
+        num_before = self._num_inside - self._num + 1
+        wait_s = max(0.0, self._mean_s * num_before / self._num)
+        if num_before <= self._limits.max_waiting and (
+            num_before <= 0 or wait_s + self._mean_s <= self._limits.deadline_s
+        ):
+            return None
+        return Busy(
+            f"the service works on {self._num_inside} searches already, and no more may wait",
+            float(max(1, math.ceil(wait_s / 2))),
+        )
+
+    async def run(self, work: Callable[[Stop], T]) -> T:
+        """What `work` returns; it has to call what it is given between its steps. Raises Busy, TimedOut.
+
+        After the deadline the caller is told at once, and the work ends with its next step.
+        """
+        busy = self.busy()
+        if busy is not None:
+            raise busy
+        deadline = time.monotonic() + self._limits.deadline_s
+
+        def stop() -> None:
+            if time.monotonic() >= deadline:
+                raise self._timed_out()
+
+        def timed_work() -> T:
+            stop()
+            began = time.monotonic()
+            try:
+                return work(stop)
+            finally:
+                took_s = time.monotonic() - began
+                self._mean_s += (_NEWEST if self._mean_s else 1) * (took_s - self._mean_s)
+
+        with self._counting:
+            self._num_inside += 1
+        future = self._pool.submit(timed_work)
+        future.add_done_callback(self._leave)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._limits.deadline_s)
+        except TimeoutError:
+            raise self._timed_out() from None
+
+    def close(self) -> None:
+        """No more searches; those that wait are dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _leave(self, _: "Future[T]") -> None:
+        with self._counting:
+            self._num_inside -= 1
+
+    def _timed_out(self) -> TimedOut:
+        return TimedOut(
+            f"the search was not done after {self._limits.deadline_s:g} s and was stopped: lower depth or "
+            "nprobe, send fewer queries at once, or ask when the service has less to do"
+        )

@@ -1,0 +1,122 @@
+"""What is measured, against loops over the vectors themselves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from namr.errors import ConfigError
+from namr.nightly import assessment
+from namr.nightly.assessment import AssessmentConfig
+from namr.search.searcher import Searcher
+from namr.store.cache import Cache
+from tests import small_release
+from tests.small_release import Recipe
+
+NUM_SHARDS, ROWS, DIM = 3, 40, 16
+
+
+def searcher_of(root: Path, index_key: str) -> Searcher:
+    recipe = Recipe(num_shards=NUM_SHARDS, rows_per_shard=ROWS, dim=DIM, index_key=index_key)
+    release = small_release.publish(root, recipe)
+    return Searcher.of(release, cache=Cache(root / "cache", 1 << 30), query_model=None)
+
+
+@pytest.fixture(scope="module")
+def with_lists(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+    return searcher_of(tmp_path_factory.mktemp("lists"), "IVF8,Flat")
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+    return searcher_of(tmp_path_factory.mktemp("flat"), "Flat")
+
+
+KEYS = [f"digit/{row}" for row in range(0, NUM_SHARDS * ROWS, 3)]
+
+
+def test_about_as_many_items_query_as_were_asked_for_from_every_shard(flat: Searcher) -> None:
+    keys = assessment.held_out_keys(flat, 24, seed=0)
+    rows = np.array([int(key.removeprefix("digit/")) for key in keys])
+    assert 10 <= len(rows) <= 40
+    assert set(rows // ROWS) == {0, 1, 2}
+    assert assessment.held_out_keys(flat, 24, seed=0) == keys
+    assert assessment.held_out_keys(flat, 24, seed=1) != keys
+
+
+def test_where_none_is_held_out_some_query_all_the_same(flat: Searcher, monkeypatch) -> None:
+    nobody = lambda ids, **_: np.zeros(len(ids), np.bool_)  # noqa: E731
+    monkeypatch.setattr(assessment.held_out, "mask", nobody)
+    assert assessment.held_out_keys(flat, 3, seed=0) == ["digit/0", "digit/1", "digit/2"]
+
+
+def test_as_few_lists_are_probed_as_reach_the_target(with_lists: Searcher) -> None:
+    whole = assessment.assess(with_lists, KEYS, AssessmentConfig(target_recall=1.0, depth=50))
+    assert [nprobe for nprobe, _ in whole.recall_by_nprobe] == [1, 2, 4, 8][: len(whole.recall_by_nprobe)]
+    recalls = [recall for _, recall in whole.recall_by_nprobe]
+    assert recalls == sorted(recalls)
+    assert recalls[-1] == whole.recall_at_10 == 1.0
+    assert recalls[0] < 1.0
+    less = assessment.assess(with_lists, KEYS, AssessmentConfig(target_recall=recalls[0], depth=50))
+    assert (less.nprobe, less.recall_at_10) == (1, recalls[0])
+    assert less.probed == "1 of 8 lists"
+
+
+def test_without_lists_everything_is_compared(flat: Searcher) -> None:
+    assessed = assessment.assess(flat, KEYS, AssessmentConfig(depth=50))
+    assert (assessed.nprobe, assessed.num_lists, assessed.recall_at_10) == (1, 0, 1.0)
+    assert assessed.probed == "all images compared"
+    assert assessed.result("none").recall_at_10 == 1.0
+    assert assessed.result("none").proved == 1.0
+
+
+def test_re_ranking_everything_is_exact_and_a_few_candidates_are_not(flat: Searcher) -> None:
+    deep = assessment.assess(flat, KEYS, AssessmentConfig(depth=NUM_SHARDS * ROWS))
+    shallow = assessment.assess(flat, KEYS, AssessmentConfig(depth=10))
+    assert {side.recall_at_10 for side in deep.sides} == {1.0}
+    assert shallow.result("both").recall_at_10 < 1.0
+    assert (deep.depth, shallow.depth) == (120, 10)
+
+
+def test_recall_at_1_is_that_of_labelled_queries_and_never_finds_itself(flat: Searcher) -> None:
+    items = flat.release.items()
+    x = (
+        np.concatenate(
+            [small_release.random_vectors(ROWS, DIM, seed=number).embeddings for number in range(NUM_SHARDS)]
+        )
+        .astype(np.float16)
+        .astype(np.float64)
+    )
+    right, num_labelled = 0, 0
+    for key in KEYS:
+        at = items.keys.index(key)
+        if items.labels[at] is None or items.labels.count(items.labels[at]) < 2:
+            continue
+        squared = ((x - x[at]) ** 2).sum(axis=1)
+        squared[at] = np.inf
+        num_labelled += 1
+        right += items.labels[int(np.argmin(squared))] == items.labels[at]
+    assessed = assessment.assess(flat, KEYS, AssessmentConfig())
+    assert assessed.num_labelled == num_labelled < assessed.num_queries == len(KEYS)
+    assert assessed.result("none").recall_at_1 == right / num_labelled
+
+
+def test_images_without_labels_have_no_recall_at_1(flat: Searcher) -> None:
+    unlabelled = [f"digit/{row}" for row in range(9, 120, 10)]
+    assessed = assessment.assess(flat, unlabelled, AssessmentConfig())
+    assert assessed.num_labelled == 0
+    assert {side.recall_at_1 for side in assessed.sides} == {None}
+
+
+def test_nothing_to_query_with_is_told(flat: Searcher) -> None:
+    with pytest.raises(ConfigError, match="no held-out items to query with"):
+        assessment.assess(flat, [], AssessmentConfig())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("depth", 0), ("target_recall", 0.0), ("target_recall", 1.1), ("target_recall", np.nan)],
+)
+def test_a_config_out_of_range_names_its_field(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is {value}"):
+        AssessmentConfig(**{field: value})

@@ -1,0 +1,181 @@
+"""The gate: images are held against the current release by key, recall by what was measured."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from namr.data import datasets
+from namr.data.datasets import Dataset
+from namr.data.shards import make_id
+from namr.errors import ConfigError, NamrError
+from namr.nightly import gate
+from namr.nightly.assessment import Assessment, SideResult
+from namr.nightly.gate import GateConfig
+from namr.nightly.release_report import ReleaseReport
+from namr.release import releases, takedowns
+from namr.release.releases import Counts, Release
+from namr.store import manifests, tables
+from namr.store.tables import SampleTable
+from tests import small_release
+from tests.small_release import NOW, Recipe
+
+SIDES = ("none", "scale", "query", "both")
+KEYS = {make_id(row // 50, row % 50): f"digit/{row}" for row in range(100)}
+"""of the dataset, by id"""
+NEW = {make_id(5, row): f"new/{row}" for row in range(50)}
+
+
+def a_report(*, recall: float = 0.96, right: float | None = 0.8) -> ReleaseReport:
+    sides = tuple(SideResult(side=side, recall_at_1=right, recall_at_10=1.0, proved=0.0) for side in SIDES)
+    return ReleaseReport(
+        counts=Counts(num_samples=100, num_indexed=100, num_refused=0, num_tombstoned=0),
+        index_key="IVF4,Flat",
+        num_parts=4,
+        imbalance=1.0,
+        build_s=1.0,
+        assessment=Assessment(
+            num_queries=10,
+            num_labelled=10,
+            num_items=100,
+            nprobe=2,
+            num_lists=4,
+            recall_at_10=recall,
+            recall_by_nprobe=((2, recall),),
+            sides=sides,
+            depth=20,
+            queries_per_s=1.0,
+        ),
+    )
+
+
+def items_of(keys: dict[int, str]) -> SampleTable:
+    ids = sorted(keys)
+    nothing = np.zeros(len(ids), np.int64)
+    return SampleTable(
+        ids=np.array(ids, np.int64),
+        keys=[keys[each] for each in ids],
+        labels=[None] * len(ids),
+        fields=["{}"] * len(ids),
+        offsets=nothing,
+        sizes=nothing,
+    )
+
+
+def holding(like: Release, name: str, keys: dict[int, str], *, dataset: Dataset | None = None) -> Release:
+    """A release as `like`, but of these items."""
+    uri = like.releases_uri
+    return Release(
+        uri,
+        replace(
+            like.manifest,
+            release_id=name,
+            dataset_uri=dataset.uri if dataset else like.manifest.dataset_uri,
+            items=releases.store(uri, "items.parquet", tables.encode_samples(items_of(keys))),
+            counts=Counts(num_samples=100, num_indexed=len(keys), num_refused=0, num_tombstoned=0),
+        ),
+    )
+
+
+@pytest.fixture
+def current(tmp_path: Path) -> Release:
+    """A release of 100 images whose report says Recall@1 of 0.8."""
+    made = small_release.publish(tmp_path, Recipe(num_shards=2, rows_per_shard=50))
+    report = releases.store(made.releases_uri, "report.json", manifests.encode_manifest(a_report()))
+    release = Release(made.releases_uri, replace(made.manifest, report_json=report))
+    assert dict(zip(release.items().ids.tolist(), release.items().keys, strict=True)) == KEYS
+    return release
+
+
+@pytest.fixture
+def dataset(current: Release) -> Dataset:
+    return datasets.open_version(current.manifest.dataset_uri)
+
+
+def without(rows: Iterable[int]) -> dict[int, str]:
+    lost = {f"digit/{row}" for row in rows}
+    return {each: key for each, key in KEYS.items() if key not in lost}
+
+
+def test_as_many_new_images_do_not_hide_those_that_were_lost(current: Release, dataset: Dataset) -> None:
+    draft = holding(current, "new", without(range(50)) | NEW)
+    expected = (
+        r"release new is not published: 50 of the 100 images of release first are gone and nobody took them "
+        r"out, for one 'digit/0'"
+    )
+    with pytest.raises(NamrError, match=expected):
+        gate.check(GateConfig(), draft, a_report(), dataset, current=current)
+
+
+@pytest.mark.parametrize(("num_lost", "is_fine"), [(0, True), (1, True), (2, False)])
+def test_few_may_be_lost(num_lost: int, is_fine: bool, current: Release, dataset: Dataset) -> None:
+    draft = holding(current, "new", without(range(num_lost)) | NEW)
+    assert len(gate.lost_keys(draft, dataset, current=current)) == num_lost
+    if is_fine:
+        gate.check(GateConfig(max_lost_share=0.01), draft, a_report(), dataset, current=current)
+        return
+    with pytest.raises(NamrError, match="2 of the 100 images"):
+        gate.check(GateConfig(max_lost_share=0.01), draft, a_report(), dataset, current=current)
+
+
+def test_what_somebody_took_out_is_not_lost(current: Release) -> None:
+    draft = holding(current, "new", without(range(30)))
+    out = [f"digit/{row}" for row in range(10)]
+    dataset = datasets.tombstone(current.manifest.dataset_uri, out, now=NOW)
+    takedowns.take_down(current.releases_uri, dataset.uri, range(10, 25))
+    lost = [f"digit/{row}" for row in range(25, 30)]
+    assert gate.lost_keys(draft, dataset, current=current) == lost
+
+
+def test_a_dataset_that_was_packed_elsewhere_is_held_against_the_old_one(
+    current: Release, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    packed = small_release.make_dataset(tmp_path / "elsewhere", Recipe(num_shards=1, rows_per_shard=90))
+    new_ids = {row: f"digit/{row}" for row in range(90)}
+    moved = holding(current, "moved", new_ids, dataset=packed)
+    assert gate.lost_keys(moved, packed, current=current) == [f"digit/{row}" for row in range(90, 100)]
+    packed = datasets.tombstone(packed.uri, ["digit/60"], now=NOW)  # id 60 there, and 1 << 32 | 10 before
+    takedowns.take_down(current.releases_uri, current.manifest.dataset_uri, [make_id(1, 49)])
+    smaller = holding(
+        current, "smaller", {row: key for row, key in new_ids.items() if row not in (10, 60)}, dataset=packed
+    )
+    expected = ["digit/10", *(f"digit/{row}" for row in range(90, 99))]
+    assert gate.lost_keys(smaller, packed, current=current) == expected
+    with pytest.raises(NamrError, match="10 of the 100 images of release first are gone"):
+        gate.check(GateConfig(), smaller, a_report(), packed, current=current)
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (a_report(right=0.76), None),
+        (a_report(right=None), None),
+        (a_report(right=0.7), r"Recall@1 fell from 0\.800 to 0\.700"),
+        (a_report(recall=0.85), r"recall@10 is 0\.850 with 2 of 4 lists, the gate wants 0\.900"),
+        (a_report(recall=0.85, right=0.1), r"recall@10 is .*; Recall@1 fell"),
+    ],
+)
+def test_recall_is_held_against_what_serves(
+    measured: ReleaseReport, expected: str | None, current: Release, dataset: Dataset
+) -> None:
+    draft = holding(current, "new", KEYS)
+    if expected is None:
+        gate.check(GateConfig(), draft, measured, dataset, current=current)
+        return
+    with pytest.raises(NamrError, match=f"release new is not published: {expected}"):
+        gate.check(GateConfig(), draft, measured, dataset, current=current)
+
+
+def test_the_first_release_has_to_reach_the_recall_alone(current: Release, dataset: Dataset) -> None:
+    gate.check(GateConfig(), current, a_report(right=0.0), dataset, current=None)
+    with pytest.raises(NamrError, match="the gate wants"):
+        gate.check(GateConfig(), current, a_report(recall=0.5), dataset, current=None)
+
+
+@pytest.mark.parametrize("name", ["min_recall_at_10", "max_lost_share", "max_recall_at_1_drop"])
+def test_limits_of_the_gate_are_shares(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"gate.{name} is 1.5"):
+        GateConfig(**{name: 1.5})

@@ -1,0 +1,197 @@
+"""One task of a build at a time: what it reads, what it remembers, and what it carries."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from namr.data import shards
+from namr.embed.embeddings import EmbeddingFile
+from namr.errors import ManifestError
+from namr.index import ivf
+from namr.release import build_steps, held_out
+from namr.release.build_steps import (
+    HeldOut,
+    IndexFile,
+    MergeTask,
+    PartTask,
+    RowRange,
+    SampleTask,
+    TrainTask,
+    VectorSource,
+    VectorsTask,
+)
+from namr.store import manifests, storage, tables
+from namr.store.tables import EmbeddingTable
+from tests import small_release
+
+DIM = 8
+NUM_ROWS = {0: 60, 2: 40}
+REFUSED = 1
+DEAD = np.array([0, 1, 7, shards.make_id(1, 3), shards.make_id(2, 39)], np.int64)
+
+
+def store_embeddings(root: str, number: int) -> EmbeddingFile:
+    """Vectors of a shard as extraction writes them; the row REFUSED has none."""
+    ids = shards.make_id(number, 0) + np.arange(NUM_ROWS[number])
+    kept = np.flatnonzero(np.arange(len(ids)) != REFUSED)
+    vectors = small_release.random_vectors(len(ids), DIM, seed=number)
+    table = EmbeddingTable(
+        ids=ids[kept],
+        keys=[f"k{row}" for row in kept],
+        labels=[None] * len(kept),
+        embeddings=vectors.embeddings[kept],
+        structures=vectors.structures[kept],
+        refused_ids=ids[[REFUSED]],
+        refused_keys=["k1"],
+        refused_reasons=["truncated"],
+    )
+    stored = manifests.write_object(root, f"{number}.parquet", tables.encode_embeddings(table))
+    return EmbeddingFile(
+        number=number,
+        stored=stored,
+        num_embedded=len(kept),
+        num_refused=1,
+        embedding_dim=DIM,
+        dtype="float32",
+    )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[EmbeddingFile]:
+    return [store_embeddings(str(tmp_path / "embeddings"), number) for number in NUM_ROWS]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> VectorSource:
+    return VectorSource(embeddings_uri=str(tmp_path / "embeddings"), dead=DEAD, metric="l2")
+
+
+@pytest.fixture
+def template() -> ivf.Template:
+    x = small_release.random_vectors(100, DIM, seed=5).embeddings
+    return build_steps.train(TrainTask(x, "IVF4,SQ8", 0))
+
+
+def live_ids(file: EmbeddingFile) -> list[int]:
+    ids = shards.make_id(file.number, 0) + np.arange(NUM_ROWS[file.number])
+    gone = {*DEAD.tolist(), shards.make_id(file.number, REFUSED)}
+    return [each for each in ids.tolist() if each not in gone]
+
+
+def test_a_task_carries_the_tombstones_of_its_own_shards_alone(
+    files: list[EmbeddingFile], source: VectorSource
+) -> None:
+    assert source.of([files[0]]).dead.tolist() == [0, 1, 7]
+    assert source.of([files[1], files[1]]).dead.tolist() == [shards.make_id(2, 39)]
+    assert source.of(reversed(files)).dead.tolist() == [0, 1, 7, shards.make_id(2, 39)]
+    assert source.of([]).dead.tolist() == []
+
+
+@pytest.mark.parametrize("dead", [[], [3], [0, 1, 2, 3, 4, 5], [9, 12]])
+def test_live_is_what_the_tombstones_leave(dead: list[int]) -> None:
+    ids = np.array([5, 0, 3, 9, 3], np.int64)
+    source = VectorSource(embeddings_uri="nowhere", dead=np.array(dead, np.int64), metric="l2")
+    assert source.live(ids).tolist() == [each not in dead for each in ids.tolist()]
+
+
+def test_the_template_sees_no_held_out_and_no_dead_image(
+    files: list[EmbeddingFile], source: VectorSource
+) -> None:
+    picks = [(file, np.arange(file.num_embedded)) for file in files]
+    sample = build_steps.sample(SampleTask(source, HeldOut(0.2, 5), picks))
+    blocks = [source.read(file, slice(None)) for file in files]
+    x, ids = np.concatenate([x for x, _ in blocks]), np.concatenate([ids for _, ids in blocks])
+    assert ids.tolist() == live_ids(files[0]) + live_ids(files[1])
+    held = held_out.mask(ids, share=0.2, seed=5)
+    assert 0 < held.sum() < len(ids)
+    np.testing.assert_array_equal(sample, x[~held])
+
+
+@pytest.fixture
+def task(
+    files: list[EmbeddingFile], source: VectorSource, template: ivf.Template, tmp_path: Path
+) -> PartTask:
+    return PartTask(
+        source, template, [RowRange(files[0], 10, 59), RowRange(files[1], 0, 5)], str(tmp_path), 3
+    )
+
+
+def unreadable(task: PartTask) -> PartTask:
+    """The same where the embeddings are gone: it can only be answered from what is recorded."""
+    return task._replace(source=replace(task.source, embeddings_uri="nowhere"))
+
+
+def test_a_part_holds_the_live_rows_of_its_ranges(
+    task: PartTask, files: list[EmbeddingFile], tmp_path: Path
+) -> None:
+    part = build_steps.build_part(task)
+    # rows of a range count embedded rows, of which row 1 is none
+    expected = [each for each in live_ids(files[0]) if each >= 11] + live_ids(files[1])[:5]
+    assert part.info.num_vectors == len(expected)
+    assert (part.info.first_id, part.info.last_id) == (expected[0], expected[-1])
+    assert manifests.read_manifest(str(tmp_path / "part-00003.json"), IndexFile) == part
+
+
+def test_a_part_that_was_built_is_not_built_again(task: PartTask) -> None:
+    part = build_steps.build_part(task)
+    assert build_steps.build_part(unreadable(task)) == part
+
+
+def test_a_part_whose_file_is_gone_is_built_again(task: PartTask, tmp_path: Path) -> None:
+    part = build_steps.build_part(task)
+    (tmp_path / part.stored.name).unlink()
+    with pytest.raises(ManifestError, match="is missing"):
+        build_steps.build_part(unreadable(task))
+    assert build_steps.build_part(task) == part
+    assert (tmp_path / part.stored.name).is_file()
+
+
+def merge_task(task: PartTask, parts: list[IndexFile], tmp_path: Path) -> MergeTask:
+    return MergeTask(task.template, parts, str(tmp_path), str(tmp_path / "releases"))
+
+
+def test_a_segment_is_merged_once_and_again_only_where_it_is_gone(task: PartTask, tmp_path: Path) -> None:
+    merging = merge_task(task, [build_steps.build_part(task)], tmp_path)
+    segment = build_steps.merge(merging)
+    path = tmp_path / "releases" / segment.stored.name
+    data = path.read_bytes()
+    assert build_steps.merge(merging._replace(parts=[])) == segment
+    path.unlink()
+    assert build_steps.merge(merging) == segment
+    assert path.read_bytes() == data
+
+
+def damaged(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [damaged, removed])
+def test_a_part_that_was_harmed_is_never_merged(
+    harm: Callable[[Path], None], task: PartTask, tmp_path: Path
+) -> None:
+    part = build_steps.build_part(task)
+    harm(tmp_path / part.stored.name)
+    with pytest.raises(ManifestError, match="is missing or damaged; delete"):
+        build_steps.merge(merge_task(task, [part], tmp_path))
+    assert not storage.exists(str(tmp_path / "segment.json"))
+
+
+def test_re_rank_vectors_are_those_of_live_rows(
+    files: list[EmbeddingFile], source: VectorSource, tmp_path: Path
+) -> None:
+    stored = build_steps.store_vectors(VectorsTask(source, files[0], 60, str(tmp_path / "releases")))
+    assert stored.indexed.tolist() == live_ids(files[0])
+    assert stored.num_refused == 0  # the refused one is tombstoned, and counted there
+    x = np.load(tmp_path / "releases" / stored.stored.embedding.name)
+    assert np.flatnonzero(~np.isnan(x[:, 0])).tolist() == live_ids(files[0])
+    alive = VectorsTask(source.of([files[1]]), files[1], 40, str(tmp_path / "releases"))
+    assert build_steps.store_vectors(alive).num_refused == 1

@@ -1,0 +1,73 @@
+"""Items by id and key, and what is left when some are hidden."""
+
+import json
+
+import numpy as np
+import pytest
+
+from namr.search import items
+from namr.search.items import Items
+from namr.store.tables import SampleTable
+
+IDS = np.array([3, 5, 8, (1 << 32) + 2])
+
+
+def table(ids: np.ndarray) -> SampleTable:
+    return SampleTable(
+        ids=ids,
+        keys=[f"key/{item_id}" for item_id in ids],
+        labels=[None if item_id == 5 else "a" for item_id in ids],
+        fields=[json.dumps({"row": row}) for row in range(len(ids))],
+        offsets=100 * np.arange(len(ids)),
+        sizes=10 + np.arange(len(ids)),
+    )
+
+
+def test_items_are_found_by_id_and_key() -> None:
+    of = Items(table(IDS))
+    item = of.by_id(5)
+    assert item is not None
+    assert item == of.by_key("key/5")
+    assert (item.id, item.key, item.label, item.fields) == (5, "key/5", None, {"row": 1})
+    assert of.place(8) == items.PictureRange(200, 12)
+    assert len(of) == 4
+
+
+@pytest.mark.parametrize("item_id", [0, 4, 6, (1 << 32) + 3, -1, 2**63, 2**70])
+def test_an_id_of_no_item_is_none(item_id: int) -> None:
+    of = Items(table(IDS))
+    assert of.by_id(item_id) is None
+    assert of.place(item_id) is None
+    assert of.by_key(f"key/{item_id}") is None
+
+
+def test_of_no_items_none_is_found() -> None:
+    of = Items(table(IDS[:0]))
+    assert (len(of), of.by_id(3), of.draw(5, seed=0)) == (0, None, [])
+    assert len(of.without(IDS)) == 0
+
+
+def test_items_are_drawn_by_seed() -> None:
+    of = Items(table(np.arange(100)))
+    drawn = of.draw(20, seed=1)
+    assert len({item.id for item in drawn}) == 20
+    assert drawn == of.draw(20, seed=1) != of.draw(20, seed=2)
+    assert {item.id for item in of.draw(500, seed=0)} == set(range(100))
+
+
+def test_hidden_items_are_as_unknown_as_any() -> None:
+    whole = Items(table(IDS))
+    left = whole.without(np.array([5, 77, (1 << 32) + 2, 5]))
+    assert len(left) == 2
+    for gone in (5, (1 << 32) + 2):
+        assert (left.by_id(gone), left.by_key(f"key/{gone}"), left.place(gone)) == (None, None, None)
+        assert whole.by_id(gone) is not None
+    assert [item.id for item in left.draw(10, seed=0)] in ([3, 8], [8, 3])
+    assert left.by_key("key/8") == whole.by_key("key/8")
+    assert len(left.without(np.array([3]))) == 3  # of all items, not of those that were left
+
+
+def test_membership_keeps_the_shape_of_what_is_asked() -> None:
+    asked = np.array([[1, 3], [8, 9]])
+    assert items.among(asked, IDS).tolist() == [[False, True], [True, False]]
+    assert not items.among(asked, IDS[:0]).any()

@@ -1,0 +1,81 @@
+"""A group under a real Ray: what its function is told and returns, which checkpoint counts, who goes on."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from namr.errors import ConfigError, NamrError, StorageError
+from namr.train import ray_group
+from namr.train.examination import Examination
+from namr.train.ray_group import Outcome, Worker, WorkersConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+
+SCORES = (0.5, 0.9, 0.7, 0.1)
+"""Of the steps from 1 on."""
+
+
+def group(work: ray_group.Work, folder: Path, given: Any = None, **workers: Any) -> Outcome:
+    return ray_group.run(
+        work,
+        given,
+        name="group",
+        storage_uri=str(folder),
+        num_steps=len(SCORES),
+        workers=WorkersConfig(wait_s=60, **workers),
+    )
+
+
+def count(given: Path | None, worker: Worker) -> list[Any]:
+    """A checkpoint for each score; rank 1 dies once after the second, where `given` is a file to make."""
+    with worker.last_checkpoint() as folder:
+        first = int((folder / "step").read_text()) if folder else 0
+    for step, score in enumerate(SCORES[first:], first + 1):
+
+        def write(folder: Path, step: int = step) -> None:
+            (folder / "step").write_text(str(step))
+
+        worker.say(step, "counted")
+        worker.checkpoint(
+            write if worker.rank == 0 else None, Examination(step=step, mean_distance=1.5, score=score)
+        )
+        if given is not None and step == 2 and worker.rank == 1 and not given.exists():
+            given.write_text("died")
+            os._exit(1)
+    return [first, worker.rank, worker.world_size, str(worker.device)]
+
+
+def test_a_lost_worker_is_replaced_and_the_group_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    outcome = group(count, tmp_path, tmp_path / "died", num_workers=2, max_failures=1)
+    first, rank, world_size, device = outcome.value
+    assert first in (1, 2)  # rank 1 may die before the second checkpoint of both is complete
+    assert (rank, world_size, device) == (0, 2, "cpu")
+    assert outcome.examination == Examination(step=2, mean_distance=1.5, score=0.9)
+    with outcome.checkpoint.as_directory() as folder:
+        assert (Path(folder) / "step").read_text() == "2"
+
+
+def fails(*_: Any) -> None:
+    raise StorageError("no room on the disk")
+
+
+def gives_up(_: Any, worker: Worker) -> NamrError:
+    count(None, worker)
+    return StorageError("the same again")
+
+
+def test_what_a_worker_said_is_what_is_told(tmp_path: Path) -> None:
+    with pytest.raises(NamrError, match=r"run 'group' failed: no room on the disk\nCheckpoints are kept"):
+        group(fails, tmp_path, max_failures=0)
+
+
+def test_an_error_that_is_returned_is_raised_and_not_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"^the same again$"):
+        group(gives_up, tmp_path, max_failures=5)
+
+
+def test_more_workers_than_cores_is_an_error_and_no_wait_without_end() -> None:
+    with pytest.raises(ConfigError, match=r"4 workers with .* found no room within 2 s"):
+        ray_group.check_resources(WorkersConfig(num_workers=4, wait_s=2))
