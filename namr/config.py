@@ -20,6 +20,7 @@ import tyro
 
 from namr import secrets
 from namr.errors import ConfigError, NamrError
+from namr.secrets import without_secrets
 
 T = TypeVar("T")
 Scalar = str | int | float | bool
@@ -130,7 +131,7 @@ def _flat(job: Any, prefix: str) -> Iterator[tuple[str, Scalar]]:
         if dataclasses.is_dataclass(value):
             yield from _flat(value, f"{prefix}{field.name}.")
         elif value is not None:
-            yield f"{prefix}{field.name}", value if isinstance(value, Scalar) else str(value)
+            yield f"{prefix}{field.name}", _scalar(value)
 
 
 def _table(job: Any) -> dict[str, Any]:
@@ -144,4 +145,11 @@ def _value(value: Any) -> Any:
         return _table(value)
     if isinstance(value, tuple | list):
         return [_value(item) for item in value]
-    return value if isinstance(value, Scalar) else str(value)
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Scalar:
+    """As it may be stored and shown: a URI without user and password, which the environment has."""
+    if isinstance(value, int | float):  # of bool too
+        return value
+    return without_secrets(str(value))

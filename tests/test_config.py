@@ -150,3 +150,13 @@ def test_what_a_job_prints_of_an_error_has_no_secret_in_it(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         config.run(main)
     assert capsys.readouterr().err == "ConfigError: cannot reach http://***@mlflow\n"
+
+
+def test_what_is_stored_of_a_job_has_no_password_of_a_uri() -> None:
+    @dataclass(frozen=True)
+    class Tracked:
+        tracking_uri: str
+
+    job = Tracked("http://people:canary@mlflow:5000")
+    assert config.to_flat(job) == {"tracking_uri": "http://***@mlflow:5000"}
+    assert "canary" not in config.to_toml(job)
