@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import tomli_w
 import tyro
 
-from namr import secrets
 from namr.errors import ConfigError, NamrError
 from namr.secrets import without_secrets
 
@@ -54,7 +53,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except NamrError as error:
-        print(secrets.without_secrets(f"{type(error).__name__}: {error}"), file=sys.stderr)
+        print(without_secrets(f"{type(error).__name__}: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -20,7 +20,7 @@ Legend: N images, D dimension, L length of the rankings, b queries in a block.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +51,12 @@ class RetrievalMetrics:
     num_queries: int
     num_skipped: int
     """Images that are the only one of their class, so no queries."""
+    scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+    """(num_queries,) of each query, in the order of the rows: the mean of its hit at 1 and its AP@R."""
+    classes: NDArray[np.int64] = field(
+        default_factory=lambda: np.empty(0, np.int64), compare=False, repr=False
+    )
+    """(num_queries,) the class of each query."""
 
     @property
     def recall_at_1(self) -> float:
@@ -69,6 +75,18 @@ class RetrievalSums(NamedTuple):
     r_precision: float
     num_queries: int
     num_skipped: int
+    scores: NDArray[np.float64]
+    """(num_queries,) as in `RetrievalMetrics`."""
+    classes: NDArray[np.int64]
+    """(num_queries,)"""
+
+
+class Difference(NamedTuple):
+    """How much better one way of searching is than another, on the same queries."""
+
+    mean: float
+    standard_error: float
+    """Of the mean, over classes: the queries of one class are wrong together."""
 
 
 @torch.no_grad()
@@ -105,6 +123,7 @@ def retrieval_sums(
     hits = [0] * len(ks)
     average_precisions: list[float] = []
     r_precisions: list[float] = []
+    scores: list[Tensor] = []
     for block in _blocks(queries, block_rows):
         ranking = _plain_ranking(x, block, length=min(length, len(x) - 1))
         if s is not None:
@@ -115,6 +134,7 @@ def retrieval_sums(
         of_block = _precisions(correct, others[block])
         average_precisions += of_block.average_precision.tolist()
         r_precisions += of_block.r_precision.tolist()
+        scores.append((correct[:, 0].double() + of_block.average_precision) / 2)
     return RetrievalSums(
         ks=ks,
         hits=tuple(hits),
@@ -122,6 +142,8 @@ def retrieval_sums(
         r_precision=math.fsum(r_precisions),
         num_queries=len(queries),
         num_skipped=len(rows) - len(queries),
+        scores=torch.cat([torch.empty(0, dtype=torch.float64), *(part.cpu() for part in scores)]).numpy(),
+        classes=y[queries].cpu().numpy(),
     )
 
 
@@ -141,12 +163,32 @@ def combine(sums: Iterable[RetrievalSums]) -> RetrievalMetrics:
         r_precision=math.fsum(part.r_precision for part in parts) / num_queries,
         num_queries=num_queries,
         num_skipped=num_skipped,
+        scores=np.concatenate([part.scores for part in parts]),
+        classes=np.concatenate([part.classes for part in parts]),
     )
+
+
+def difference(one: RetrievalMetrics, other: RetrievalMetrics) -> Difference:
+    """By how much the scores of `one` exceed those of `other`, query by query; both of the same queries.
+
+    The standard error is that of a mean over clusters (classes), N queries in C classes:
+    sqrt(C / (C - 1) sum_c (sum_{q in c} (d_q - mean))^2) / N; infinite for one class. (Liang and Zeger, 1986)
+    """
+    if not np.array_equal(one.classes, other.classes):
+        raise ShapeError(f"{one.num_queries} and {other.num_queries} queries; expected the same ones")
+    gains = one.scores - other.scores
+    mean = float(gains.mean())
+    names, numbers = np.unique(one.classes, return_inverse=True)
+    if len(names) < 2:
+        return Difference(mean, math.inf)
+    of_classes = np.bincount(numbers, weights=gains - mean)
+    variance = len(names) / (len(names) - 1) * float(np.square(of_classes).sum())
+    return Difference(mean, math.sqrt(variance) / len(gains))
 
 
 def sum_over_ranks(sums: RetrievalSums) -> RetrievalSums:
     """The sums of all ranks, on every rank."""
-    numbers = torch.tensor([*sums.hits, *sums[2:]], dtype=torch.float64)
+    numbers = torch.tensor([*sums.hits, *sums[2:6]], dtype=torch.float64)
     total = collectives.sum_over_ranks(numbers).tolist()
     *hits, average_precision, r_precision, num_queries, num_skipped = total
     return RetrievalSums(
@@ -156,6 +198,8 @@ def sum_over_ranks(sums: RetrievalSums) -> RetrievalSums:
         r_precision=r_precision,
         num_queries=int(num_queries),
         num_skipped=int(num_skipped),
+        scores=collectives.gather(torch.from_numpy(sums.scores)).numpy(),
+        classes=collectives.gather(torch.from_numpy(sums.classes)).numpy(),
     )
 
 

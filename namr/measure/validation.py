@@ -9,7 +9,6 @@ Legend: N images, D dimension.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -103,12 +102,13 @@ def measure(
 def choose(results: Results, ways: Sequence[SearchDefaults]) -> SearchDefaults:
     """The way to recommend: a later one only if it is clearly better than the best of those before it.
 
-    Clearly: Recall@1 higher by more than one standard error, sqrt(r (1 - r) / queries), so a tie or noise
-    leaves the simpler one.
+    Clearly: the mean of Recall@1 and MAP@R is higher, query by query, by more than one standard error of that
+    difference (`metrics.difference`), so a tie or noise leaves the simpler one. The same queries are wrong
+    together however they are searched, so their difference is seen where two averages would overlap.
     """
     best = ways[0]
     for way in ways[1:]:
-        recall, queries = results[best].recall_at_1, max(1, results[best].num_queries)
-        if results[way].recall_at_1 > recall + math.sqrt(recall * (1 - recall) / queries):
+        gain = metrics.difference(results[way], results[best])
+        if gain.mean > gain.standard_error:
             best = way
     return best

@@ -321,3 +321,51 @@ def test_wrong_arguments_are_named() -> None:
     one, other = (metrics.retrieval_sums(points.x, points.y, ks=ks) for ks in ((1, 2), (1, 4)))
     with pytest.raises(ShapeError, match="sums of one kind"):
         metrics.combine([one, other])
+
+
+def scored(scores: list[float], classes: list[int]) -> RetrievalMetrics:
+    return RetrievalMetrics(
+        recall_at_k={1: 0.0}, map_at_r=0, r_precision=0, num_queries=len(scores), num_skipped=0,
+        scores=np.array(scores), classes=np.array(classes),
+    )  # fmt: skip
+
+
+def test_a_difference_by_hand() -> None:
+    one, other = scored([1, 1, 0, 1], [0, 0, 1, 1]), scored([0, 0, 0, 1], [0, 0, 1, 1])
+    # gains 1, 1, 0, 0 around 1/2: 1 in class 0 and -1 in class 1; sqrt(2 / 1 * 2) / 4
+    assert metrics.difference(one, other) == pytest.approx((0.5, 0.5))
+    assert metrics.difference(one, one) == (0, 0)
+
+
+def test_the_standard_error_of_a_difference_is_what_new_classes_would_spread() -> None:
+    draw = np.random.default_rng(0)
+
+    def drawn() -> metrics.Difference:
+        of_class = np.repeat(draw.normal(0.1, 0.3, 40), 25)
+        gains = of_class + draw.normal(0, 0.2, 1000)
+        return metrics.difference(scored(list(gains), list(np.repeat(np.arange(40), 25))), zero)
+
+    zero = scored([0.0] * 1000, list(np.repeat(np.arange(40), 25)))
+    many = [drawn() for _ in range(300)]
+    spread = float(np.std([each.mean for each in many]))
+    assert np.mean([each.standard_error for each in many]) == pytest.approx(spread, rel=0.1)
+
+
+def test_a_difference_over_one_class_or_other_queries_says_so() -> None:
+    assert metrics.difference(scored([1, 1], [3, 3]), scored([0, 0], [3, 3])) == (1, np.inf)
+    with pytest.raises(ShapeError, match="the same ones"):
+        metrics.difference(scored([1, 1], [3, 3]), scored([0, 0], [3, 4]))
+
+
+def test_scores_are_those_of_the_queries_in_their_order() -> None:
+    whole = metrics.combine([metrics.retrieval_sums(SMALL, SMALL_LABELS)])
+    rows = [np.array([0, 1]), np.array([2, 3, 4])]
+    parts = [metrics.retrieval_sums(SMALL, SMALL_LABELS, query_rows=some) for some in rows]
+    united = metrics.combine(parts)
+    assert united.scores.tolist() == whole.scores.tolist()
+    assert united.classes.tolist() == whole.classes.tolist() == SMALL_LABELS.tolist()
+    assert np.mean(whole.scores) == pytest.approx((whole.recall_at_1 + whole.map_at_r) / 2)
+
+
+SMALL = np.array([[0.0], [0.1], [1.0], [1.1], [0.05]], np.float32)
+SMALL_LABELS = np.array([0, 1, 1, 0, 0])

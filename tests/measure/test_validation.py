@@ -21,10 +21,17 @@ def vectors() -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), draw.uniform(0.5, 1.5, (NUM, DIM)).astype(np.float32)
 
 
-def metrics_of(recall: float, num: int = 100) -> RetrievalMetrics:
+def metrics_of(wins: float, *, num_classes: int = 20, per_class: int = 10) -> RetrievalMetrics:
+    """Of queries half of which score 1; `wins` of all are 1 where they would be 0, evenly over classes."""
+    score_of_row = np.tile(np.arange(per_class) < per_class // 2, num_classes).astype(np.float64)
+    losers = np.flatnonzero(score_of_row == 0)
+    turned = losers[:: max(1, round(len(losers) / (abs(wins) * len(score_of_row))))] if wins > 0 else []
+    score_of_row[turned] = 1
     return RetrievalMetrics(
-        recall_at_k={1: recall}, map_at_r=0, r_precision=0, num_queries=num, num_skipped=0
-    )
+        recall_at_k={1: float(score_of_row.mean())}, map_at_r=0, r_precision=0,
+        num_queries=len(score_of_row), num_skipped=0, scores=score_of_row,
+        classes=np.repeat(np.arange(num_classes), per_class),
+    )  # fmt: skip
 
 
 def test_the_ways_start_with_the_distance_that_was_trained() -> None:
@@ -38,21 +45,29 @@ def test_the_ways_start_with_the_distance_that_was_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recalls", "chosen"),
+    ("wins", "chosen"),
     [
-        ([0.5, 0.5, 0.5, 0.5, 0.5], "l2"),  # a tie
-        ([0.5, 0.54, 0.5, 0.5, 0.54], "l2"),  # within one standard error, 0.05
-        ([0.5, 0.56, 0.5, 0.5, 0.6], "cosine"),  # "both" is not clearly better than cosine
-        ([0.5, 0.5, 0.5, 0.5, 0.6], "both-l2"),
-        ([0.5, 0.5, 0.6, 0.6, 0.62], "scale-l2"),
+        ([0, 0, 0, 0, 0], "l2"),  # a tie
+        ([0, 0.05, 0, 0, 0.05], "cosine"),  # 10 of 200 queries, in as many classes, none lost
+        ([0, 0.05, 0, 0, 0.2], "both-l2"),
+        ([0, 0, 0, 0, 0.05], "both-l2"),
+        ([0, 0, 0.1, 0.1, 0.1], "scale-l2"),
     ],
 )
 def test_a_way_is_recommended_where_it_is_clearly_better_than_the_simpler(
-    recalls: list[float], chosen: str
+    wins: list[float], chosen: str
 ) -> None:
     ways = validation.ways("l2")
-    results = {way: metrics_of(recall) for way, recall in zip(ways, recalls, strict=True)}
+    results = {way: metrics_of(share) for way, share in zip(ways, wins, strict=True)}
     assert validation.name_of(validation.choose(results, ways)) == chosen
+
+
+def test_a_gain_in_one_class_alone_is_noise() -> None:
+    ways = validation.ways("l2")
+    results = {way: metrics_of(0) for way in ways}
+    lucky = metrics_of(0)
+    lucky.scores[:10] = 1  # five queries of the first class
+    assert validation.choose(results | {ways[1]: lucky}, ways) == ways[0]
 
 
 def test_held_out_classes_stay_when_new_ones_come() -> None:
