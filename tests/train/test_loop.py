@@ -1,8 +1,175 @@
-"""The loop around the steps: a pause costs no speed."""
+"""The loop around the steps: where a run starts from, what it keeps of that, and what counts as speed."""
 
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
+from namr.data import datasets
+from namr.data.images import AugmentConfig
+from namr.errors import ShapeError
+from namr.measure import validation
+from namr.model import model, whitening
 from namr.train import loop
+from namr.train.examination import Examination
+from namr.train.loop import Trained
+from namr.train.run import TrainJobConfig
+from namr.train.step import Trainer
+from namr.train.training_data import TrainingData
+from tests.ranks import on_ranks
+from tests.small_training import make_dataset, make_job
+
+
+class Ran(NamedTuple):
+    trainer: Trainer
+    trained: Trained
+    kept: list[Examination]
+    starts: dict[str, torch.Tensor]
+    """the head's weights at the first checkpoint"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainJobConfig:
+    """A frozen backbone with weights from a file, as a pre-trained one has, and cached features."""
+    folder = tmp_path_factory.mktemp("loop")
+    data_uri = make_dataset(folder / "data")
+    job = make_job(data_uri, folder, training={"backbone_learning_rate": 0, "augment": False, "num_steps": 2})
+    weights = folder / "backbone.safetensors"
+    safetensors.torch.save_file(model.build(job.model, seed=5).backbone.state_dict(), weights)
+    return replace(job, model=replace(job.model, weights=str(weights)))
+
+
+def data_of(config: TrainJobConfig, *, rank: int = 0, world_size: int = 1) -> TrainingData:
+    dataset = datasets.open_version(config.data.dataset_uri)
+    return TrainingData(
+        dataset, None, data=config.data, batch=config.batch, loader=config.loader, seed=config.seed,
+        rank=rank, world_size=world_size, writes_cache=rank == 0,
+    )  # fmt: skip
+
+
+def trainer_of(config: TrainJobConfig, data: TrainingData) -> Trainer:
+    return loop.make_trainer(
+        config.model, config.loss, config.training, data, seed=config.seed, device=torch.device("cpu")
+    )
+
+
+def run(config: TrainJobConfig, *, state: dict[str, Any] | None = None) -> Ran:
+    data = data_of(config)
+    trainer = trainer_of(config, data)
+    if state:
+        trainer.load_state(state)
+    kept: list[Examination] = []
+    starts: dict[str, torch.Tensor] = {}
+
+    def checkpoint(_: loop.Write, examination: Examination) -> None:
+        kept.append(examination)
+        if not starts:
+            starts.update(
+                {name: value.clone() for name, value in trainer.model.heads.sample.state_dict().items()}
+            )
+
+    trained = loop.train(
+        trainer, data, augment=AugmentConfig(), num_images=8, diary=None, checkpoint=checkpoint
+    )
+    return Ran(trainer, trained, kept, starts)
+
+
+def test_the_model_before_its_first_step_is_examined_and_kept(config: TrainJobConfig) -> None:
+    ran = run(config)
+    assert [each.step for each in ran.kept] == [0, 1, 2]
+    start = ran.trained.start
+    assert start is not None and start[1:] == ran.kept[0].recommended
+    assert start.words == "the whitened features of 30 images (power 0.25)"
+    assert ran.kept[0].score >= 0 and ran.kept[0].mean_distance > 0
+
+
+def test_the_head_starts_as_the_whitening_of_the_features_of_classes_to_train_on(
+    config: TrainJobConfig,
+) -> None:
+    ran = run(config)
+    data = data_of(config)
+    built = model.build(config.model, seed=config.seed)
+    features = data.sample_features(built, num=1000)
+    assert len(features) == 30  # six of eight classes, five images each
+    expected = whitening.whitening(features, dim=8, power=0.25)
+    assert np.array_equal(ran.starts["weight"].numpy(), expected.weight)
+    assert np.array_equal(ran.starts["bias"].numpy(), expected.bias)
+
+
+def test_an_untrained_model_ranks_as_its_whitened_features(config: TrainJobConfig) -> None:
+    """What step 0 measured is what the features themselves find after the same map."""
+    ran, data = run(config), data_of(config)
+    built = model.build(config.model, seed=config.seed).eval()
+    start = whitening.whitening(data.sample_features(built, num=1000), dim=8, power=0.25)
+    data.cache_features(built)
+    x = data._unseen.features_of(data.validation_ids).numpy() @ start.weight.T + start.bias
+    ways = validation.ways("cosine")
+    results = validation.measure(x, None, data._validation_labels, ways=ways[:2])
+    for way in ways[:2]:
+        assert ran.kept[0].recall_at_1[validation.name_of(way)] == results[way].recall_at_1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"training": {"whitening_power": None}}, "random weights"),
+        ({"model": {"weights": "none"}}, "random weights, since the backbone does too"),
+        (
+            {"model": {"embedding_dim": 30}},
+            "random weights, since 30 images are too few to whiten 30 dimensions",
+        ),
+    ],
+)
+def test_where_there_is_nothing_to_whiten_heads_start_at_random_and_say_so(
+    config: TrainJobConfig, change: dict[str, dict[str, Any]], words: str
+) -> None:
+    changed = replace(config, **{part: replace(getattr(config, part), **of) for part, of in change.items()})
+    ran = run(changed)
+    assert ran.trained.start is not None and ran.trained.start.words == words
+    fresh = model.build(changed.model, seed=changed.seed).heads.sample.weight
+    assert torch.equal(ran.starts["weight"], fresh)
+
+
+def test_a_run_that_goes_on_keeps_its_start_and_does_not_begin_anew(config: TrainJobConfig) -> None:
+    ran = run(config)
+    longer = replace(config, training=replace(config.training, num_steps=3))
+    again = run(longer, state=ran.trainer.state())
+    assert again.trained.start == ran.trained.start
+    assert [each.step for each in again.kept] == [3]
+
+
+def test_features_that_are_no_numbers_end_the_run_before_its_first_step(
+    config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        TrainingData, "sample_features", lambda *_, **__: np.full((40, 16), np.nan, np.float32)
+    )
+    with pytest.raises(ShapeError, match="features of image 0 hold NaN"):
+        run(config)
+
+
+def started(config: TrainJobConfig) -> torch.Tensor:
+    """On each rank: the head after the start, features computed by all ranks together."""
+    rank, world_size = loop.collectives.rank(), loop.collectives.world_size()
+    uncached = replace(config, training=replace(config.training, augment=True))
+    data = data_of(uncached, rank=rank, world_size=world_size)
+    trainer = trainer_of(uncached, data)
+    loop._whiten(trainer, data)
+    return torch.cat(
+        [trainer.model.heads.sample.weight, trainer.model.heads.sample.bias[:, None]], 1
+    ).detach()
+
+
+@pytest.mark.slow
+def test_the_start_has_the_same_bits_on_any_number_of_ranks(config: TrainJobConfig) -> None:
+    results = on_ranks(started, config)
+    (alone,) = results[1]
+    for world_size, of_ranks in results.items():
+        for head in of_ranks:
+            assert torch.equal(head, alone), f"{world_size} ranks"
 
 
 def test_speed_counts_steady_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
