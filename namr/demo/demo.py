@@ -95,8 +95,10 @@ def run(config: DemoConfig) -> None:
         )
         with _stage(console, "2/5 train, with 2 workers"):
             plain = _fit(recipe, folder, tracking_uri, ranking_weight=0.0)
-            namr = _fit(recipe, folder, tracking_uri, ranking_weight=2.0)
+            namr = _fit(recipe, folder, tracking_uri, ranking_weight=None)
             registry.connect(tracking_uri).promote(namr.model_name, version=namr.model_version)
+        style = "dim" if namr.beat_its_start else "red"
+        console.print(f"    [{style}]{namr.against_start}[/{style}]")
         console.print(
             f"    {namr.num_steps} steps without and with the ranking loss, {namr.images_per_s:.0f} images a "
             f"second; {namr.model_name} version {namr.model_version} is the champion"
@@ -125,6 +127,8 @@ def run(config: DemoConfig) -> None:
                 )
             )
         console.print(_table(comparison))
+        if loss := _below_untrained(comparison, namr):
+            console.print(f"    [bold red]{loss}[/bold red]")
         if config.data == "digits":
             console.print("    [dim]handwritten digits show the flow, not the accuracy: they are easy[/dim]")
         if recipe.validates_on_gallery:
@@ -146,9 +150,9 @@ def _loader(folder: Path) -> LoaderConfig:
     return LoaderConfig(num_workers=0, cache_folder=folder / "cache")
 
 
-def _fit(recipe: Recipe, folder: Path, tracking_uri: str, *, ranking_weight: float) -> FitResult:
+def _fit(recipe: Recipe, folder: Path, tracking_uri: str, *, ranking_weight: float | None) -> FitResult:
     digest = hashlib.sha256(repr((recipe, ranking_weight)).encode()).hexdigest()[:8]
-    name = "namr" if ranking_weight else "namr-without-structure"
+    name = "namr-without-structure" if ranking_weight == 0 else "namr"
     return job.fit(
         TrainJobConfig(
             run_name=f"{name}-{digest}",
@@ -177,6 +181,20 @@ def _tell_release(console: Console, night: ReindexReport) -> None:
         f"{manifest.counts.num_indexed} images in {night.report.num_parts} merged parts of "
         f"{manifest.index_key}; "
         f"recall@10 {assessed.recall_at_10:.3f} with {assessed.probed}"
+    )
+
+
+def _below_untrained(comparison: Comparison, namr: FitResult) -> str | None:
+    """What to say where the trained model finds less than the backbone's untouched features do."""
+    side = namr.search.structure_side
+    way = namr.search.metric if side == "none" else side
+    trained = comparison.row("NAMR").by_column[way].recall_at_1
+    untouched = max(found.recall_at_1 for found in comparison.row("untrained").by_column.values())
+    if trained >= untouched:
+        return None
+    return (
+        f"training made it worse: Recall@1 {100 * trained:.1f} % where the untouched features have "
+        f"{100 * untouched:.1f} %; more classes to train on, or more steps, would help"
     )
 
 

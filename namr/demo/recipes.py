@@ -66,9 +66,9 @@ def recipe_of(
     digits = data == "digits"
     weights = weights or ("none" if digits else "timm")
     from_scratch = weights == "none"
-    rate = 1e-3
+    rate = 1e-3 if from_scratch else 3e-4
     few = num_classes < _ENOUGH_CLASSES
-    num_learnt = num_classes if few else num_classes * 4 // 5  # a tenth and at least two are held out
+    num_learnt = num_classes if few else num_classes * 4 // 5  # a fifth is held out
     return Recipe(
         model=ModelConfig(
             backbone=backbone or ("test_resnet" if digits else "tf_efficientnet_lite0"),

@@ -48,15 +48,25 @@ Mined = tuple[Tensor, ...] | None
 (anchor, positive, anchor, negative), or None for all pairs."""
 
 
+_OWN_WEIGHT = {
+    "triplet": 1.0,
+    "contrastive": 1.0,
+    "margin": 1.0,
+    "multi_similarity": 0.1,
+    "proxy_anchor": 1.0,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The base loss, and how much structure is added to it."""
 
     base: Literal["triplet", "contrastive", "margin", "multi_similarity", "proxy_anchor"]
     """The loss on labels that the ranking loss is added to."""
-    ranking_weight: float = 2.0
-    """lambda, the weight of the multi-cluster ranking loss; 0 is exactly the plain base loss."""
-    num_clusters: int = 2
+    ranking_weight: float | None = None
+    """lambda, the weight of the multi-cluster ranking loss; 0 is exactly the plain base loss, none is the
+    base loss's own: 0.1 for multi_similarity, 1 for the others (the papers' is 2)."""
+    num_clusters: int = 4
     """C, the groups that neighbours are ranked into; 2 is NASA's loss."""
     structure_side: Literal["query", "both"] = "both"
     """Whose structure weighs a distance in training: the query's (the papers' form), or both mean."""
@@ -79,6 +89,11 @@ class LossConfig:
             )
         if self.view == "scaled" and self.base not in ("contrastive", "margin"):
             raise ConfigError(f'loss.view is "scaled", which {self.base} has no choice about: leave it out')
+
+    @property
+    def weight(self) -> float:
+        """lambda, the base loss's own where none was said."""
+        return _OWN_WEIGHT[self.base] if self.ranking_weight is None else self.ranking_weight
 
 
 def search_metric_of(config: LossConfig) -> Metric:
@@ -180,7 +195,7 @@ class JointLoss(nn.Module):
             if mined is None:
                 mined = self.mine(embedding, labels, seed=seed, step=step)
             metric = self.base(x, labels, mined)
-            if self.config.ranking_weight == 0:
+            if self.config.weight == 0:
                 # Nothing, but DDP gets its gradient of every parameter, and a NaN that mining drops is seen.
                 nothing = (embedding * 0).sum() + (structure * 0).sum()
                 total = metric + nothing
@@ -194,7 +209,7 @@ class JointLoss(nn.Module):
                 alpha=self.config.alpha,
                 t=self.config.t,
             )
-            total = metric + self.config.ranking_weight * ranking
+            total = metric + self.config.weight * ranking
             return LossTerms(total, metric.detach(), ranking.detach(), mean_distance.detach())
 
     @torch.no_grad()

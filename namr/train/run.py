@@ -171,6 +171,7 @@ def absolute(config: TrainJobConfig) -> TrainJobConfig:
         model=replace(
             config.model, weights=weights if weights in ("timm", "none") else storage.absolute(weights)
         ),
+        loss=replace(config.loss, ranking_weight=config.loss.weight),  # what a run is named by, said
         loader=replace(config.loader, cache_folder=config.loader.cache_folder.expanduser().absolute()),
     )
 

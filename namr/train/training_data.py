@@ -48,7 +48,7 @@ class DataConfig:
     """Its version; none = the current one when the run begins."""
     validation_uri: str | None = None
     """Dataset of other classes for validation; none = hold out some of the training dataset's classes."""
-    held_out_share: float = 0.1
+    held_out_share: float = 0.2
     """The share of classes to hold out where there is no validation dataset; at least 2 are."""
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def has_structure(self) -> bool:
-        return self.model.structure_range > 0 and self.loss.ranking_weight > 0
+        return self.model.structure_range > 0 and self.loss.weight > 0
 
 
 @dataclass(frozen=True)
