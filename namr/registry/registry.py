@@ -37,6 +37,7 @@ _PARAM_LENGTH = 6000
 # Read by MLflow at each request; whoever set them already is right.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # the folder that a job runs in is not the model's project
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute: a server that restarts is waited for
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -240,12 +241,13 @@ class Registry:
     def fetch(
         self, name: str, *, version: str | None = None, alias: str | None = None, folder: Path
     ) -> tuple[Path, ModelVersion]:
-        """Bring a version to `folder/<name>-<version>`, for `model.load`; what is there already is kept.
+        """Bring a version to `folder/<name>-<version>-<digest>`, for `model.load`; what is there is kept.
 
         Several processes may fetch into one folder. ModelMismatch for another model than was registered.
         """
         wanted = self.version(name, version=version, alias=alias)
-        target = folder / f"{name}-{wanted.version}"
+        # Two MLflows may each have a version 1 of this name: the digest tells them apart.
+        target = folder / "-".join(filter(None, (name, wanted.version, wanted.digest[:12])))
         names = (model.WEIGHTS_FILE, model.DESCRIPTION_FILE)
         fetched.folder(target, lambda partial: self._download(wanted, partial), names=names)
         digest = model.describe(target).digest

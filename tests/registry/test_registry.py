@@ -123,7 +123,8 @@ def test_two_registrations_count_on_and_the_first_fetch_is_kept(
     again, found = local.fetch("kept", version="1", folder=tmp_path)
     assert again == path and (path / model.WEIGHTS_FILE).stat().st_mtime_ns == written
     assert found.aliases == ()
-    assert {entry.name for entry in tmp_path.iterdir()} == {"kept-1", ".kept-1.lock"}
+    assert path.name == f"kept-1-{found.digest[:12]}"
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, f".{path.name}.lock"}
 
 
 def test_a_fetched_model_that_was_exchanged_is_refused(local: Registry, saved: Path, tmp_path: Path) -> None:
@@ -174,9 +175,24 @@ def test_services_that_fetch_one_model_at_once_all_get_it_whole(
     others = [registry.connect(local.tracking_uri) for _ in range(4)]
     with ThreadPoolExecutor(len(others)) as pool:
         paths = list(pool.map(lambda each: each.fetch("at-once", version="1", folder=tmp_path)[0], others))
-    assert set(paths) == {tmp_path / "at-once-1"}
+    (path,) = set(paths)
     assert model.digest(model.load(paths[0])) == model.describe(saved).digest
-    assert {entry.name for entry in tmp_path.iterdir()} == {"at-once-1", ".at-once-1.lock"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, f".{path.name}.lock"}
+
+
+def test_versions_of_one_name_and_number_in_two_mlflows_are_kept_apart(
+    local: Registry, saved: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    model.save(model.build(model.describe(saved).config, seed=99), other)
+    elsewhere = registry.connect(f"sqlite:///{tmp_path / 'elsewhere.db'}")
+    paths = set()
+    for runs, folder in ((local, saved), (elsewhere, other)):
+        runs.register(folder, name="twin", run_id=runs.create_run("twin", run_name="r"))
+        path, _ = runs.fetch("twin", version="1", folder=tmp_path / "fetched")
+        assert model.describe(path).digest == model.describe(folder).digest
+        paths.add(path)
+    assert len(paths) == 2
 
 
 def test_what_is_not_there_is_named_with_what_is(local: Registry, saved: Path, tmp_path: Path) -> None:
