@@ -38,6 +38,7 @@ _PARAM_LENGTH = 6000
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_UV_AUTO_DETECT": "false",  # the folder that a job runs in is not the model's project
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would tell the address with its password
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute: a server that restarts is waited for
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
