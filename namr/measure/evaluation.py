@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -113,8 +113,12 @@ class Comparison:
         return "\n\n".join([self.title, *tables]) + "\n"
 
     def to_json(self) -> str:
-        """Everything, as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        """Everything but the scores of single queries, as JSON text."""
+        return json.dumps(asdict(self, dict_factory=_averages), indent=1)
+
+
+def _averages(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in fields if not isinstance(value, np.ndarray)}
 
 
 @dataclass(frozen=True, kw_only=True)

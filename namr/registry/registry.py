@@ -9,7 +9,6 @@ Not covered: deleting runs and versions (MLflow's own commands do), MLflow's fil
 register for one run at once (the training job's lease sees to it).
 """
 
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -34,15 +33,6 @@ DIGEST_TAG = "model_digest"
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 _PARAM_LENGTH = 6000
-# Read by MLflow at each request; whoever set them already is right.
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_UV_AUTO_DETECT": "false",  # the folder that a job runs in is not the model's project
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would tell the address with its password
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute: a server that restarts is waited for
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -68,8 +58,7 @@ def connect(uri: str | None) -> "Registry":
 
 def unasked(uri: str | None) -> "Registry":
     """A registry that nothing was asked of yet: its server may be away until it is needed."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)  # before MLflow is imported: telemetry begins there
+    tracking.set_environment()  # before MLflow is imported: telemetry begins there
     resolved = tracking.resolve(uri)
     with _explained(resolved, "be opened"), tracking.quiet():
         from mlflow import MlflowClient

@@ -17,6 +17,15 @@ from namr.errors import ConfigError, StorageError
 from namr.secrets import without_secrets
 
 _TIMEOUT_S = 5.0
+# Read by MLflow at each request; whoever set them already is right.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # the folder that a job runs in is not the model's project
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would tell the address with its password
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute: a server that restarts is waited for
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 
 def resolve(given: str | None) -> str:
@@ -62,3 +71,9 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def set_environment() -> None:
+    """What MLflow reads of this process's environment, where nobody has set it."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
