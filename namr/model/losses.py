@@ -51,7 +51,7 @@ Mined = tuple[Tensor, ...] | None
 _OWN_WEIGHT = {
     "triplet": 1.0,
     "contrastive": 1.0,
-    "margin": 1.0,
+    "margin": 0.3,
     "multi_similarity": 0.1,
     "proxy_anchor": 1.0,
 }
@@ -65,7 +65,7 @@ class LossConfig:
     """The loss on labels that the ranking loss is added to."""
     ranking_weight: float | None = None
     """lambda, the weight of the multi-cluster ranking loss; 0 is exactly the plain base loss, none is the
-    base loss's own: 0.1 for multi_similarity, 1 for the others (the papers' is 2)."""
+    base loss's own: 0.1 for multi_similarity, 0.3 for margin, 1 for the others (the papers' is 2)."""
     num_clusters: int = 4
     """C, the groups that neighbours are ranked into; 2 is NASA's loss."""
     structure_side: Literal["query", "both"] = "both"

@@ -460,3 +460,10 @@ def test_shapes_and_labels_are_checked() -> None:
 def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         joint(**({"base": "triplet"} | settings))  # type: ignore[arg-type]
+
+
+def test_each_base_loss_has_a_weight_of_its_own_unless_one_is_said() -> None:
+    weights = {base: LossConfig(base=base).weight for base in BASES}
+    assert weights["multi_similarity"] < weights["margin"] < weights["triplet"] == 1.0
+    assert LossConfig(base="triplet", ranking_weight=0).weight == 0
+    assert LossConfig(base="multi_similarity", ranking_weight=2).weight == 2
