@@ -28,7 +28,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from namr.data.shards import MAX_SHARD_NUMBER, make_id
+from namr.data.shards import MAX_SHARD_NUMBER, among, make_id
 from namr.errors import ConfigError, ManifestError, ObjectMissing
 from namr.store import manifests, read_ahead, storage, tables
 from namr.store.manifests import Pointer, StoredObject
@@ -118,10 +118,7 @@ class Dataset:
 
     def live(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """(n,) mask of the ids that are not tombstoned."""
-        if not len(self.tombstones):
-            return np.ones(len(ids), bool)
-        nearest = np.searchsorted(self.tombstones, ids).clip(max=len(self.tombstones) - 1)
-        return np.asarray(self.tombstones[nearest] != ids)
+        return ~among(ids, self.tombstones)
 
     def shard_uri(self, entry: ShardEntry) -> str:
         """Where the tar lies."""

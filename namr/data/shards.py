@@ -66,6 +66,14 @@ def shard_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return ids >> 32
 
 
+def among(ids: npt.NDArray[np.int64], ascending: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of some ids, of any shape, are in an ascending list."""
+    if not len(ascending):
+        return np.zeros(ids.shape, np.bool_)
+    at = np.searchsorted(ascending, ids).clip(max=len(ascending) - 1)
+    return np.asarray(ascending[at] == ids)
+
+
 def row_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Rows in their shards of ids."""
     return ids & 0xFFFFFFFF

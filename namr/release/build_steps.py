@@ -57,11 +57,7 @@ class VectorSource:
 
     def live(self, ids: Ids) -> Mask:
         """(n,) True for the ids that are not tombstoned."""
-        if not len(self.dead):
-            return np.ones(len(ids), np.bool_)
-        places = np.searchsorted(self.dead, ids)
-        live: Mask = self.dead[np.minimum(places, len(self.dead) - 1)] != ids
-        return live
+        return ~shards.among(ids, self.dead)
 
     def read(self, file: EmbeddingFile, rows: slice | Ids) -> tuple[Floats, Ids]:
         """Of these embedded rows the live ones: vectors as they are searched (n, D), ids (n,)."""

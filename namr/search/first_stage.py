@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from namr.data.shards import among
 from namr.index import ivf
 from namr.index.ivf import Floats, Ids
-from namr.search.items import among
 from namr.search.rerank import Ranked, Stop, go_on
 
 _PRODUCTS = 1 << 33

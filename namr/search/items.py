@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from namr.data.shards import among
 from namr.search.answers import Item
 from namr.store.tables import SampleTable
 
@@ -21,14 +22,6 @@ class PictureRange(NamedTuple):
 
     offset: int
     size: int
-
-
-def among(ids: Ids, ascending: Ids) -> npt.NDArray[np.bool_]:
-    """Which of some ids, of any shape, are in an ascending list."""
-    if not len(ascending):
-        return np.zeros(ids.shape, np.bool_)
-    at = np.searchsorted(ascending, ids).clip(max=len(ascending) - 1)
-    return np.asarray(ascending[at] == ids)
 
 
 class Items:

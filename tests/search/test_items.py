@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from namr.data import shards
 from namr.search import items
 from namr.search.items import Items
 from namr.store.tables import SampleTable
@@ -69,5 +70,5 @@ def test_hidden_items_are_as_unknown_as_any() -> None:
 
 def test_membership_keeps_the_shape_of_what_is_asked() -> None:
     asked = np.array([[1, 3], [8, 9]])
-    assert items.among(asked, IDS).tolist() == [[False, True], [True, False]]
-    assert not items.among(asked, IDS[:0]).any()
+    assert shards.among(asked, IDS).tolist() == [[False, True], [True, False]]
+    assert not shards.among(asked, IDS[:0]).any()
