@@ -277,7 +277,7 @@ def test_the_largest_queries_get_all_their_neighbours_and_finite_distances(
 def flip(searcher: Searcher, item_id: int, what: str, value: float) -> None:
     """Damage the stored vector of an item where it lies, as a disk might."""
     (shard,) = [shard for shard in searcher.manifest.vectors if shard.number == item_id >> 32]
-    path = searcher.release.path(getattr(shard, what), Cache(Path("unused"), 1))
+    path = Path(searcher.release.releases_uri, getattr(shard, what).name)
     vectors = np.load(path, mmap_mode="r+")
     vectors[item_id & 0xFFFFFFFF, 3] = value
     vectors.flush()
