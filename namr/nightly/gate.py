@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from namr import checks
+from namr.data import shards
 from namr.data.datasets import Dataset
 from namr.errors import NamrError
 from namr.nightly import release_report
@@ -63,9 +64,9 @@ def lost_keys(draft: Release, dataset: Dataset, *, current: Release) -> list[str
         current.read(current.manifest.items), draft.read(draft.manifest.items)
     )
     gone_uri = current.manifest.dataset_uri
-    taken_out = np.isin(lacking.ids, takedowns.taken_down(current.releases_uri, gone_uri))
+    taken_out = shards.among(lacking.ids, takedowns.taken_down(current.releases_uri, gone_uri))
     if gone_uri == dataset.uri:
-        taken_out |= np.isin(lacking.ids, dataset.tombstones)
+        taken_out |= shards.among(lacking.ids, dataset.tombstones)
         return [lacking.keys[row] for row in np.flatnonzero(~taken_out)]
     # the same key has another id in another dataset
     keys = [lacking.keys[row] for row in np.flatnonzero(~taken_out)]

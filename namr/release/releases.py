@@ -274,7 +274,7 @@ def export(release: Release, out_path: Path) -> ivf.IndexInfo:
     """
     manifest = release.manifest
     hidden = takedowns.taken_down(release.releases_uri, manifest.dataset_uri)
-    num_hidden = len(release.tombstones()) + int(np.isin(hidden, release.items().ids).sum())
+    num_hidden = len(release.tombstones()) + int(shards.among(hidden, release.items().ids).sum())
     if num_hidden:
         raise ConfigError(
             f"release {manifest.release_id} hides {num_hidden} dead entries that plain FAISS would find; "
