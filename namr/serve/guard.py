@@ -79,6 +79,7 @@ class Guard:
     def hold(self, num_bytes: int) -> bool:
         """Count bytes that are held from now on (or, below 0, no more); False if they are too many."""
         self._held_bytes += num_bytes
+        self._metrics.held_bytes.set(self._held_bytes)
         return self._held_bytes <= self._limits.max_bodies_bytes
 
     def check(self, num_bytes: int, *, is_held: bool) -> "_Refusal | None":

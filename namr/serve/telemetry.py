@@ -41,6 +41,9 @@ class Metrics:
         )
         self.release = prometheus_client.Info("namr_release", "What is being served", **own)
         self.items = prometheus_client.Gauge("namr_items", "Items that can be found", **own)
+        self.held_bytes = prometheus_client.Gauge(
+            "namr_held_bytes", "Bytes of request bodies that are held", **own
+        )
 
     def serving(self, *, release_id: str, model: str, num_items: int) -> None:
         """Another release is served from now on."""
