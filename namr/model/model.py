@@ -106,7 +106,7 @@ class NamrModel(nn.Module):
         )
         self.search = SearchDefaults()
         self.batchnorm: BatchNormPolicy = "local"
-        self.backbone = backbone
+        self.backbone = backbone.to(memory_format=torch.channels_last)  # as the fast convolutions want it
         self.heads = TwinHeads(
             backbones.num_features(backbone),
             config.embedding_dim,
@@ -118,6 +118,7 @@ class NamrModel(nn.Module):
         """uint8 (B, 3, H, W) -> (B, F), float32 or what autocast makes of it."""
         if self.batchnorm == "sync" and self.training and not pixels.is_cuda:
             raise ConfigError("batchnorm is 'sync', which needs a GPU; expected 'frozen' or 'local' on a CPU")
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.backbone(images.normalise(pixels, self.preprocessing))
         return features
 

@@ -46,7 +46,7 @@ def backbone_file(path: Path, *, changes: dict[str, torch.Tensor | None] | None 
         tensors.pop(name, None)
         if tensor is not None:
             tensors[name] = tensor
-    path.write_bytes(safetensors.torch.save(tensors))
+    path.write_bytes(safetensors.torch.save({name: each.contiguous() for name, each in tensors.items()}))
     return str(path)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from namr.data import images
 from namr.errors import ConfigError, ManifestError, ModelMismatch, ShapeError
 from namr.model import backbones, model
 from namr.model.model import BatchNormPolicy, ModelConfig, NamrModel, SearchDefaults
@@ -42,6 +43,23 @@ def test_shapes_and_types(tiny: NamrModel) -> None:
     assert features.shape == (3, backbones.num_features(tiny.backbone))
     assert found.embedding.shape == found.structure.shape == (3, 8)
     assert found.embedding.dtype == found.structure.dtype == torch.float32
+
+
+def test_the_order_of_channels_in_memory_changes_features_by_rounding_alone() -> None:
+    """Channels last is what fast convolutions want; what is saved and told of a model knows nothing of it."""
+    fast, plain = (model.build(config(), seed=0).eval() for _ in range(2))
+    plain.backbone.to(memory_format=torch.contiguous_format)
+    convolutions = [module for module in fast.backbone.modules() if isinstance(module, nn.Conv2d)]
+    assert all(each.weight.is_contiguous(memory_format=torch.channels_last) for each in convolutions)
+    batch = torch.from_numpy(pixels(4))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast.features(batch),
+            plain.backbone(images.normalise(batch, plain.preprocessing)),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    assert model.digest(fast) == model.digest(plain)
 
 
 def test_range_zero_is_the_control_with_s_exactly_one_and_nothing_to_learn() -> None:

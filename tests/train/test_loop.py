@@ -38,7 +38,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainJobConfig:
     data_uri = make_dataset(folder / "data")
     job = make_job(data_uri, folder, training={"backbone_learning_rate": 0, "augment": False, "num_steps": 2})
     weights = folder / "backbone.safetensors"
-    safetensors.torch.save_file(model.build(job.model, seed=5).backbone.state_dict(), weights)
+    state = model.build(job.model, seed=5).backbone.state_dict()
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
     return replace(job, model=replace(job.model, weights=str(weights)))
 
 
