@@ -32,6 +32,7 @@ from namr.model.heads import Embeddings, TwinHeads
 from namr.store import manifests, storage
 
 BatchNormPolicy = Literal["frozen", "sync", "local"]
+StructureBatchNormPolicy = Literal["local", "frozen"]
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
@@ -106,6 +107,7 @@ class NamrModel(nn.Module):
         )
         self.search = SearchDefaults()
         self.batchnorm: BatchNormPolicy = "local"
+        self.structure_batchnorm: StructureBatchNormPolicy = "local"
         self.backbone = backbone.to(memory_format=torch.channels_last)  # as the fast convolutions want it
         self.heads = TwinHeads(
             backbones.num_features(backbone),
@@ -128,11 +130,14 @@ class NamrModel(nn.Module):
         return embeddings
 
     def train(self, mode: bool = True) -> "NamrModel":
-        """As in torch, except that a frozen backbone's BatchNorms keep using their stored statistics."""
+        """As in torch, except that frozen BatchNorms keep using their stored statistics."""
         super().train(mode)
-        if self.batchnorm == "frozen":
-            for module in self.backbone.modules():
-                if isinstance(module, _BatchNorm):
+        for part, policy in (
+            (self.backbone, self.batchnorm),
+            (self.heads, self.structure_batchnorm),
+        ):
+            for module in part.modules():
+                if policy == "frozen" and isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
@@ -150,8 +155,10 @@ def build(config: ModelConfig, *, seed: int) -> NamrModel:
     return model
 
 
-def set_batchnorm_policy(model: NamrModel, policy: BatchNormPolicy) -> None:
-    """What the backbone's BatchNorms do in training; the structure head's always learns.
+def set_batchnorm_policy(
+    model: NamrModel, policy: BatchNormPolicy, *, of_structure: StructureBatchNormPolicy = "local"
+) -> None:
+    """What the BatchNorms of the backbone, and of the structure head, do in training.
 
     "frozen" uses the stored statistics and leaves them alone (their scale and shift still learn), "sync"
     shares statistics over all ranks (GPU), "local" is each rank's own.
@@ -160,7 +167,7 @@ def set_batchnorm_policy(model: NamrModel, policy: BatchNormPolicy) -> None:
         raise ConfigError(f"batchnorm is {policy!r}; expected frozen, sync or local")
     if policy == "sync":
         model.backbone = backbones.with_shared_batchnorm(model.backbone)
-    model.batchnorm = policy
+    model.batchnorm, model.structure_batchnorm = policy, of_structure
     model.train(model.training)
 
 

@@ -47,11 +47,15 @@ class TrainingConfig:
     """AdamW's decoupled weight decay, for all parameters but the loss's own."""
     warmup_steps: int = 0
     """Steps over which the rates rise linearly from 0 to their peaks."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """What the rates do after the warm-up: stay, or fall along a half cosine to 0."""
+    schedule: Literal["constant", "cosine", "stairs"] = "constant"
+    """What the rates do after the warm-up: stay, fall along a half cosine to 0, or fall to a fifth after 4/9,
+    6/9 and 8/9 of all steps (NASA's)."""
     batchnorm: Literal["auto", "frozen", "sync", "local"] = "auto"
     """The backbone's BatchNorm. auto: frozen on a pre-trained backbone, local on one from scratch.
     sync needs GPUs; local statistics depend on the number of workers."""
+    structure_batchnorm: Literal["local", "frozen"] = "local"
+    """The structure head's, which sees the global batch on every rank; frozen from the first step on is
+    NASA's habit."""
     precision: Precision = "float32"
     """Arithmetic of the backbone; heads and losses always use float32."""
     max_gradient_norm: float = 10.0
@@ -101,6 +105,8 @@ def rate_factor(config: TrainingConfig, step: int) -> float:
         return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "stairs":
+        return float(0.2 ** sum(9 * step >= ninths * config.num_steps for ninths in (4, 6, 8)))
     progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
@@ -166,7 +172,7 @@ class Trainer:
         policy = batchnorm_policy(config, model.config)
         if policy == "sync" and device.type == "cpu":
             raise ConfigError('training.batchnorm is "sync", which needs GPUs; on CPUs use frozen or local')
-        set_batchnorm_policy(model, policy)
+        set_batchnorm_policy(model, policy, of_structure=config.structure_batchnorm)
         model.backbone.requires_grad_(not config.frozen_backbone)
         self.config, self.seed, self.device = config, seed, device
         self.whole = ModelWithLoss(model, loss, seed=seed, precision=config.precision).to(device)

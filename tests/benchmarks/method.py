@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from namr.data import images
+from namr.data.images import Preprocessing
 from namr.data.sampling import ClassIndex, PKConfig, global_batch
 from namr.measure import metrics, validation
 from namr.measure.evaluation import Comparison, Entry, Row, compare
@@ -271,11 +272,16 @@ def mean_metrics(found: list[RetrievalMetrics]) -> RetrievalMetrics:
     )
 
 
-def cached_features(folder: Path, config: ModelConfig, cache: Path) -> Labelled:
-    """The images of a folder of class folders."""
+def labelled(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """The images of a folder of class folders, and their (N,) int64 classes."""
     paths = sorted(folder.glob("*/*"))
     names = sorted({path.parent.name for path in paths})
-    labels = np.array([names.index(path.parent.name) for path in paths], np.int64)
+    return paths, np.array([names.index(path.parent.name) for path in paths], np.int64)
+
+
+def cached_features(folder: Path, config: ModelConfig, cache: Path) -> Labelled:
+    """What the untouched backbone makes of them."""
+    paths, labels = labelled(folder)
     backbone = model.build(config, seed=0).eval()
     stored = cache / f"{folder.parent.name}-{folder.name}-{model.backbone_digest(backbone)[:16]}.npy"
     if not stored.exists():
@@ -287,15 +293,16 @@ def cached_features(folder: Path, config: ModelConfig, cache: Path) -> Labelled:
 
 
 def computed_features(backbone: NamrModel, paths: list[Path]) -> np.ndarray:
-    found = []
-    with ThreadPoolExecutor(2) as readers, torch.inference_mode():
-        for start in range(0, len(paths), 64):
-            block = paths[start : start + 64]
-            pixels = readers.map(
-                lambda path: images.prepare(path.read_bytes(), backbone.preprocessing), block
-            )
-            found.append(backbone.features(torch.from_numpy(np.stack(list(pixels)))).numpy())
-    return np.concatenate(found)
+    with torch.inference_mode():
+        blocks = (paths[start : start + 64] for start in range(0, len(paths), 64))
+        pixels = (torch.from_numpy(prepared(block, backbone.preprocessing)) for block in blocks)
+        return np.concatenate([backbone.features(block).numpy() for block in pixels])
+
+
+def prepared(paths: list[Path], prep: Preprocessing) -> np.ndarray:
+    """uint8 (N, 3, H, W)"""
+    with ThreadPoolExecutor(2) as readers:
+        return np.stack(list(readers.map(lambda path: images.prepare(path.read_bytes(), prep), paths)))
 
 
 if __name__ == "__main__":

@@ -113,6 +113,17 @@ def test_the_batchnorm_policy_survives_train_and_lets_the_structure_head_learn(
     assert len(batchnorms(one.backbone)) > 0 and one.heads.training and one.training
 
 
+def test_the_structure_heads_batchnorm_can_be_frozen_too() -> None:
+    one = model.build(config(), seed=0)
+    model.set_batchnorm_policy(one, "frozen", of_structure="frozen")
+    one.train()
+    before = state(one)
+    one(torch.from_numpy(pixels(8)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in one.state_dict().items())
+    model.set_batchnorm_policy(one, "frozen")
+    assert all(module.training for module in batchnorms(one.heads))
+
+
 def test_frozen_batchnorms_still_learn_scale_and_shift() -> None:
     one = model.build(config(), seed=0)
     model.set_batchnorm_policy(one, "frozen")

@@ -147,6 +147,13 @@ def test_rates_rise_linearly_and_fall_along_a_half_cosine() -> None:
     assert rate_factor(TrainingConfig(num_steps=14, warmup_steps=4), 13) == 1
 
 
+def test_rates_fall_by_stairs_where_nasas_do() -> None:
+    """Its 90 epochs of 100 steps fall to a fifth after 40, 60 and 80 of them."""
+    config = TrainingConfig(num_steps=9000, schedule="stairs")
+    factors = [rate_factor(config, step) for step in (0, 3999, 4000, 5999, 6000, 7999, 8000, 8999)]
+    assert factors == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04, 0.008, 0.008])
+
+
 def test_a_loss_that_is_not_finite_names_step_and_terms_and_spares_the_weights() -> None:
     trained = make_trainer()
     trained.step(*next(batches(0)))
