@@ -4,6 +4,9 @@ Only the kinds that namr makes are known: Flat with ids, and inverted lists with
 squared L2. Everything else is a ManifestError. The layout of a file is FAISS's own; what is written here is
 compared byte for byte with what FAISS writes.
 
+A fast-scan index (PQ<pieces>x4fs) lies in files as the plain PQ<pieces>x4 of the same codes, which FAISS
+can merge; `packed` lays the codes out as the scan wants them, in memory.
+
 Not covered: training, adding and searching (`ivf`).
 """
 
@@ -21,10 +24,12 @@ from namr.errors import ConfigError, ManifestError
 
 Ids = npt.NDArray[np.int64]
 
-OFFERED = "Flat, IVF<lists>,Flat, IVF<lists>,SQ8 and IVF<lists>,PQ<bytes>x8"
-_PQ_CENTROIDS = 256
+OFFERED = "Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<pieces>x4fs and IVF<lists>,PQ<bytes>x8"
+MAX_PIECE_DIM = 15
+"""of a product quantiser's piece, where a vector's code has to depend on it alone: FAISS encodes longer ones
+by matrix products"""
 _REFUSED = {
-    "fs": "a fast-scan index can't be merged: FAISS aborts the process",
+    "fs": "namr merges fast-scan indexes of PQ<pieces>x4fs alone",
     "HNSW": "a graph can't be merged",
     "NSG": "a graph can't be merged",
     "RFlat": "an index that refines its own results can't be merged, and namr re-ranks by itself",
@@ -38,27 +43,47 @@ class IndexKey(NamedTuple):
     num_lists: int
     codec: str
     code_bytes: int
+    num_centroids: int = 0
+    """of each piece of a product quantiser"""
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether a search leaves the codes where they are in the file."""
+        return self.num_lists > 0 and not self.text.endswith("fs")
+
+    @property
+    def of_faiss(self) -> str:
+        """The key that FAISS's factory makes the template from."""
+        return self.text.removesuffix("fs")
 
     @property
     def min_training_vectors(self) -> int:
         """The fewest vectors that the template can be trained on."""
-        return max(self.num_lists, _PQ_CENTROIDS if self.codec == "PQ" else 0)
+        return max(self.num_lists, self.num_centroids)
 
 
 def parse_key(text: str, *, dim: int) -> IndexKey:
     """The parts of an index key such as `IVF1024,SQ8`; ConfigError for one that is not offered."""
     if text == "Flat":
         return IndexKey(text, 0, "Flat", 4 * dim)
-    matched = re.fullmatch(r"IVF([1-9]\d*),(Flat|SQ8|PQ([1-9]\d*)x8)", text)
+    matched = re.fullmatch(r"IVF([1-9]\d*),(Flat|SQ8|PQ([1-9]\d*)x(8|4fs))", text)
     if matched is None:
         reason = next((why for word, why in _REFUSED.items() if word in text), "namr has no such index")
         raise ConfigError(f"index key {text!r} is not offered: {reason}; choose one of {OFFERED}")
-    lists, codec, num_bytes = int(matched[1]), matched[2], matched[3]
-    if num_bytes is None:
+    lists, codec = int(matched[1]), matched[2]
+    if matched[3] is None:
         return IndexKey(text, lists, codec, 4 * dim if codec == "Flat" else dim)
-    if dim % int(num_bytes):
-        raise ConfigError(f"index key {text!r}: {num_bytes} bytes don't divide the dimension {dim}")
-    return IndexKey(text, lists, "PQ", int(num_bytes))
+    pieces = int(matched[3])
+    if dim % pieces:
+        raise ConfigError(f"index key {text!r}: {pieces} pieces don't divide the dimension {dim}")
+    if matched[4] == "8":
+        return IndexKey(text, lists, "PQ", pieces, 256)
+    if pieces % 2 or dim // pieces > MAX_PIECE_DIM:
+        raise ConfigError(
+            f"index key {text!r}: {pieces} pieces of {dim // pieces} dimensions; expected an even number of "
+            f"them, each of {MAX_PIECE_DIM} or fewer"
+        )
+    return IndexKey(text, lists, "PQ", pieces // 2, 16)
 
 
 def open_file(path: Path, *, mmap: bool, for_search: bool = False) -> Any:
@@ -92,12 +117,18 @@ def key_of(index: Any, what: str) -> str:
     elif type(index) is faiss.IndexIVFScalarQuantizer:
         codec = "SQ8" if index.sq.qtype == faiss.ScalarQuantizer.QT_8bit else None
     elif type(index) is faiss.IndexIVFPQ:
-        codec = f"PQ{index.pq.M}x8" if index.pq.nbits == 8 else None
+        codec = {8: f"PQ{index.pq.M}x8", 4: f"PQ{index.pq.M}x4fs"}.get(index.pq.nbits)
     if codec is None:
         raise ManifestError(f"{what} is a {type(index).__name__}; expected one of {OFFERED}")
     if index.direct_map.type != faiss.DirectMap.NoMap:  # type: ignore[attr-defined]
         raise ManifestError(f"{what} has a direct map, which FAISS can't merge: build it without")
     return f"IVF{index.nlist},{codec}"
+
+
+def packed(index: Any) -> Any:
+    """What searches `index`: itself, or for 4-bit codes the fast-scan index over the same, in memory."""
+    pq: Any = getattr(index, "pq", None)
+    return faiss.IndexIVFPQFastScan(index) if pq is not None and pq.nbits == 4 else index
 
 
 def serialised(index: Any) -> bytes:

@@ -15,7 +15,7 @@ does not keep it, for three reasons that are dealt with here:
 - ties come out in the order of insertion. Parts are merged in the order of their ids.
 
 FAISS and fork don't go together: start processes by spawn. All is squared L2. Not covered: cosine (make the
-vectors of unit length first), GPU indexes, fast-scan and graph indexes, re-ranking.
+vectors of unit length first), GPU indexes, graph indexes, refining and re-ranking.
 Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 """
 
@@ -39,8 +39,6 @@ Ids = npt.NDArray[np.int64]
 
 _BY_PAIRS = 16
 """vectors at a time that FAISS compares one by one, without a matrix product (it does so below 20)"""
-_BLAS_DIM = 16
-"""of a product quantiser's pieces: from here on FAISS encodes them by matrix products"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Templ
     if parsed.num_lists == 0:
         index: Any = faiss.IndexIDMap(faiss.IndexFlatL2(x.shape[1]))
     else:
-        index = faiss.index_factory(x.shape[1], key, faiss.METRIC_L2)
+        index = faiss.index_factory(x.shape[1], parsed.of_faiss, faiss.METRIC_L2)
         clusterings = [index.cp]
         if parsed.codec == "PQ":
             index.do_polysemous_training = False  # renumbers codes for 15 s, for a search that is not offered
@@ -208,14 +206,19 @@ class Index:
     """One or more segments of one template, searched as one index. Made by `open_index`."""
 
     def __init__(self, index: Any, kept: Sequence[Any], *, template_hash: str, num_threads: int) -> None:
-        self._index = index
-        self._kept = kept  # the segments' own memory, which FAISS only points to
+        self._index = index_files.packed(index)
+        self._kept = index, kept  # memory which FAISS only points to
         self._num_threads = num_threads
         self.template_hash = template_hash
         self.key = index_files.key_of(index, "the index")
         self.dim = int(index.d)
         self.num_vectors = int(index.ntotal)
         self.num_lists = int(index.nlist) if self.key != "Flat" else 0
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether its distances are those of codes, so that candidates are worth refining."""
+        return not self.key.endswith("Flat")
 
     def search(self, queries: Floats, k: int, nprobe: int = 1) -> tuple[Floats, Ids]:
         """Squared L2 distances (Q, k) float32, ascending, and ids (Q, k) of the nearest among nprobe lists.
@@ -243,8 +246,8 @@ class Index:
 def open_index(paths: Path | Sequence[Path], *, mmap: bool = True, num_threads: int = 1) -> Index:
     """Opens a segment, or several in the order of their ids, for searching.
 
-    mmap leaves the codes on disk, in the page cache; without it they are read into memory. One segment
-    is the fast case: several are as exact, at up to twice the time.
+    mmap leaves the codes on disk, in the page cache; without it, and those of a fast-scan index always, they
+    are read into memory. One segment is the fast case: several are as exact, at up to twice the time.
     """
     paths = [paths] if isinstance(paths, Path) else list(paths)
     if not paths:
@@ -256,8 +259,8 @@ def open_index(paths: Path | Sequence[Path], *, mmap: bool = True, num_threads: 
             raise ManifestError(f"{path} is of template {other[:12]}, {paths[0]} of {hashes[0][:12]}")
     if len(indexes) == 1:
         return Index(indexes[0], [], template_hash=hashes[0], num_threads=num_threads)
-    if index_files.key_of(indexes[0], str(paths[0])) == "Flat":
-        whole: Any = index_files.open_file(paths[0], mmap=False)
+    if not index_files.parse_key(index_files.key_of(indexes[0], str(paths[0])), dim=indexes[0].d).is_mapped:
+        whole: Any = index_files.open_file(paths[0], mmap=False, for_search=True)
         for path in paths[1:]:
             whole.merge_from(index_files.open_file(path, mmap=False), 0)
         return Index(whole, [], template_hash=hashes[0], num_threads=num_threads)
@@ -318,7 +321,7 @@ def _add(index: Any, x: Floats, ids: Ids) -> None:
     centroids = np.asarray(index.quantizer.reconstruct_n(0, index.nlist))
     lists = nearest(x, centroids)
     pq: Any = getattr(index, "pq", None)
-    if pq is not None and pq.dsub >= _BLAS_DIM:
+    if pq is not None and pq.dsub > index_files.MAX_PIECE_DIM:
         pieces = (x - centroids[lists]).reshape(len(x), pq.M, pq.dsub)
         of_pieces = faiss.vector_to_array(pq.centroids).reshape(pq.M, -1, pq.dsub)
         codes = [nearest(pieces[:, m], of_pieces[m]).astype(np.uint8) for m in range(pq.M)]

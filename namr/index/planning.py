@@ -4,7 +4,8 @@ Rules of thumb, on purpose: what an index really finds is measured on held-out q
 
     lists       the power of two nearest to 2 sqrt(N), so that a search over a few percent of the lists costs
                 about as much as finding them; none (Flat) below FLAT_BELOW vectors, where exact is fast
-    codes       the most exact of Flat, SQ8, PQ that fits the bytes that the index may take
+    codes       4 bits for every 2 axes, scanned fast, and their candidates compared by the stored vectors; for
+                every 4 or 8 axes where that doesn't fit the bytes that the index may take
     sample      SAMPLE_PER_LIST vectors a list; FAISS asks for 39 and uses no more than 256
     parts       enough that none holds more than PART_BYTES, and at least as many as asked for
 
@@ -20,8 +21,7 @@ from namr.index import index_files
 FLAT_BELOW = 20_000
 SAMPLE_PER_LIST = 64
 PART_BYTES = 1 << 30
-_PQ_BYTES_PER_AXIS = (2, 4, 8)
-_PQ_CENTROIDS = 256
+_AXES_PER_PIECE = (2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,14 @@ def plan(
 
 
 def _choose(num_vectors: int, dim: int, max_index_bytes: int) -> str:
-    """The most exact key that fits."""
+    """The most exact key that fits; of a dimension that doesn't come in even pieces, SQ8."""
     if (
         num_vectors < FLAT_BELOW
         and _index_bytes(num_vectors, dim, index_files.parse_key("Flat", dim=dim)) <= max_index_bytes
     ):
         return "Flat"
     lists = 2 ** round(math.log2(2 * math.sqrt(max(num_vectors, 1))))
-    codecs = ["Flat", "SQ8", *(f"PQ{dim // n}x8" for n in _PQ_BYTES_PER_AXIS if dim % n == 0)]
+    codecs = [f"PQ{dim // n}x4fs" for n in _AXES_PER_PIECE if dim % (2 * n) == 0] or ["SQ8"]
     sizes = {f"IVF{lists},{codec}": 0 for codec in codecs}
     for key in sizes:
         sizes[key] = _index_bytes(num_vectors, dim, index_files.parse_key(key, dim=dim))
@@ -92,5 +92,5 @@ def _choose(num_vectors: int, dim: int, max_index_bytes: int) -> str:
 def _index_bytes(num_vectors: int, dim: int, key: index_files.IndexKey) -> int:
     """Codes and ids, centroids with a size each, code books; the few hundred bytes of header left out."""
     centroids = key.num_lists * (4 * dim + 8)
-    code_books = 4 * _PQ_CENTROIDS * dim if key.codec == "PQ" else 0
+    code_books = 4 * key.num_centroids * dim
     return num_vectors * (key.code_bytes + 8) + centroids + code_books

@@ -11,7 +11,7 @@ Not covered: whether the numbers are good enough (`gate` decides), the method on
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from namr import checks
 from namr.errors import ConfigError
 from namr.model.distances import Side
+from namr.nightly import tuning
 from namr.release import held_out
 from namr.search.answers import Answer, SearchOptions
 from namr.search.searcher import Searcher
@@ -28,6 +29,8 @@ from namr.store.tables import SampleTable
 _K = 10
 _SIDES: tuple[Side, ...] = ("none", "scale", "query", "both")
 _BLOCK = 256
+_MOST_DEEPER = 16
+"""times the depth of the config"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class AssessmentConfig:
     target_recall: float = 0.95
     """lists are probed until this recall@10 of exact search is reached, or all are"""
     depth: int = 100
-    """candidates that are re-ranked"""
+    """candidates that are re-ranked, at least; more where a compressed index needs them for its recall"""
 
     def __post_init__(self) -> None:
         checks.in_range(self, "depth", at_least=1)
@@ -69,12 +72,12 @@ class Assessment:
     """the fewest probed lists that reach the target"""
     num_lists: int
     recall_at_10: float
-    """of the index at `nprobe` against exact search"""
+    """of plain search at `nprobe` and `depth` against exact search"""
     recall_by_nprobe: tuple[tuple[int, float], ...]
     sides: tuple[SideResult, ...]
     depth: int
     queries_per_s: float
-    """of the first stage alone at `nprobe`, by key, in batches of 256"""
+    """of plain search at `nprobe`, by key, in batches of 256"""
 
     @property
     def probed(self) -> str:
@@ -100,29 +103,35 @@ def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) ->
     """Measure a release by the keys of its held-out items; at least one, else ConfigError."""
     if not keys:
         raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
-    num_lists = searcher.num_lists
     truth = _answers(searcher, keys, side="none", exact=True)
-    by_nprobe = []
-    for nprobe in _ladder(num_lists):
+    seconds: dict[tuple[int, int], float] = {}
+
+    def recall_of(nprobe: int, depth: int) -> float:
         began = time.perf_counter()
-        answers = _answers(searcher, keys, side="none", nprobe=nprobe)
-        seconds = time.perf_counter() - began
-        by_nprobe.append((nprobe, _agreement(answers, truth)))
-        if by_nprobe[-1][1] >= config.target_recall:
-            break
-    nprobe, recall = by_nprobe[-1]
+        answers = _answers(searcher, keys, side="none", nprobe=nprobe, depth=depth)
+        seconds[nprobe, depth] = time.perf_counter() - began
+        return _agreement(answers, truth)
+
+    points = tuning.tuned(
+        recall_of,
+        num_lists=searcher.num_lists,
+        target=config.target_recall,
+        depth=config.depth,
+        max_depth=_MOST_DEEPER * config.depth if searcher.is_compressed else config.depth,
+    )
+    nprobe, depth, recall = points[-1]
     labels = _Labels.of(searcher.release.items(), keys)
     return Assessment(
         num_queries=len(keys),
         num_labelled=len(labels.by_query),
         num_items=len(searcher.items),
         nprobe=nprobe,
-        num_lists=num_lists,
+        num_lists=searcher.num_lists,
         recall_at_10=recall,
-        recall_by_nprobe=tuple(by_nprobe),
-        sides=tuple(_side_result(searcher, keys, labels, side, nprobe, config.depth) for side in _SIDES),
-        depth=config.depth,
-        queries_per_s=len(keys) / seconds,
+        recall_by_nprobe=tuple(sorted((point.nprobe, point.recall) for point in points)),
+        sides=tuple(_side_result(searcher, keys, labels, side, nprobe, depth) for side in _SIDES),
+        depth=depth,
+        queries_per_s=len(keys) / seconds[nprobe, depth],
     )
 
 
@@ -172,12 +181,3 @@ def _agreement(answers: Sequence[Answer], truth: Sequence[Answer]) -> float:
         total += len(true.hits)
         right += len({hit.id for hit in true.hits} & {hit.id for hit in answer.hits})
     return right / total if total else 1.0
-
-
-def _ladder(num_lists: int) -> Iterator[int]:
-    """1, 2, 4, ... and all lists."""
-    nprobe = 1
-    while nprobe < num_lists:
-        yield nprobe
-        nprobe *= 2
-    yield max(1, num_lists)

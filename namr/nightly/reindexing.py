@@ -198,7 +198,9 @@ def _measured(
         build_s=built.seconds,
         assessment=assessed,
     )
-    manifest = replace(draft, nprobe=assessed.nprobe, recall_at_10=assessed.recall_at_10)
+    manifest = replace(
+        draft, nprobe=assessed.nprobe, depth=assessed.depth, recall_at_10=assessed.recall_at_10
+    )
     grid = release_report.retrieval_grid(searcher, keys)
     html = report.render(release_report.page(f"{draft.model_name}: a release", manifest, measured, [grid]))
     root = searcher.release.releases_uri

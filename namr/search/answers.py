@@ -33,7 +33,10 @@ class SearchOptions:
     )
     depth: int | None = field(
         default=None,
-        metadata={"description": "How many candidates are re-ranked; at least k. Default: the release's."},
+        metadata={
+            "description": "How many candidates are compared by their stored vectors: to re-rank them, and "
+            'for side "none" where the index is compressed; at least k. Default: the release\'s.'
+        },
     )
     nprobe: int | None = field(
         default=None,

@@ -24,7 +24,7 @@ _NO_ID = np.iinfo(np.int64).max
 
 def is_exact(index: ivf.Index, nprobe: int) -> bool:
     """Whether nothing nearer than the last candidate is ever left out."""
-    return index.key.endswith("Flat") and nprobe >= index.num_lists
+    return not index.is_compressed and nprobe >= index.num_lists
 
 
 def candidates(

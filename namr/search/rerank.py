@@ -131,6 +131,8 @@ def rerank(
     _check_usable((squared >= 0) & (squared < np.inf), known)  # False for NaN too
     squared[~present] = np.inf
     best = _nearest(Ranked(candidate_ids, squared, squared), k)
+    if side == "none":
+        return _filled(best, k)
     shown = np.where(best.ids >= 0, best.ids, known[0, 0])
     plain = _own_squared(q, None, shown, vectors, side="none", stop=stop)
     return _filled(best._replace(plain_squared=plain), k)

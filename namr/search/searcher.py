@@ -4,9 +4,9 @@ Distances in answers are distances, not their squares: the root of sum_k w_k (q_
 side "none" and what `model.distances` says for the others. For a model that is searched by cosine, q and x
 have unit length, so a plain distance d is a cosine similarity of 1 - d^2 / 2.
 
-An answer is **proved** when no other item of the release can belong to it: what it compares are the vectors
-of the index (side "none") or the re-rank vectors (all others, and `exact`). That takes an exact first stage:
-index key Flat, or IVF<n>,Flat with all lists probed. Items at the same distance may stand for each other.
+An answer is **proved** when no other item of the release can belong to it: what it compares are the stored
+vectors, or for side "none" those of an index that isn't compressed. That takes an exact first stage: index
+key Flat, or IVF<n>,Flat with all lists probed. Items at the same distance may stand for each other.
 
 Not covered: filters on labels or fields, and approximate search over several machines.
 """
@@ -85,6 +85,11 @@ class Searcher:
     def num_lists(self) -> int:
         """Lists that `nprobe` can choose from; 0 where every item is looked at."""
         return self._stages.num_lists
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether plain search too compares `depth` candidates by their stored vectors."""
+        return self._stages.is_compressed
 
     @classmethod
     def open(

@@ -1,6 +1,8 @@
 """The stages of one search, as arrays: the index, then the order by structure, and what that proves.
 
-No model and no items here. `first_stage` and `rerank` do the work.
+Candidates of a compressed index are ordered by the stored vectors for every side, "none" too: reading these
+is what refines them, and the adaptive distance comes with it. No model and no items here. `first_stage` and
+`rerank` do the work.
 
 Legend: Q queries, K neighbours.
 """
@@ -58,6 +60,11 @@ class Stages:
         """Lists that `nprobe` can choose from; 0 where every item is looked at."""
         return self._index.num_lists
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether plain search too compares candidates by their stored vectors."""
+        return self._index.is_compressed
+
     def search(
         self, asked: Queries, plan: Plan, *, hidden: Ids, num_items: int, stop: Stop
     ) -> tuple[Neighbours, Timings]:
@@ -76,15 +83,17 @@ class Stages:
             )
             timings = Timings(0.0, (time.perf_counter() - began) * 1e3, 0.0)
             return _neighbours(ranked, np.ones(len(q), np.bool_), num_others), timings
-        num = k if side == "none" else max(k, plan.depth)
+        refines = side != "none" or self._index.is_compressed
+        num = max(k, plan.depth) if refines else k
         first = first_stage.candidates(
             self._index, q.numpy(), num, nprobe=plan.nprobe, hidden=hidden, own_ids=own_ids, stop=stop
         )
         between = time.perf_counter()
         proved = np.full(len(q), first_stage.is_exact(self._index, plan.nprobe))
         ranked = first
-        if side != "none":
+        if refines:
             ranked = rerank.rerank(q, s_q, first.ids, self._vectors, k=k, side=side, stop=stop)
+        if side != "none":
             proved &= rerank.is_proved(
                 ranked.squared[:, -1],
                 first.squared[:, -1],

@@ -43,7 +43,7 @@ def made(key: str, num: int, *, first_id: int = 0) -> Any:
         ("Flat", IndexKey("Flat", 0, "Flat", 32)),
         ("IVF16,Flat", IndexKey("IVF16,Flat", 16, "Flat", 32)),
         ("IVF1024,SQ8", IndexKey("IVF1024,SQ8", 1024, "SQ8", 8)),
-        ("IVF4,PQ4x8", IndexKey("IVF4,PQ4x8", 4, "PQ", 4)),
+        ("IVF4,PQ4x8", IndexKey("IVF4,PQ4x8", 4, "PQ", 4, 256)),
     ],
 )
 def test_a_key_has_its_parts(text: str, expected: IndexKey) -> None:
@@ -73,7 +73,7 @@ def test_an_index_is_known_by_its_file(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "expected"),
-    [("HNSW8", "IndexHNSWFlat"), ("IVF4,SQ4", "IndexIVFScalarQuantizer"), ("IVF4,PQ2x4", "IndexIVFPQ")],
+    [("HNSW8", "IndexHNSWFlat"), ("IVF4,SQ4", "IndexIVFScalarQuantizer"), ("IVF4,PQ2x5", "IndexIVFPQ")],
 )
 def test_an_index_that_namr_does_not_make_is_refused(key: str, expected: str) -> None:
     with pytest.raises(ManifestError, match=f"it is a {expected}; expected one of Flat"):

@@ -14,7 +14,7 @@ from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.index import index_files, ivf
 
 DIM = 32
-KEYS = ["Flat", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ8x8", "IVF4,PQ2x8"]
+KEYS = ["Flat", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ8x8", "IVF4,PQ2x8", "IVF16,PQ16x4fs"]
 
 
 def vectors(n: int, *, seed: int = 0, dim: int = DIM) -> ivf.Floats:
@@ -80,7 +80,10 @@ def test_merged_equals_what_faiss_builds_alone(
     ivf.merge_parts(template, build(template, tmp_path, [0, 1, 700, 700, 1200]), tmp_path / "merged")
     alone = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
     alone.add_with_ids(GALLERY, IDS)
+    assert (tmp_path / "merged").read_bytes() == index_files.serialised(alone)
     plain = faiss.read_index(str(tmp_path / "merged"))
+    if key.endswith("fs"):
+        alone, plain = faiss.IndexIVFPQFastScan(alone), faiss.IndexIVFPQFastScan(plain)
     for index in (alone, plain):
         if key != "Flat":
             index.nprobe = 5
@@ -126,14 +129,14 @@ def on_borders(centroids: ivf.Floats, num: int, *, seed: int) -> ivf.Floats:
     return middle
 
 
-@pytest.mark.parametrize("key", ["IVF64,SQ8", "IVF1,PQ4x8", "IVF4,PQ8x8"])
+@pytest.mark.parametrize("key", ["IVF64,SQ8", "IVF1,PQ4x8", "IVF4,PQ8x8", "IVF1,PQ16x4fs"])
 def test_list_and_code_of_a_vector_depend_on_it_alone(key: str, tmp_path: Path) -> None:
     """FAISS alone puts vectors on a border elsewhere when few are added at once."""
     x = vectors(6000, dim=64)
     template = ivf.train_template(x, key, seed=0, num_threads=1)
     index = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
     if "PQ" in key:
-        pieces = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub)
+        pieces = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, index.pq.ksub, index.pq.dsub)
         offset = np.asarray(index.quantizer.reconstruct_n(0, 1))[0]
         borders = offset + np.concatenate(
             [on_borders(of_piece, 2000, seed=m) for m, of_piece in enumerate(pieces)], axis=1
@@ -280,6 +283,7 @@ def test_indexes_that_can_not_be_merged_are_refused(
         (inner, "metric"),
         (faiss.IndexHNSWFlat(DIM, 8), "IndexHNSWFlat; expected one of"),
         (faiss.index_factory(DIM, "IVF4,PQ8x4fs"), "FastScan; expected"),
+        (faiss.index_factory(DIM, "IVF4,FlatPanorama4"), "Panorama; expected"),
         (faiss.IndexFlatL2(DIM), "IndexFlatL2; expected"),
         (wider, "of dimension 33"),
     ):
@@ -300,7 +304,11 @@ def test_a_truncated_part_is_refused(templates: dict[str, ivf.Template], tmp_pat
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("IVF16,PQ8x4fs", "aborts"),
+        ("IVF16,PQ16x4", "no such index"),
+        ("IVF16,RaBitQfs", "of PQ<pieces>x4fs alone"),
+        ("IVF16,PQ5x4fs", "divide the dimension 32"),
+        ("IVF16,PQ1x4fs", "an even number of them, each of 15 or fewer"),
+        ("IVF16,PQ2x4fs", "2 pieces of 16 dimensions"),
         ("HNSW32", "graph"),
         ("IVF16_HNSW32,Flat", "graph"),
         ("IVF16,Flat,RFlat", "refines"),
@@ -316,9 +324,10 @@ def test_keys_that_are_not_offered_say_why(key: str, reason: str) -> None:
 
 
 def test_keys_that_are_offered() -> None:
-    assert index_files.parse_key("Flat", dim=32) == ("Flat", 0, "Flat", 128)
-    assert index_files.parse_key("IVF64,SQ8", dim=32) == ("IVF64,SQ8", 64, "SQ8", 32)
-    assert index_files.parse_key("IVF64,PQ8x8", dim=32) == ("IVF64,PQ8x8", 64, "PQ", 8)
+    assert index_files.parse_key("Flat", dim=32) == ("Flat", 0, "Flat", 128, 0)
+    assert index_files.parse_key("IVF64,SQ8", dim=32) == ("IVF64,SQ8", 64, "SQ8", 32, 0)
+    assert index_files.parse_key("IVF64,PQ8x8", dim=32) == ("IVF64,PQ8x8", 64, "PQ", 8, 256)
+    assert index_files.parse_key("IVF64,PQ8x4fs", dim=32) == ("IVF64,PQ8x4fs", 64, "PQ", 4, 16)
     assert index_files.parse_key("IVF64,PQ8x8", dim=32).min_training_vectors == 256
 
 

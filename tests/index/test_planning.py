@@ -9,7 +9,7 @@ from namr.errors import ConfigError
 from namr.index import index_files, ivf, planning
 
 
-@pytest.mark.parametrize("key", ["auto", "IVF64,Flat", "IVF64,SQ8", "IVF64,PQ8x8"])
+@pytest.mark.parametrize("key", ["auto", "IVF64,Flat", "IVF64,SQ8", "IVF64,PQ8x8", "IVF64,PQ8x4fs"])
 @pytest.mark.parametrize("num_vectors", [3000, 20_000])
 def test_the_index_takes_the_bytes_that_were_planned(key: str, num_vectors: int, tmp_path: Path) -> None:
     plan = planning.plan(num_vectors, 32, key=key)
@@ -25,11 +25,11 @@ def test_the_index_takes_the_bytes_that_were_planned(key: str, num_vectors: int,
         (0, "Flat"),
         (1, "Flat"),
         (19_999, "Flat"),
-        (20_000, "IVF256,Flat"),
-        (1_000_000, "IVF2048,Flat"),
-        (40_000_000, "IVF16384,SQ8"),
-        (100_000_000, "IVF16384,PQ128x8"),
-        (200_000_000, "IVF32768,PQ64x8"),
+        (20_000, "IVF256,PQ128x4fs"),
+        (1_000_000, "IVF2048,PQ128x4fs"),
+        (100_000_000, "IVF16384,PQ128x4fs"),
+        (300_000_000, "IVF32768,PQ64x4fs"),
+        (600_000_000, "IVF65536,PQ32x4fs"),
     ],
 )
 def test_the_key_follows_the_number_of_vectors(num_vectors: int, key: str) -> None:
@@ -37,13 +37,17 @@ def test_the_key_follows_the_number_of_vectors(num_vectors: int, key: str) -> No
 
 
 def test_less_memory_takes_smaller_codes_and_then_refuses() -> None:
-    sizes = [1 << 30, 300 << 20, 120 << 20, 40 << 20]
+    sizes = [1 << 30, 30 << 20, 20 << 20]
     keys = [planning.plan(1_000_000, 128, max_index_bytes=size).key for size in sizes]
-    assert keys == ["IVF2048,Flat", "IVF2048,SQ8", "IVF2048,PQ64x8", "IVF2048,PQ32x8"]
+    assert keys == ["IVF2048,PQ64x4fs", "IVF2048,PQ32x4fs", "IVF2048,PQ16x4fs"]
     for size, key in zip(sizes, keys, strict=True):
         assert planning.plan(1_000_000, 128, key=key).index_bytes <= size
-    with pytest.raises(ConfigError, match="smallest, IVF2048,PQ16x8, takes"):
+    with pytest.raises(ConfigError, match="smallest, IVF2048,PQ16x4fs, takes"):
         planning.plan(1_000_000, 128, max_index_bytes=10 << 20)
+
+
+def test_a_dimension_that_has_no_even_pieces_gets_eight_bits_an_axis() -> None:
+    assert planning.plan(20_000, 33).key == "IVF256,SQ8"
 
 
 def test_the_sample_trains_every_list_and_is_never_more_than_there_is() -> None:
@@ -58,7 +62,7 @@ def test_the_sample_trains_every_list_and_is_never_more_than_there_is() -> None:
 
 def test_parts_are_as_many_as_asked_for_and_never_too_large() -> None:
     assert planning.plan(100, 32, num_parts=4).num_parts == 4
-    large = planning.plan(10_000_000, 256, num_parts=4)
+    large = planning.plan(10_000_000, 256, key="IVF8192,Flat", num_parts=4)
     assert large.num_parts == 10
     assert large.index_bytes / large.num_parts <= planning.PART_BYTES
 

@@ -113,7 +113,9 @@ def test_adaptive_search_is_brute_force_and_says_so(searchers, how: str, side: S
         np.testing.assert_allclose(got, np.sqrt(np.take_along_axis(want, order, 1)), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("key", "nprobe"), [("IVF4,Flat", 3), ("IVF4,SQ8", 4), ("IVF4,PQ4x8", 4)])
+@pytest.mark.parametrize(
+    ("key", "nprobe"), [("IVF4,Flat", 3), ("IVF4,SQ8", 4), ("IVF4,PQ4x8", 4), ("IVF4,PQ8x4fs", 4)]
+)
 def test_an_approximate_first_stage_proves_nothing(tmp_path: Path, key: str, nprobe: int) -> None:
     searcher = open_release(tmp_path, Recipe(index_key=key, rows_per_shard=100))
     for side in SIDES:
@@ -126,6 +128,23 @@ def test_an_approximate_first_stage_proves_nothing(tmp_path: Path, key: str, npr
     squared = brute(QUERIES.embeddings, QUERIES.structures, of.x, of.s, "query")
     np.testing.assert_array_equal(exact.ids, of.ids[np.argsort(squared, axis=1)[:, :3]])
     assert exact.proved.all()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("key", ["IVF4,SQ8", "IVF4,PQ8x4fs"])
+def test_candidates_of_a_compressed_index_are_ordered_by_the_stored_vectors(
+    searchers, key: str, metric: Metric
+) -> None:
+    """With as many candidates as there are items plain search is brute force over what is stored."""
+    searcher = searchers(key, metric)
+    found = searcher.search_arrays(*QUERIES, options=SearchOptions(k=7, side="none", depth=120, nprobe=4))
+    of = truth(Recipe(**{**vars(RECIPE), "metric": metric}))
+    squared = brute(compared_queries(metric), QUERIES.structures, of.x, of.s, "none")
+    order = np.argsort(squared, axis=1)[:, :7]
+    np.testing.assert_array_equal(found.ids, of.ids[order])
+    np.testing.assert_allclose(found.distances, np.sqrt(np.take_along_axis(squared, order, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(found.distances, found.plain_distances)
+    assert not found.proved.any()
 
 
 def test_re_ranking_leaves_the_candidates_as_they_are(searchers) -> None:
