@@ -94,6 +94,8 @@ def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Templ
         clusterings = [index.cp]
         if parsed.codec == "PQ":
             index.do_polysemous_training = False  # renumbers codes for 15 s, for a search that is not offered
+            # Codes of the vectors themselves need one table a query, not one a list: 3 to 5 times faster.
+            index.by_residual = not key.endswith("fs")
             clusterings.append(index.pq.cp)
         for clustering in clusterings:
             clustering.seed = seed

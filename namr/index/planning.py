@@ -4,8 +4,8 @@ Rules of thumb, on purpose: what an index really finds is measured on held-out q
 
     lists       the power of two nearest to 2 sqrt(N), so that a search over a few percent of the lists costs
                 about as much as finding them; none (Flat) below FLAT_BELOW vectors, where exact is fast
-    codes       4 bits for every 2 axes, scanned fast, and their candidates compared by the stored vectors; for
-                every 4 or 8 axes where that doesn't fit the bytes that the index may take
+    codes       4 bits for every 2 axes, scanned fast, candidates compared by the stored vectors; for every 4
+                or 8 axes where that doesn't fit the bytes that the index may take
     sample      SAMPLE_PER_LIST vectors a list; FAISS asks for 39 and uses no more than 256
     parts       enough that none holds more than PART_BYTES, and at least as many as asked for
 

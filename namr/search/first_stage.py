@@ -78,11 +78,13 @@ class _Stage:
         if own_ids is not None:
             is_hidden |= ids == own_ids[:, None]
         squared[is_hidden], ids[is_hidden] = np.inf, -1
-        order = np.lexsort((np.where(ids < 0, _NO_ID, ids), squared), axis=-1)[:, : self.num]
-        squared, ids = np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
-        missing = ((0, 0), (0, self.num - ids.shape[1]))
-        squared = np.pad(squared, missing, constant_values=np.inf)
-        ids = np.pad(ids, missing, constant_values=-1)
+        if is_hidden.any() or not self.index.is_compressed:  # those of codes are ordered anew anyway
+            order = np.lexsort((np.where(ids < 0, _NO_ID, ids), squared), axis=-1)[:, : self.num]
+            squared, ids = np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
+        if ids.shape[1] < self.num:
+            missing = ((0, 0), (0, self.num - ids.shape[1]))
+            squared = np.pad(squared, missing, constant_values=np.inf)
+            ids = np.pad(ids, missing, constant_values=-1)
         lacking = np.flatnonzero((ids[:, -1] < 0) & ~is_last)
         if len(lacking):
             own = None if own_ids is None else own_ids[lacking]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from namr.errors import ManifestError, ShapeError
 from namr.model import distances
-from namr.search.rerank import GalleryVectors
+from namr.search.vectors import GalleryVectors
 from namr.sides import Metric
 
 Floats = npt.NDArray[np.float32]

@@ -1,7 +1,6 @@
 """From candidates to an order by the adaptive distance, and whether nothing outside them belongs there.
 
-Re-rank vectors are float16 files, one pair a shard, mapped into memory and addressed by id (row = id &
-0xffffffff). Everything here is arrays and files: no index, no model, no items.
+Everything here is arrays: no index, no model, no items. The stored vectors are those of `vectors`.
 
 **Proof.** A first stage that is exact returns the nearest candidates, so whatever it left out has a plain
 squared distance of at least that of the last candidate, L. No structure weight is below w, so no item left
@@ -12,8 +11,7 @@ rounding may have changed: the sums of float32 in the index and the float16 of t
 Legend: Q queries, M candidates of a query, D dimension, N rows of a shard, K neighbours.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from namr.errors import ManifestError
 from namr.model import distances
+from namr.search.vectors import GalleryVectors
 from namr.sides import Side
 
 Ids = npt.NDArray[np.int64]
@@ -35,7 +34,6 @@ _GATHERED_VALUES = 1 << 23
 """float16 values that are gathered at once, 16 MB, whatever the number of queries and candidates"""
 _BLOCK_VALUES = 1 << 19
 """values of a block of float32 candidates: 2 MB, which stays in a core's cache from step to step"""
-_EXACT_ROWS = 8192
 _FLOAT16_HALF_STEP = 2.0**-11
 _FLOAT16_SMALLEST_HALF_STEP = 2.0**-25
 _FLOAT32_HALF_STEP = 2.0**-24
@@ -50,57 +48,6 @@ class Ranked(NamedTuple):
     """(Q, K) squared distance that they are ordered by"""
     plain_squared: Doubles
     """(Q, K) squared Euclidean distance"""
-
-
-class VectorPaths(NamedTuple):
-    """The two files of a shard."""
-
-    embedding: Path
-    structure: Path
-
-
-class GalleryVectors:
-    """The re-rank vectors of a gallery, mapped into memory: opening reads a header a file and no vector."""
-
-    def __init__(self, paths: Mapping[int, VectorPaths], *, dim: int) -> None:
-        self.dim = dim
-        self._embeddings = {number: _map(of.embedding, dim) for number, of in paths.items()}
-        self._structures = {number: _map(of.structure, dim) for number, of in paths.items()}
-
-    def embeddings(self, ids: Ids) -> Tensor:
-        """(n,) ids -> (n, D) float16; ManifestError for an id that has no row."""
-        return self._gather(self._embeddings, ids)
-
-    def structures(self, ids: Ids) -> Tensor:
-        """(n,) ids -> (n, D) float16."""
-        return self._gather(self._structures, ids)
-
-    def blocks(self) -> Iterator[tuple[Ids, Tensor, Tensor]]:
-        """Ids (n,), embeddings and structures (n, D) of all rows by ascending id, in pieces."""
-        for number in sorted(self._embeddings):
-            x, s = self._embeddings[number], self._structures[number]
-            for start in range(0, len(x), _EXACT_ROWS):
-                stop = min(start + _EXACT_ROWS, len(x))
-                yield (number << 32) + np.arange(start, stop), x[start:stop], s[start:stop]
-
-    def _gather(self, files: Mapping[int, Tensor], ids: Ids) -> Tensor:
-        """Sorted by id first, so that each file is visited once and its pages in order."""
-        order = np.argsort(ids, kind="stable")
-        in_order = ids[order]
-        numbers, rows = in_order >> 32, torch.from_numpy(in_order & 0xFFFFFFFF)
-        gathered = torch.empty((len(ids), self.dim), dtype=torch.float16)
-        for number in np.unique(numbers):
-            start, stop = np.searchsorted(numbers, number), np.searchsorted(numbers, number, side="right")
-            file = files.get(int(number))
-            if file is None or rows[stop - 1] >= len(file):
-                raise ManifestError(
-                    f"item {in_order[stop - 1]} has no re-rank vector: shard {number} holds "
-                    f"{0 if file is None else len(file)}; build the release anew"
-                )
-            torch.index_select(file, 0, rows[start:stop], out=gathered[start:stop])
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return gathered.index_select(0, torch.from_numpy(back))
 
 
 def go_on() -> None:
@@ -185,8 +132,11 @@ def _own_squared(
     for rows, columns in _blocks(*ids.shape, most=_GATHERED_VALUES // vectors.dim):
         stop()
         some, of_some = ids[rows, columns], squared[rows, columns]
-        x = vectors.embeddings(some.ravel()).view(*some.shape, -1)
-        s = vectors.structures(some.ravel()).view_as(x) if side in ("both", "scale") else None
+        s = None
+        if side in ("both", "scale"):
+            x, s = (of_all.view(*some.shape, -1) for of_all in vectors.both(some.ravel()))
+        else:
+            x = vectors.embeddings(some.ravel()).view(*some.shape, -1)
         q_rows, s_q_rows = q[rows], None if s_q is None else s_q[rows]
         for r, c in _blocks(*some.shape, most=_BLOCK_VALUES // vectors.dim):
             of_some[r, c] = distances.rerank_squared(
@@ -317,23 +267,3 @@ def _filled(ranked: Ranked, k: int) -> Ranked:
 def _nothing(num_queries: int, k: int) -> Ranked:
     shape = (num_queries, k)
     return Ranked(np.full(shape, -1, np.int64), np.full(shape, np.inf), np.full(shape, np.inf))
-
-
-def _map(path: Path, dim: int) -> Tensor:
-    """(N, D) float16, mapped copy-on-write. torch closes the file after mapping it, numpy would keep it open:
-    a release of 10,000 shards must not need 20,000 file descriptors."""
-    with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-            shape, fortran, dtype = reader(file) if reader else ((), True, None)
-        except ValueError as error:
-            raise ManifestError(f"{path} is no .npy file: {error}") from error
-        header_bytes = file.tell()
-    if dtype != np.float16 or fortran or len(shape) != 2 or shape[1] != dim:
-        raise ManifestError(f"{path} holds {shape} {dtype}; expected (rows, {dim}) float16")
-    num_values = header_bytes // 2 + shape[0] * dim
-    if path.stat().st_size != 2 * num_values:
-        raise ManifestError(f"{path} has {path.stat().st_size} bytes; its header says {2 * num_values}")
-    values = torch.from_file(str(path), shared=False, size=num_values, dtype=torch.float16)
-    return values[header_bytes // 2 :].view(shape[0], dim)

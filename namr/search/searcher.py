@@ -33,8 +33,9 @@ from namr.search import queries
 from namr.search.answers import Answer, Hit, ReleaseInfo, SearchOptions, Timings
 from namr.search.items import Items
 from namr.search.queries import Queries
-from namr.search.rerank import GalleryVectors, Stop, VectorPaths, go_on
+from namr.search.rerank import Stop, go_on
 from namr.search.stages import Neighbours, Plan, Stages
+from namr.search.vectors import GalleryVectors, VectorPaths
 from namr.sides import Side
 from namr.store.cache import Cache
 

@@ -18,7 +18,8 @@ from namr.index import ivf
 from namr.search import first_stage, rerank
 from namr.search.answers import Timings
 from namr.search.queries import Queries
-from namr.search.rerank import GalleryVectors, Ranked, Stop
+from namr.search.rerank import Ranked, Stop
+from namr.search.vectors import GalleryVectors
 from namr.sides import Side
 
 Floats = npt.NDArray[np.float32]
@@ -93,7 +94,7 @@ class Stages:
         ranked = first
         if refines:
             ranked = rerank.rerank(q, s_q, first.ids, self._vectors, k=k, side=side, stop=stop)
-        if side != "none":
+        if side != "none" and proved.any():
             proved &= rerank.is_proved(
                 ranked.squared[:, -1],
                 first.squared[:, -1],

@@ -28,7 +28,7 @@ SIDES: tuple[Literal["query", "both", "scale"], ...] = ("query", "both", "scale"
 def main() -> None:
     options = parse(__doc__ or "")
     with tempfile.TemporaryDirectory(prefix="namr-rerank-") as folder:
-        gallery = make(Path(folder), options)
+        gallery = make(Path(folder), options, key=f"IVF{options.lists},Flat")
         index = ivf.open_index(gallery.index_path, num_threads=options.threads)
 
         def first_stage(rows: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from namr.errors import ManifestError
 from namr.index import ivf
-from namr.search import rerank
-from namr.search.rerank import GalleryVectors, VectorPaths
+from namr.search import rerank, vectors
+from namr.search.vectors import GalleryVectors, VectorPaths
 from namr.sides import SIDES, Side
 
 NOTHING_HIDDEN = np.empty(0, np.int64)
@@ -68,58 +68,6 @@ def queries(num: int, dim: int, *, seed: int = 9) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(q.astype(np.float32)), torch.from_numpy(s_q.astype(np.float32))
 
 
-def test_vectors_are_found_by_id_in_the_order_asked(tmp_path: Path) -> None:
-    gallery = make(tmp_path)
-    at = np.array([59, 0, 15, 14, 0, 31])
-    np.testing.assert_array_equal(gallery.vectors.embeddings(gallery.ids[at]).numpy(), gallery.x[at])
-    np.testing.assert_array_equal(gallery.vectors.structures(gallery.ids[at]).numpy(), gallery.s[at])
-    assert gallery.vectors.embeddings(gallery.ids[:0]).shape == (0, 8)
-    blocks = list(gallery.vectors.blocks())
-    np.testing.assert_array_equal(np.concatenate([ids for ids, _, _ in blocks]), gallery.ids)
-    np.testing.assert_array_equal(torch.cat([x for _, x, _ in blocks]).numpy(), gallery.x)
-
-
-def test_an_id_of_no_shard_or_row_is_an_error(tmp_path: Path) -> None:
-    vectors = make(tmp_path).vectors
-    with pytest.raises(ManifestError, match=f"item {1 << 32} has no re-rank vector: shard 1 holds 0"):
-        vectors.embeddings(np.array([1 << 32]))
-    with pytest.raises(ManifestError, match="item 15 has no re-rank vector: shard 0 holds 15"):
-        vectors.embeddings(np.array([3, 15]))
-
-
-@pytest.mark.parametrize(
-    ("stored", "message"),
-    [
-        (np.zeros((3, 4), np.float32), "float32; expected"),
-        (np.zeros((3, 5), np.float16), "expected \\(rows, 4\\)"),
-        (np.zeros((3, 4), np.float16, order="F"), "expected"),
-    ],
-)
-def test_a_file_of_other_vectors_is_refused(tmp_path: Path, stored: np.ndarray, message: str) -> None:
-    path = tmp_path / "x.npy"
-    np.save(path, stored)
-    with pytest.raises(ManifestError, match=message):
-        GalleryVectors({0: VectorPaths(path, path)}, dim=4)
-
-
-def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.npy"
-    np.save(path, np.zeros((3, 4), np.float16))
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ManifestError, match="its header says"):
-        GalleryVectors({0: VectorPaths(path, path)}, dim=4)
-    path.write_bytes(b"no numpy file")
-    with pytest.raises(ManifestError, match=r"no \.npy file"):
-        GalleryVectors({0: VectorPaths(path, path)}, dim=4)
-
-
-def test_thousands_of_shards_need_no_open_files(tmp_path: Path) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    gallery = make(tmp_path, num=300, num_shards=100)
-    assert len(list(Path("/proc/self/fd").iterdir())) - before < 10
-    np.testing.assert_array_equal(gallery.vectors.embeddings(gallery.ids).numpy(), gallery.x)
-
-
 @pytest.mark.parametrize("side", SIDES)
 def test_re_ranking_orders_the_candidates_as_brute_force_does(tmp_path: Path, side: Side) -> None:
     gallery = make(tmp_path)
@@ -159,9 +107,9 @@ def test_no_more_vectors_are_gathered_at_once_than_a_block_has(
     sizes: list[int] = []
     gather = GalleryVectors._gather
 
-    def noted_gather(self: GalleryVectors, files, ids: np.ndarray) -> torch.Tensor:
+    def noted_gather(self: GalleryVectors, ids: np.ndarray, *kinds) -> list[torch.Tensor]:
         sizes.append(len(ids))
-        return gather(self, files, ids)
+        return gather(self, ids, *kinds)
 
     monkeypatch.setattr(rerank, "_GATHERED_VALUES", most * 8)
     monkeypatch.setattr(GalleryVectors, "_gather", noted_gather)
@@ -170,7 +118,7 @@ def test_no_more_vectors_are_gathered_at_once_than_a_block_has(
     np.testing.assert_array_equal(at_once.squared, in_blocks.squared)
     np.testing.assert_array_equal(at_once.plain_squared, in_blocks.plain_squared)
     assert max(sizes) <= most
-    assert sum(sizes) == 3 * 7 * 60  # both vectors of each candidate, and once more what is shown
+    assert sum(sizes) == 2 * 7 * 60  # each candidate, and once more what is shown
 
 
 def test_all_candidates_stay_whatever_their_order(tmp_path: Path) -> None:
@@ -220,7 +168,7 @@ def test_one_stage_is_brute_force(
     tmp_path: Path, side: Side, block_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gallery = make(tmp_path)
-    monkeypatch.setattr(rerank, "_EXACT_ROWS", block_rows)
+    monkeypatch.setattr(vectors, "_BLOCK_ROWS", block_rows)
     q, s_q = queries(7, 8)
     own, hidden = gallery.ids[:7], gallery.ids[[2, 30]]
     found = rerank.nearest_exact(q, s_q, gallery.vectors, k=6, side=side, hidden=hidden, own_ids=own)
