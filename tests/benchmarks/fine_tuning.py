@@ -6,7 +6,8 @@ EfficientNet-Lite0 and heads of D = 256 on Cars-196 crops of 96 px, from the whi
 24 x 4, not augmented, heads at 1e-3, backbone at 3e-4, 50 steps of warm-up, then a half cosine. Each row is
 trained on all training classes, once a seed, and measured on the 98 unseen ones; no step and no setting is
 chosen by these. How a row is searched is recommended by a model that was trained without a fifth of the
-training classes (seed 0), on that fifth.
+training classes (seed 0), on that fifth. With --four-fifths these models are the ones that are measured, as
+jobs/train.py would make them: half as many runs, each a little weaker.
 
 A run takes about seven minutes of one core, and --processes of them run side by side; what they made is kept
 in --cache, and the same command goes on from there. The last lines are, for each loss, the ratio of the
@@ -54,7 +55,7 @@ class Run(NamedTuple):
     seed: int
     training: TrainingConfig
     validates: bool
-    """trained without the held-out classes, and measured on them"""
+    """trained without the held-out classes, and measured on them too"""
     cache: Path
     data: Path
 
@@ -64,8 +65,8 @@ class Run(NamedTuple):
         setting, training = self.setting, self.training
         name = f"{setting.loss.base}-{setting.name}-{training.num_steps}-{self.seed}".replace(" ", "")
         rates = f"{training.learning_rate:g}-{training.backbone_learning_rate:g}"
-        split = "held-out" if self.validates else "test"
-        return self.cache / f"{name}-{setting.loss.weight:g}-{rates}-{split}.npz"
+        classes = "four-fifths" if self.validates else "all"
+        return self.cache / f"{name}-{setting.loss.weight:g}-{rates}-{classes}.npz"
 
 
 def main() -> None:
@@ -106,7 +107,7 @@ def parse() -> Any:
     parser.add_argument("--steps", type=int, default=RATES.num_steps)
     parser.add_argument("--rate", type=float, default=RATES.learning_rate)
     parser.add_argument("--backbone-rate", type=float, default=RATES.backbone_learning_rate)
-    parser.add_argument("--validate-only", action="store_true", help="nothing on the unseen classes")
+    parser.add_argument("--four-fifths", action="store_true", help="measure what was trained on four fifths")
     parser.add_argument("--clusters", type=int, default=4)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--size-px", type=int, default=96)
@@ -127,9 +128,10 @@ def runs_of(config: ModelConfig, options: Any, cache: Path) -> Iterator[Run]:
     )
     for base in options.losses:
         rows = [row for row in method.settings(base, config, options) if row.name in options.rows]
-        for seed in range(0 if options.validate_only else options.seeds):
-            yield from (Run(row, seed, training, False, cache, options.data) for row in rows)
-        yield from (Run(row, 0, training, True, cache, options.data) for row in rows)
+        for seed in range(options.seeds):
+            yield from (Run(row, seed, training, options.four_fifths, cache, options.data) for row in rows)
+        if not options.four_fifths:
+            yield from (Run(row, 0, training, True, cache, options.data) for row in rows)
 
 
 def train(run: Run) -> str:
@@ -137,9 +139,9 @@ def train(run: Run) -> str:
     torch.set_num_threads(1)
     setting, config = run.setting, run.setting.model
     learnt = pixels_of(run.data / "train", config, run.cache)
-    measured = pixels_of(run.data / "test", config, run.cache)
+    measured = {"test": pixels_of(run.data / "test", config, run.cache)}
     if run.validates:
-        learnt, measured = method.split(learnt)
+        learnt, measured["held_out"] = method.split(learnt)
     built = model.build(config, seed=run.seed)
     start = start_of(config, run.data, run.cache, validates=run.validates)
     whitening.start_from(built.heads.sample, start)
@@ -152,9 +154,11 @@ def train(run: Run) -> str:
     loss = 0.0
     for result in trainer.run((torch.from_numpy(learnt.x[r]), torch.from_numpy(learnt.y[r])) for r in rows):
         loss = result.total
-    x, s = model.embed(built, measured.x, batch_size=64, device="cpu")
+    made = {}
+    for name, images in measured.items():
+        made[f"{name}_x"], made[f"{name}_s"] = model.embed(built, images.x, batch_size=64, device="cpu")
     with run.result.with_suffix(".partial").open("wb") as file:
-        np.savez(file, x=x, s=s)
+        np.savez(file, **made)
     run.result.with_suffix(".partial").replace(run.result)
     return f"{run.result.stem}: loss {loss:.4f}"
 
@@ -164,11 +168,10 @@ def tell(base: str, runs: list[Run], test: Labelled, held_out: Labelled, options
     set_name = f"{options.data.name} test, fine-tuned, {base}, {options.seeds} seeds"
     tables = []
     for seed in range(options.seeds):
-        entries = [entry_of(run) for run in runs if run.seed == seed and not run.validates]
+        measured = [run for run in runs if run.seed == seed and run.validates == options.four_fifths]
+        entries = [entry_of(run, "test") for run in measured]
         tables.append(compare(entries, test.y, set_name=set_name, with_nmi=seed == 0))
-    way = {run.setting.name: recommended(run, held_out) for run in runs if run.validates}
-    if not tables:
-        return
+    way = {run.setting.name: recommended(run, held_out) for run in runs if run.validates and run.seed == 0}
     print(f"\n{method.mean_of(tables).to_markdown()}")
     for name, column in way.items():
         recalls = [100 * table.row(name).by_column[column].recall_at_1 for table in tables]
@@ -182,17 +185,18 @@ def tell(base: str, runs: list[Run], test: Labelled, held_out: Labelled, options
     print(f"{base}: fine-tuned ratio {ratio:.3f}, gain of the score by seed {told}", flush=True)
 
 
-def entry_of(run: Run) -> Entry:
+def entry_of(run: Run, of: str) -> Entry:
+    """of: test or held_out"""
     with np.load(run.result) as stored:
-        s = stored["s"] if run.setting.has_structure else None
-        return Entry(run.setting.name, stored["x"], s, search_metric_of(run.setting.loss))
+        s = stored[f"{of}_s"] if run.setting.has_structure else None
+        return Entry(run.setting.name, stored[f"{of}_x"], s, search_metric_of(run.setting.loss))
 
 
 def recommended(run: Run, held_out: Labelled) -> str:
     """The column that the table has for the way of searching that the held-out classes recommend."""
     ways = validation.ways(search_metric_of(run.setting.loss))
     ways = ways if run.setting.has_structure else ways[:2]
-    entry = entry_of(run)
+    entry = entry_of(run, "held_out")
     results = validation.measure(entry.embeddings, entry.structures, held_out.y, ways=ways)
     best: SearchDefaults = validation.choose(results, ways)
     told = ", ".join(
