@@ -67,7 +67,7 @@ class BuildConfig:
     """How to build an index."""
 
     index_key: str = "auto"
-    """auto, or Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<bytes>x8"""
+    """auto, or Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<pieces>x4fs, IVF<lists>,PQ<bytes>x8"""
     num_parts: int = 4
     """parts to build side by side; large indexes take more"""
     max_index_bytes: int = 16 << 30

@@ -130,7 +130,7 @@ def test_parts_are_even_ranges_whatever_the_shards_are() -> None:
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize(
     ("key", "metric", "num_parts"),
-    [("auto", "l2", 4), ("IVF8,Flat", "cosine", 5), ("IVF8,SQ8", "l2", 1), ("IVF4,PQ2x8", "cosine", 7)],
+    [("auto", "l2", 4), ("IVF8,Flat", "cosine", 5), ("IVF8,SQ8", "l2", 1), ("IVF4,PQ8x4fs", "cosine", 7)],
 )
 def test_the_segment_is_the_one_index_over_all_live_vectors(
     key: str, metric: distances.Metric, num_parts: int, gallery: Path, tmp_path: Path
