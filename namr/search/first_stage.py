@@ -80,7 +80,8 @@ class _Stage:
         squared[is_hidden], ids[is_hidden] = np.inf, -1
         if is_hidden.any() or not self.index.is_compressed:  # those of codes are ordered anew anyway
             order = np.lexsort((np.where(ids < 0, _NO_ID, ids), squared), axis=-1)[:, : self.num]
-            squared, ids = np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
+            rows = np.arange(len(order))[:, None]
+            squared, ids = squared[rows, order], ids[rows, order]
         if ids.shape[1] < self.num:
             missing = ((0, 0), (0, self.num - ids.shape[1]))
             squared = np.pad(squared, missing, constant_values=np.inf)

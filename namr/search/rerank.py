@@ -34,6 +34,8 @@ _GATHERED_VALUES = 1 << 23
 """float16 values that are gathered at once, 16 MB, whatever the number of queries and candidates"""
 _BLOCK_VALUES = 1 << 19
 """values of a block of float32 candidates: 2 MB, which stays in a core's cache from step to step"""
+_FEW = 2048
+"""distances that are sorted in less time than it takes to see which are worth it"""
 _FLOAT16_HALF_STEP = 2.0**-11
 _FLOAT16_SMALLEST_HALF_STEP = 2.0**-25
 _FLOAT32_HALF_STEP = 2.0**-24
@@ -231,20 +233,17 @@ def _pairwise(q: Tensor, s_q: Tensor | None, x: Tensor, s: Tensor, side: Side) -
 def _nearest(ranked: Ranked, k: int) -> Ranked:
     """The k nearest columns in order, ties by id; compared in float32, where copies of an image are equal."""
     rounded, width = ranked.squared.astype(np.float32), ranked.ids.shape[1]
-    if width > 4 * k:  # most are far away: sort only those that can win
+    if width > 4 * k and rounded.size > _FEW:  # most are far away: sort only those that can win
         kth = np.partition(rounded, k - 1, axis=1)[:, k - 1, None]
         num_near = int((rounded <= kth).sum(axis=1).max())
         near = np.argpartition(rounded, num_near - 1, axis=1)[:, :num_near]
-        ranked, rounded = _columns(ranked, near), np.take_along_axis(rounded, near, 1)
+        ranked, rounded = _columns(ranked, near), rounded[np.arange(len(near))[:, None], near]
     return _columns(ranked, np.lexsort((ranked.ids, rounded), axis=-1)[:, :k])
 
 
 def _columns(ranked: Ranked, at: npt.NDArray[np.int64]) -> Ranked:
-    return Ranked(
-        np.take_along_axis(ranked.ids, at, 1),
-        np.take_along_axis(ranked.squared, at, 1),
-        np.take_along_axis(ranked.plain_squared, at, 1),
-    )
+    rows = np.arange(len(at))[:, None]
+    return Ranked(*(of[rows, at] for of in ranked))
 
 
 def _joined(one: Ranked, other: Ranked) -> Ranked:
