@@ -1,4 +1,4 @@
-"""Where users' images come from: folders, tables, data sets of torchvision, scikit-learn and the field.
+"""Where users' images come from: folders, tables, torchvision's and the field's data sets, digits.
 
 A source is written as one word:
 

@@ -10,6 +10,7 @@ import scipy.io
 from namr.data import benchmarks, sources
 from namr.data.sources import Source
 from namr.errors import ConfigError
+from namr.store import storage
 from tests import small_benchmarks
 from tests.small_benchmarks import TREES
 
@@ -351,3 +352,18 @@ def test_an_image_that_is_listed_twice_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "0000100 2\n")
     with pytest.raises(ConfigError, match="have the same key '0000100'"):
         opened("vehicleid", root, "train")
+
+
+@pytest.mark.s3
+def test_a_benchmark_may_lie_in_a_bucket(s3: str, tmp_path: Path) -> None:
+    root = small_benchmarks.vehicles(tmp_path)
+    for path in (path for path in root.rglob("*") if path.is_file()):
+        storage.upload(path, f"{s3}/VehicleID_V1.0/{path.relative_to(root)}")
+    test = sources.open_source(
+        f"vehicleid:{s3}/VehicleID_V1.0:test_800", classes="all", download_folder=tmp_path
+    )
+    assert labels(test) == {"5": 3}
+    assert test.images[0].location == f"{s3}/VehicleID_V1.0/image/0000500.jpg"
+    assert storage.read(test.images[0].location) == (root / "image" / "0000500.jpg").read_bytes()
+    with pytest.raises(ConfigError, match=r"s3://.*/Nowhere/train_test_split/train_list.txt is missing"):
+        sources.open_source(f"vehicleid:{s3}/Nowhere:train", classes="all", download_folder=tmp_path)
