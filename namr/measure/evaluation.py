@@ -1,22 +1,19 @@
-"""How well do embeddings find their own class: a table with the gain of each stage told apart.
+"""How well do embeddings find their own class: models compared on the labelled images of a dataset.
 
-Rows are what is compared (raw pixels, the untrained network, models trained without the ranking loss,
-without structure, with it), columns the ways of searching (plain L2, plain cosine, re-ranked by scale, query
-and both). Who queries whom is a protocol of the field (`protocols`): every image all others, one dataset
-another, or all images one of each class. Recall@K depends on the size of the gallery, so the table says which
-set it is and how many images it has.
+Compared are raw pixels, the untrained network, and models trained without the ranking loss, without
+structure, with it. Who queries whom is a protocol of the field (`protocols`): every image all others, one
+dataset another, or all images one of each class.
 
-Not covered: the loss of an approximate index (`nightly.assessment` measures it), images without a label
-(left out).
+Not covered: the table that comes of it (`comparison`), the loss of an approximate index (`nightly.assessment`
+measures it), images without a label (left out).
 Legend: N images, D dimension.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +24,8 @@ from namr.data.datasets import Dataset
 from namr.data.loading import LoaderConfig
 from namr.errors import ConfigError
 from namr.measure import metrics, protocols, validation, vectors
-from namr.measure.metrics import RetrievalMetrics
+from namr.measure.comparison import Comparison as Comparison
+from namr.measure.comparison import Row as Row
 from namr.measure.protocols import Split
 from namr.measure.vectors import Made, Reading, Vectors
 from namr.model import model
@@ -37,8 +35,6 @@ from namr.registry import references
 from namr.store import scratch, storage
 
 Labels = npt.NDArray[np.int64]
-
-COLUMNS = ("l2", "cosine", "scale", "query", "both")
 
 
 class Entry(NamedTuple):
@@ -51,82 +47,6 @@ class Entry(NamedTuple):
     """(N, D), or None for what has no structure"""
     metric: Metric
     """What re-ranking multiplies: the distance that the embeddings were trained for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """The metrics of one entry, by column; columns that it can't fill are absent."""
-
-    name: str
-    metric: Metric
-    by_column: dict[str, RetrievalMetrics]
-    nmi: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All rows on one set."""
-
-    set_name: str
-    num_images: int
-    """Of the gallery."""
-    num_classes: int
-    depth: int
-    """How many candidates are re-ranked."""
-    rows: tuple[Row, ...]
-    protocol: str = "each queries all others"
-
-    def row(self, name: str) -> Row:
-        """The row of that name; ConfigError if there is none."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise ConfigError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}")
-
-    @property
-    def title(self) -> str:
-        """Which set, how large, and who queries whom."""
-        plain = self.rows[0].by_column["l2"] if self.rows else None
-        skipped = f" ({plain.num_skipped:,} without a match left out)" if plain and plain.num_skipped else ""
-        return (
-            f"{self.set_name}: {self.num_images:,} images of {self.num_classes:,} classes; {self.protocol}"
-            f"{skipped}; re-ranked: the first {self.depth}, by the distance trained for"
-        )
-
-    def ways_table(self) -> list[list[str]]:
-        """Recall@1 / MAP@R in per cent by way of searching, the header first."""
-        table = [["Recall@1 / MAP@R (%)", "trained for", *COLUMNS]]
-        cells = ([_cell(row.by_column.get(name)) for name in COLUMNS] for row in self.rows)
-        return table + [[row.name, row.metric, *of_row] for row, of_row in zip(self.rows, cells, strict=True)]
-
-    def details_table(self) -> list[list[str]]:
-        """All metrics in per cent for each way of searching, the header first: the field's table.
-
-        NMI is of the embeddings and so of the row's own distance.
-        """
-        ks = sorted(self.rows[0].by_column["l2"].recall_at_k) if self.rows else []
-        table = [["(%)", "searched by", *(f"Recall@{k}" for k in ks), "MAP@R", "R-precision", "NMI"]]
-        for row in self.rows:
-            for name in COLUMNS:
-                if (found := row.by_column.get(name)) is None:
-                    continue
-                numbers = [*(found.recall_at_k[k] for k in ks), found.map_at_r, found.r_precision]
-                nmi = "" if row.nmi is None or name != row.metric else f"{100 * row.nmi:.1f}"
-                table.append([row.name, name, *(f"{100 * number:.1f}" for number in numbers), nmi])
-        return table
-
-    def to_markdown(self) -> str:
-        """Both tables, under the title."""
-        tables = (_markdown(table) for table in (self.ways_table(), self.details_table()))
-        return "\n\n".join([self.title, *tables]) + "\n"
-
-    def to_json(self) -> str:
-        """Everything but the scores of single queries, as JSON text."""
-        return json.dumps(asdict(self, dict_factory=_averages), indent=1)
-
-
-def _averages(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in fields if not isinstance(value, np.ndarray)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +96,11 @@ class EvaluationConfig:
             raise ConfigError(
                 f"gallery_draws is {self.gallery_draws} and query_uri {self.query_uri}; with other images to "
                 "query by nothing is drawn, leave one of them out"
+            )
+        if self.query_uri and storage.absolute(self.query_uri) == storage.absolute(self.dataset_uri):
+            raise ConfigError(
+                f"query_uri is the dataset {self.query_uri} itself, where each image would find itself; "
+                "leave it out, and each queries all others"
             )
         for text in self.models:
             if not all(text.partition("=")):
@@ -332,12 +257,3 @@ def _load(text: str, tracking_uri: str | None) -> _Loaded:
 
 def _column(way: SearchDefaults) -> str:
     return way.metric if way.structure_side == "none" else way.structure_side
-
-
-def _cell(cell: RetrievalMetrics | None) -> str:
-    return "" if cell is None else f"{100 * cell.recall_at_1:.1f} / {100 * cell.map_at_r:.2f}"
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    header, *rows = table
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))

@@ -44,28 +44,6 @@ def test_structure_that_stretches_the_axis_fills_the_columns_of_re_ranking() -> 
     assert cells["both"] == 1.0
 
 
-def test_markdown_and_json_say_everything() -> None:
-    entries = [Entry("raw", LINE + 1, None, "l2"), Entry("trained", LINE + 1, np.ones_like(LINE), "l2")]
-    table = evaluation.compare(entries, LABELS, set_name="four", depth=3, with_nmi=True)
-    lines = table.to_markdown().splitlines()
-    assert lines[2] == "| Recall@1 / MAP@R (%) | trained for | l2 | cosine | scale | query | both |"
-    assert lines[4].startswith("| raw | l2 | 75.0 / 75.00 |")
-    assert lines[4].endswith("|  |  |  |")
-    assert lines[5].endswith("| 75.0 / 75.00 | 75.0 / 75.00 | 75.0 / 75.00 |")
-    assert lines[7] == (
-        "| (%) | searched by | Recall@1 | Recall@2 | Recall@4 | Recall@8 | MAP@R | R-precision | NMI |"
-    )
-    assert lines[9].startswith("| raw | l2 | 75.0 | 75.0 | 100.0 | 100.0 | 75.0 | 75.0 |")
-    assert [line.split(" | ")[:2] for line in lines[9:]] == [
-        *(["| raw", way] for way in ("l2", "cosine")),
-        *(["| trained", way] for way in ("l2", "cosine", "scale", "query", "both")),
-    ]
-    assert [line.endswith(" |  |") for line in lines[9:]] == [False, True, False, True, True, True, True]
-    stored = json.loads(table.to_json())
-    assert stored["rows"][0]["by_column"]["l2"]["recall_at_k"]["1"] == 0.75
-    assert (stored["num_images"], stored["depth"]) == (4, 3)
-
-
 def test_queries_against_a_gallery_by_hand() -> None:
     """LINE is the gallery; 2.4 of class 0 sees 3 1 0 9: b a a b, and 8 of class 1 sees 9 3: b b.
 
@@ -207,6 +185,7 @@ def test_one_image_a_class_is_drawn_from_a_dataset(data_uri: str, tmp_path: Path
         ({"recall_at": ()}, r"recall_at is \(\)"),
         ({"gallery_draws": -1}, "gallery_draws is -1"),
         ({"gallery_draws": 10, "query_uri": "y"}, "gallery_draws is 10 and query_uri y"),
+        ({"query_uri": "./x/"}, r"query_uri is the dataset \./x/ itself"),
     ],
 )
 def test_a_protocol_that_makes_no_sense_is_refused(options: dict[str, object], message: str) -> None:
