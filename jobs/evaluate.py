@@ -3,8 +3,8 @@
     ray job submit --working-dir . -- python jobs/evaluate.py --config jobs/configs/evaluate.toml \
         --dataset-uri s3://bucket/datasets/photos-test --models candidate=models:/namr@candidate
 
-Several models: `--models "lambda 0=runs/plain/model" namr=models:/namr@candidate`. `--help` explains every
-flag.
+Several models: `--models "lambda 0=runs/plain/model" namr=models:/namr@candidate`. Other images to query by:
+`--query-uri s3://bucket/datasets/photos-query`. `--help` explains every flag.
 """
 
 from namr import config

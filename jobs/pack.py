@@ -3,7 +3,8 @@
     ray job submit --working-dir . -- python jobs/pack.py --config jobs/configs/pack.toml \
         --source photos/train --dataset-uri s3://bucket/datasets/photos
 
-The same command again packs only what is new. `--help` explains every flag.
+The same command again packs only what is new. A benchmark's split is a source too: `--source
+cub:CUB_200_2011:test`. `--help` explains every flag.
 """
 
 from namr import config

@@ -47,6 +47,7 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"model.backbones", "model.model"},
     "pytorch_metric_learning": {"model.losses"},
     "sklearn": {"measure.metrics", "data.sources"},
+    "scipy": {"data.benchmarks"},
     "faiss": {"index.ivf", "index.index_files"},
     "webdataset": {"data.shards"},
     "jinja2": {"measure.report"},

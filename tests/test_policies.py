@@ -14,7 +14,7 @@ from tests import commands
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[ci]*/README.md")])
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.toml"))
+CONFIGS = sorted((ROOT / "jobs" / "configs").rglob("*.toml"))
 COMMANDS = [
     *(command for path in DOCUMENTS for command in commands.of_markdown(path)),
     *(command for path in JOBS for command in commands.of_docstring(path)),

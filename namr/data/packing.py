@@ -50,8 +50,9 @@ class PackingConfig:
     """What to pack, and where to."""
 
     source: str
-    """a folder of class folders, a .csv or .parquet with a path or uri column, "digits", "torchvision:<Name>"
-    or "webdataset:<folder of tars>" to index foreign shards where they are"""
+    """a folder of class folders, a .csv or .parquet with a path or uri column, "digits",
+    "torchvision:<Name>", "cub:<folder>:<split>" (or cars196, sop, inshop, vehicleid: the files as their
+    authors give them out), or "webdataset:<folder of tars>" to index foreign shards where they are"""
     dataset_uri: str
     """the dataset that the images are brought into: a folder or s3://bucket/name; made if it isn't there"""
     classes: Classes = "all"

@@ -1,4 +1,4 @@
-"""Where users' images come from: folders, tables, torchvision's data sets, scikit-learn's digits.
+"""Where users' images come from: folders, tables, torchvision's and the field's data sets, digits.
 
 A source is written as one word:
 
@@ -8,11 +8,14 @@ A source is written as one word:
     digits                               scikit-learn's 1,797 handwritten digits, enlarged to 32 px
     torchvision:Omniglot                 any torchvision data set of labelled images, all its splits;
     torchvision:Flowers102:test          or one of them
+    cub:CUB_200_2011:test                one split of a data set that metric learning is measured on, from the
+                                         folder that has its files: cub, cars196, sop, inshop, vehicleid
 
 The key of an image is its path in the folder or table without the extension, unless the table has keys.
 What is no image (other suffixes, hidden files and folders, pipes and devices) is passed over and counted. An
 image that can't be read, or whose name can't be stored as text, is refused by itself and doesn't keep the
-others out. Not covered: reading and checking the images (`packing` does), and foreign shards.
+others out. Not covered: the files of `benchmarks`, reading and checking the images (`packing` does), and
+foreign shards.
 """
 
 import inspect
@@ -25,7 +28,7 @@ import numpy as np
 import sklearn.datasets
 import torchvision.datasets
 
-from namr.data import files, images
+from namr.data import benchmarks, files, images
 from namr.data.leftovers import PassedOver, RefusedImage, Tally, printable
 from namr.data.shards import EXTENSIONS, Scalar
 from namr.errors import ConfigError, ImageRefused, ManifestError, StorageError
@@ -86,6 +89,8 @@ def open_source(source: str, *, classes: Classes, download_folder: Path) -> Sour
         offered = list(_digits())
     elif kind == "torchvision":
         offered = list(_torchvision(rest, download_folder))
+    elif benchmarks.is_one(source):
+        offered = _benchmark(source, leftovers)
     elif PurePosixPath(source).suffix.lower() in (".csv", ".parquet", ".pq"):
         offered = list(_table(source, leftovers))
     else:
@@ -179,6 +184,24 @@ def _table(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
             },
             num_bytes=num_bytes,
         )
+
+
+def _benchmark(source: str, leftovers: _Leftovers) -> list[SourceImage]:
+    offered = []
+    for key, location, label in benchmarks.read(source):
+        try:
+            num_bytes = files.size_of(location)
+        except ImageRefused as refusal:
+            leftovers.refuse(key, location, refusal.reason)
+        else:
+            offered.append(SourceImage(key=key, location=location, label=label, num_bytes=num_bytes))
+    if leftovers.refused and not offered:
+        first = leftovers.refused[0]
+        raise ConfigError(
+            f"{source}: none of its {len(leftovers.refused)} images can be read, to begin with "
+            f"{first.location}: {first.reason}; {benchmarks.advice(source)}"
+        )
+    return offered
 
 
 def _columns(source: str) -> dict[str, list[Any]]:

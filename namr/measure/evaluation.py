@@ -1,45 +1,40 @@
-"""How well do embeddings find their own class: a table with the gain of each stage told apart.
+"""How well do embeddings find their own class: models compared on the labelled images of a dataset.
 
-Rows are what is compared (raw pixels, the untrained network, models trained without the ranking loss,
-without structure, with it), columns the ways of searching (plain L2, plain cosine, re-ranked by scale, query
-and both). Every image queries all others of the set; Recall@1 depends on the size of that gallery, so the
-table says which set it is and how many images it has.
+Compared are raw pixels, the untrained network, and models trained without the ranking loss, without
+structure, with it. Who queries whom is a protocol of the field (`protocols`): every image all others, one
+dataset another, or all images one of each class.
 
-Not covered: the loss of an approximate index (`nightly.assessment` measures it), images without a label
-(left out).
+Not covered: the table that comes of it (`comparison`), the loss of an approximate index (`nightly.assessment`
+measures it), images without a label (left out).
 Legend: N images, D dimension.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from namr import checks
-from namr.data import datasets, loading
+from namr.data import datasets
 from namr.data.datasets import Dataset
-from namr.data.images import Preprocessing
 from namr.data.loading import LoaderConfig
-from namr.embed import embeddings
 from namr.errors import ConfigError
-from namr.measure import metrics, validation
-from namr.measure.metrics import RetrievalMetrics
+from namr.measure import metrics, protocols, validation, vectors
+from namr.measure.comparison import Comparison as Comparison
+from namr.measure.comparison import Row as Row
+from namr.measure.protocols import Split
+from namr.measure.vectors import Made, Reading, Vectors
 from namr.model import model
 from namr.model.distances import Metric
 from namr.model.model import NamrModel, SearchDefaults
 from namr.registry import references
 from namr.store import scratch, storage
 
-Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
-
-RAW_SIZE_PX = 32
-COLUMNS = ("l2", "cosine", "scale", "query", "both")
 
 
 class Entry(NamedTuple):
@@ -55,80 +50,18 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """The metrics of one entry, by column; columns that it can't fill are absent."""
-
-    name: str
-    metric: Metric
-    by_column: dict[str, RetrievalMetrics]
-    nmi: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All rows on one set."""
-
-    set_name: str
-    num_images: int
-    num_classes: int
-    depth: int
-    """How many candidates are re-ranked."""
-    rows: tuple[Row, ...]
-
-    def row(self, name: str) -> Row:
-        """The row of that name; ConfigError if there is none."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise ConfigError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}")
-
-    @property
-    def title(self) -> str:
-        """Which set, how large."""
-        return (
-            f"{self.set_name}: {self.num_images:,} images of {self.num_classes:,} classes; each queries all "
-            f"others; re-ranked: the first {self.depth}, by the distance trained for"
-        )
-
-    def ways_table(self) -> list[list[str]]:
-        """Recall@1 / MAP@R in per cent by way of searching, the header first."""
-        table = [["Recall@1 / MAP@R (%)", "trained for", *COLUMNS]]
-        cells = ([_cell(row.by_column.get(name)) for name in COLUMNS] for row in self.rows)
-        return table + [[row.name, row.metric, *of_row] for row, of_row in zip(self.rows, cells, strict=True)]
-
-    def details_table(self) -> list[list[str]]:
-        """All metrics in per cent for plain search by the distance trained for, the header first."""
-        ks = sorted(self.rows[0].by_column["l2"].recall_at_k) if self.rows else []
-        table = [["plain (%)", *(f"Recall@{k}" for k in ks), "MAP@R", "R-precision", "NMI"]]
-        for row in self.rows:
-            plain = row.by_column[row.metric]
-            numbers = [*(plain.recall_at_k[k] for k in ks), plain.map_at_r, plain.r_precision]
-            nmi = "" if row.nmi is None else f"{100 * row.nmi:.1f}"
-            table.append([row.name, *(f"{100 * number:.1f}" for number in numbers), nmi])
-        return table
-
-    def to_markdown(self) -> str:
-        """Both tables, under the title."""
-        tables = (_markdown(table) for table in (self.ways_table(), self.details_table()))
-        return "\n\n".join([self.title, *tables]) + "\n"
-
-    def to_json(self) -> str:
-        """Everything but the scores of single queries, as JSON text."""
-        return json.dumps(asdict(self, dict_factory=_averages), indent=1)
-
-
-def _averages(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in fields if not isinstance(value, np.ndarray)}
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is compared, and on which images."""
 
     dataset_uri: str
-    """Dataset whose labelled images are the set; best of classes that no model was trained on."""
+    """Dataset whose labelled images are searched; best of classes that no model was trained on."""
     dataset_version: int | None = None
     """Its version; none = the current one."""
+    query_uri: str | None = None
+    """Dataset whose labelled images query it, in its current version; none = its own images query."""
+    gallery_draws: int = 0
+    """0: each image queries all others. N: one image of each class, drawn at random, is the gallery and all
+    others query it, N times (10 for VehicleID as vehicle re-identification reports it)."""
     models: tuple[str, ...]
     """The models, each as NAME=REFERENCE, a folder or models:/namr@candidate; NAME becomes the row's."""
     embeddings_uri: str | None = None
@@ -141,10 +74,12 @@ class EvaluationConfig:
     """Cluster the embeddings too (k-means; slow for many classes)."""
     depth: int = 100
     """How many candidates are re-ranked."""
+    recall_at: tuple[int, ...] = (1, 2, 4, 8)
+    """The K of Recall@K; 1 is always among them."""
     batch_size: int = 64
     """Images embedded at a time."""
     use_gpu: bool = False
-    """Embed on the first GPU."""
+    """Embed and measure on the first GPU."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How images are read."""
     report_uri: str | None = None
@@ -154,34 +89,73 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         checks.in_range(self, "depth", "batch_size", at_least=1)
+        checks.in_range(self, "gallery_draws", at_least=0)
+        if min(self.recall_at, default=0) < 1:
+            raise ConfigError(f"recall_at is {self.recall_at}; expected numbers of 1 or more")
+        if self.query_uri and self.gallery_draws:
+            raise ConfigError(
+                f"gallery_draws is {self.gallery_draws} and query_uri {self.query_uri}; with other images to "
+                "query by nothing is drawn, leave one of them out"
+            )
+        if self.query_uri and storage.absolute(self.query_uri) == storage.absolute(self.dataset_uri):
+            raise ConfigError(
+                f"query_uri is the dataset {self.query_uri} itself, where each image would find itself; "
+                "leave it out, and each queries all others"
+            )
         for text in self.models:
             if not all(text.partition("=")):
                 raise ConfigError(f"models has {text!r}; expected NAME=FOLDER or NAME=models:/<name>@<alias>")
 
 
 def evaluate(config: EvaluationConfig) -> Comparison:
-    """The table for `config.models` on the labelled images of a dataset.
+    """The table for `config.models` on the labelled images of a dataset, by the protocol that is asked for.
 
-    ConfigError if no class has two labelled images; ManifestError if embeddings are asked for that were not
-    extracted.
+    ConfigError if no query has an image of its class to find; ManifestError if embeddings are asked for that
+    were not extracted.
     """
     if config.report_uri:
         storage.check_writable(config.report_uri)
-    dataset = datasets.open_version(config.dataset_uri, config.dataset_version)
-    labels: Labels | None = None
+    sets = [datasets.open_version(config.dataset_uri, config.dataset_version)]
+    if config.query_uri:
+        sets.append(datasets.open_version(config.query_uri))
+    labels: vectors.Names | None = None
     entries: list[Entry] = []
-    for entry, labels_of_entry in _entries(config, dataset):
-        if labels is not None and not np.array_equal(labels, labels_of_entry):
+    for plan in _plans(config):
+        parts = [plan.make(dataset) for dataset in sets]
+        made = vectors.joined(parts)
+        if labels is not None and not np.array_equal(labels, made.labels):
             raise ConfigError(
-                f"{entry.name}: its embeddings are not of the same images as those of {entries[0].name} "
+                f"{plan.name}: its embeddings are not of the same images as those of {entries[0].name} "
                 "(images were refused in one of them); compare them without embeddings_uri"
             )
-        labels = labels_of_entry
-        entries.append(entry)
+        labels = made.labels
+        entries.append(Entry(plan.name, made.embeddings, made.structures, plan.metric))
+        num_gallery = len(parts[0].labels)
     if labels is None:
         raise ConfigError("nothing to evaluate: name a model, or ask for raw_pixels")
-    set_name = f"{dataset.uri} version {dataset.version.version}"
-    comparison = compare(entries, labels, set_name=set_name, depth=config.depth, with_nmi=config.with_nmi)
+    numbers = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+    gallery, *queries = [f"{dataset.uri} version {dataset.version.version}" for dataset in sets]
+    if queries:
+        num_queries = len(numbers) - num_gallery
+        splits = protocols.query_and_gallery(num_gallery=num_gallery, num_queries=num_queries)
+        protocol = f"the {num_queries:,} images of {queries[0]} query them"
+    elif config.gallery_draws:
+        splits = protocols.one_a_class(numbers, num_draws=config.gallery_draws, seed=0)
+        num_queries = len(splits[0].queries)
+        protocol = f"drawn {config.gallery_draws} times, and each time the {num_queries:,} others query them"
+    else:
+        splits, protocol = None, Comparison.protocol
+    comparison = compare(
+        entries,
+        numbers,
+        set_name=gallery,
+        depth=config.depth,
+        with_nmi=config.with_nmi,
+        splits=splits,
+        protocol=protocol,
+        recall_at=config.recall_at,
+        device=_device(config),
+    )
     if config.report_uri:
         storage.write(storage.join(config.report_uri, "evaluation.json"), comparison.to_json().encode())
         storage.write(storage.join(config.report_uri, "evaluation.md"), comparison.to_markdown().encode())
@@ -189,43 +163,81 @@ def evaluate(config: EvaluationConfig) -> Comparison:
 
 
 def compare(
-    entries: Sequence[Entry], labels: Labels, *, set_name: str, depth: int = 100, with_nmi: bool = False
+    entries: Sequence[Entry],
+    labels: Labels,
+    *,
+    set_name: str,
+    depth: int = 100,
+    with_nmi: bool = False,
+    splits: Sequence[Split] | None = None,
+    protocol: str = Comparison.protocol,
+    recall_at: Sequence[int] = (1, 2, 4, 8),
+    device: str = "cpu",
 ) -> Comparison:
-    """The table for vectors that are at hand. labels: (N,) int64, the same for all entries."""
-    if not len(labels) or np.bincount(labels).max() < 2:
+    """The table for vectors that are at hand. labels: (N,) int64, the same for all entries.
+
+    splits: who queries whom, told as `protocol`; None = every image all others.
+    """
+    splits = protocols.leave_one_out(len(labels)) if splits is None else splits
+    if not protocols.has_a_match(splits, labels):
         raise ConfigError(
-            f"{set_name}: {len(labels)} labelled images and no class with two of them; nothing to measure"
+            f"{set_name}: {len(labels)} labelled images and no query with another image of its class to "
+            "find; nothing to measure"
         )
     rows = []
     for entry in entries:
         ways = validation.ways(entry.metric)
         if entry.structures is None:
             ways = tuple(way for way in ways if way.structure_side == "none")
-        results = validation.measure(entry.embeddings, entry.structures, labels, ways=ways, depth=depth)
+        results = validation.measure(
+            entry.embeddings,
+            entry.structures,
+            labels,
+            ways=ways,
+            depth=depth,
+            device=device,
+            splits=splits,
+            ks=recall_at,
+        )
         by_column = {_column(way): results[way] for way in ways}
         nmi = metrics.nmi(entry.embeddings, labels, seed=0) if with_nmi else None
         rows.append(Row(name=entry.name, metric=entry.metric, by_column=by_column, nmi=nmi))
+    searched = labels[splits[0].gallery]
     return Comparison(
         set_name=set_name,
-        num_images=len(labels),
-        num_classes=len(np.unique(labels)),
+        num_images=len(searched),
+        num_classes=len(np.unique(searched)),
         depth=depth,
         rows=tuple(rows),
+        protocol=protocol,
     )
 
 
-def _entries(config: EvaluationConfig, dataset: Dataset) -> Iterator[tuple[Entry, Labels]]:
+class _Plan(NamedTuple):
+    """How the vectors of one row are made, for any dataset."""
+
+    name: str
+    metric: Metric
+    make: Callable[[Dataset], Made]
+
+
+def _plans(config: EvaluationConfig) -> Iterator[_Plan]:
     loaded = [_load(text, config.tracking_uri) for text in config.models]
+    reading = Reading(loader=config.loader, batch_size=config.batch_size, device=_device(config))
     if config.raw_pixels:
-        yield _raw_pixels(config, dataset)
+        yield _Plan("raw pixels", "l2", partial(vectors.of_raw_pixels, reading=reading))
     if config.untrained and loaded:
-        yield _untrained(config, dataset, loaded[0].model)
+        make = partial(vectors.of_untrained, one=loaded[0].model, reading=reading)
+        yield _Plan("untrained", "cosine", make)
     for name, one, metric in loaded:
         if config.embeddings_uri:
-            x, s, labels = _stored(config.embeddings_uri, dataset, model.digest(one))
+            yield _Plan(name, metric, partial(vectors.stored, one=one, root_uri=config.embeddings_uri))
         else:
-            x, s, labels = _embedded(config, dataset, one)
-        yield Entry(name, x, s if one.config.structure_range else None, metric), labels
+            yield _Plan(name, metric, partial(vectors.embedded, one=one, reading=reading))
+
+
+def _device(config: EvaluationConfig) -> str:
+    return "cuda" if config.use_gpu else "cpu"
 
 
 class _Loaded(NamedTuple):
@@ -243,80 +255,5 @@ def _load(text: str, tracking_uri: str | None) -> _Loaded:
     return _Loaded(name, one, "l2" if trained_for == "l2" else "cosine")
 
 
-def _stored(root_uri: str, dataset: Dataset, digest: str) -> tuple[Vectors, Vectors, Labels]:
-    """Of live and labelled images, by id."""
-    xs, ss, names = [], [], []
-    for table in embeddings.iterate(embeddings.open_set(root_uri, digest, dataset)):
-        kept = dataset.live(table.ids) & np.array([label is not None for label in table.labels], bool)
-        xs.append(table.embeddings[kept].astype(np.float32))
-        ss.append(table.structures[kept].astype(np.float32))
-        names += [label for label, keep in zip(table.labels, kept, strict=True) if keep]
-    labels = np.unique(np.array(names, np.str_), return_inverse=True)[1].astype(np.int64)
-    return np.concatenate(xs), np.concatenate(ss), labels
-
-
-def _embedded(config: EvaluationConfig, dataset: Dataset, one: NamrModel) -> tuple[Vectors, Vectors, Labels]:
-    device = "cuda" if config.use_gpu else "cpu"
-    xs, ss, labels = [], [], []
-    for batch in _batches(config, dataset, one.preprocessing):
-        x, s = model.embed(one, batch.pixels.numpy(), batch_size=config.batch_size, device=device)
-        xs.append(x)
-        ss.append(s)
-        labels.append(batch.labels.numpy())
-    _check_any(labels, dataset)
-    return np.concatenate(xs), np.concatenate(ss), np.concatenate(labels)
-
-
-def _untrained(config: EvaluationConfig, dataset: Dataset, one: NamrModel) -> tuple[Entry, Labels]:
-    fresh = model.build(one.config, seed=0).eval().to("cuda" if config.use_gpu else "cpu")
-    features, labels = [], []
-    with torch.inference_mode():
-        for batch in _batches(config, dataset, fresh.preprocessing):
-            pixels = batch.pixels.to(next(fresh.parameters()).device)
-            features.append(fresh.features(pixels).float().cpu().numpy())
-            labels.append(batch.labels.numpy())
-    _check_any(labels, dataset)
-    return Entry("untrained", np.concatenate(features), None, "cosine"), np.concatenate(labels)
-
-
-def _raw_pixels(config: EvaluationConfig, dataset: Dataset) -> tuple[Entry, Labels]:
-    prep = Preprocessing(
-        size_px=RAW_SIZE_PX, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear", fit="squash"
-    )
-    pixels, labels = [], []
-    for batch in _batches(config, dataset, prep):
-        pixels.append(batch.pixels.flatten(1).float().numpy() / 255)
-        labels.append(batch.labels.numpy())
-    _check_any(labels, dataset)
-    return Entry("raw pixels", np.concatenate(pixels), None, "l2"), np.concatenate(labels)
-
-
-def _batches(
-    config: EvaluationConfig, dataset: Dataset, prep: Preprocessing
-) -> "torch.utils.data.DataLoader[loading.Batch]":
-    return loading.make_evaluation_loader(
-        dataset,
-        config.loader,
-        batch_size_per_worker=config.batch_size,
-        rank=0,
-        world_size=1,
-        prep=prep,
-    )
-
-
-def _check_any(batches: Sequence[Labels], dataset: Dataset) -> None:
-    if not batches:
-        raise ConfigError(f"{dataset.uri}: no image has a label; evaluation needs labels, pack them along")
-
-
 def _column(way: SearchDefaults) -> str:
     return way.metric if way.structure_side == "none" else way.structure_side
-
-
-def _cell(cell: RetrievalMetrics | None) -> str:
-    return "" if cell is None else f"{100 * cell.recall_at_1:.1f} / {100 * cell.map_at_r:.2f}"
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    header, *rows = table
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))

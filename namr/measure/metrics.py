@@ -1,21 +1,22 @@
 """Retrieval metrics on arrays: Recall@K, MAP@R, R-precision, NMI.
 
-Leave-one-out: every row queries all others. A query's ranking is exact and reproducible: candidates from a
-matrix product are ordered by their distances computed by difference, equal distances by row number, so
-neither the size of the blocks nor the number of ranks or threads decides a tie. With a `side`, the first
-`depth` of the plain ranking are ordered anew by the adaptive distance; what comes after them stays.
+Leave-one-out: every row queries all others. Query against gallery: some rows query some rows; one that is
+in both never finds itself. A query's ranking is exact and reproducible: candidates from a matrix product are
+ordered by their distances computed by difference, equal distances by row number, so neither the size of the
+blocks nor the number of ranks or threads decides a tie. With a `side`, the first `depth` of the plain ranking
+are ordered anew by the adaptive distance; what comes after them stays.
 
-Definitions, for a query whose class has R other images:
+Definitions, for a query whose class has R (other) images in the gallery:
     Recall@K      1 if any of the first K is of the class, else 0
     R-precision   (number of the class among the first R) / R
     MAP@R         (1 / R) sum over i <= R of (precision at i if the i-th is of the class, else 0);
                   Musgrave et al., "A Metric Learning Reality Check", ECCV 2020. Not mAP@k.
-each averaged over queries. Images that are the only one of their class are no queries, and counted.
+each averaged over queries. Rows whose class has no (other) image in the gallery are no queries, and counted.
 
 Everything runs where the embeddings lie: arrays on the CPU, tensors on their device. Not covered: recall of
 an approximate index against exact search (`assessment`); per-class averages.
 
-Legend: N images, D dimension, L length of the rankings, b queries in a block.
+Legend: N images, G of them in the gallery, D dimension, L length of the rankings, b queries in a block.
 """
 
 import math
@@ -32,13 +33,13 @@ from torch import Tensor
 
 from namr import collectives
 from namr.errors import ConfigError, ShapeError
+from namr.measure import rankings
+from namr.measure.rankings import Queries
 from namr.model import distances
 from namr.model.distances import Metric, Side
 
 Array = NDArray[np.floating] | Tensor
 Ints = NDArray[np.integer] | Tensor
-
-_CHUNK_ELEMENTS = 2**22  # of the differences that are held at a time: 16 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class RetrievalMetrics:
     r_precision: float
     num_queries: int
     num_skipped: int
-    """Images that are the only one of their class, so no queries."""
+    """Rows that could not be queries: the gallery has no (other) image of their class."""
     scores: NDArray[np.float64] = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
     """(num_queries,) of each query, in the order of the rows: the mean of its hit at 1 and its AP@R."""
     classes: NDArray[np.int64] = field(
@@ -101,34 +102,41 @@ def retrieval_sums(
     ks: Sequence[int] = (1, 2, 4, 8),
     block_rows: int = 1024,
     query_rows: Ints | None = None,
+    gallery_rows: Ints | None = None,
 ) -> RetrievalSums:
-    """The sums over the queries `query_rows` (all if not given); every row is in the gallery.
+    """The sums over the queries `query_rows` (all if not given) against `gallery_rows` (all if not given).
 
     embeddings (N, D) as the model gives them, for "cosine" too; structures (N, D), wanted unless side is
-    "none"; labels (N,), 0 and up; depth: how many are re-ranked. Memory about (block_rows + D) N numbers.
-    ShapeError names the first row that holds a NaN or infinity.
+    "none"; labels (N,), 0 and up; depth: how many are re-ranked; gallery_rows in any order, each counts once.
+    Memory about (block_rows + D) N numbers. ShapeError names the first row that holds a NaN or infinity.
     """
     x, s, y = _checked(embeddings, structures, labels, side=side)
     if min(ks, default=0) < 1 or depth < 1 or block_rows < 1:
         raise ConfigError(f"ks {tuple(ks)}, depth {depth}, block_rows {block_rows}: each must be at least 1")
     x = distances.for_search(x, metric)
-    x = x - x.mean(0)  # changes no distance, and makes rounding small
-    others = torch.bincount(y)[y] - 1  # (N,): R of each row
+    searched = None if gallery_rows is None else _tensor(gallery_rows).to(x.device, torch.int64)
+    x = x - (x if searched is None else x[searched]).mean(0)  # changes no distance, and makes rounding small
+    gallery = rankings.make_gallery(x, s, searched)
     rows = torch.arange(len(x)) if query_rows is None else _tensor(query_rows)
     rows = rows.to(x.device)
+    classes = y[gallery.rows]
+    others = torch.bincount(classes, minlength=int(y.max()) + 1)[y]  # (N,): R of each row
+    others[gallery.rows] -= 1
     queries = rows[others[rows] > 0]
     ks = tuple(sorted({1, *ks}))
-    length = max(ks[-1], int(others.max()), depth if side != "none" else 0)
+    most = int(others[queries].max()) if len(queries) else 0
+    length = min(max(ks[-1], most, depth if side != "none" else 0), len(classes))
 
     hits = [0] * len(ks)
     average_precisions: list[float] = []
     r_precisions: list[float] = []
     scores: list[Tensor] = []
-    for block in _blocks(queries, block_rows):
-        ranking = _plain_ranking(x, block, length=min(length, len(x) - 1))
+    for block in (queries[start : start + block_rows] for start in range(0, len(queries), block_rows)):
+        asked = Queries(x[block], None if s is None else s[block], gallery.places_of(block))
+        ranking = rankings.plain(asked, gallery, length=length)
         if s is not None:
-            ranking = _reranked(x, s, block, ranking, side=side, depth=depth)
-        correct = y[ranking] == y[block][:, None]
+            ranking = rankings.reranked(asked, gallery, ranking, side=side, depth=depth)
+        correct = (classes[ranking] == y[block][:, None]) & (ranking != asked.own[:, None])
         for place, k in enumerate(ks):
             hits[place] += int(correct[:, :k].any(1).sum())
         of_block = _precisions(correct, others[block])
@@ -155,7 +163,9 @@ def combine(sums: Iterable[RetrievalSums]) -> RetrievalMetrics:
     num_queries = sum(part.num_queries for part in parts)
     num_skipped = sum(part.num_skipped for part in parts)
     if num_queries == 0:
-        raise ShapeError(f"no queries: each of {num_skipped} images is the only one of its class")
+        raise ShapeError(
+            f"no queries: for each of {num_skipped} images the gallery has no other one of its class"
+        )
     hits = np.sum([part.hits for part in parts], axis=0)
     return RetrievalMetrics(
         recall_at_k={k: int(num) / num_queries for k, num in zip(parts[0].ks, hits, strict=True)},
@@ -250,64 +260,6 @@ def _finite(x: Tensor, name: str) -> Tensor:
     if len(bad):
         raise ShapeError(f"{name}: {len(bad)} of {len(x)} rows hold NaN or infinity, first row {int(bad[0])}")
     return x
-
-
-def _plain_ranking(x: Tensor, rows: Tensor, *, length: int) -> Tensor:
-    """The `length` nearest others of each row, exactly, by (distance, row number). -> (b, L) row numbers."""
-    num, dimension = x.shape
-    # Products are fast and differ in their last bits with the size of the block; differences are slow and
-    # don't. So products choose some more candidates than are wanted, and differences order these.
-    approximate = distances.pairwise_squared(x[rows], x)
-    approximate[torch.arange(len(rows), device=x.device), rows] = torch.inf
-    kept = min(length + max(16, length // 4), num - 1)
-    nearest = approximate.topk(kept, largest=False)
-    candidates = nearest.indices.sort(1).values  # by row number, so that a stable sort settles ties by it
-    squared = _by_difference(x, rows, candidates)
-    order = squared.argsort(dim=1, stable=True)[:, :length]
-    ranking = candidates.gather(1, order)
-    if kept == num - 1:
-        return ranking
-    # Beyond the candidates everything is at least as far as the last of them, but for rounding: at most
-    # 4 D u (|q|^2 + |x|^2) for product and difference together. Where that doesn't settle it, look at all.
-    norms = x.square().sum(1)
-    rounding = 4 * dimension * 2.0**-24 * (norms[rows] + norms.max())
-    unsettled = nearest.values.amax(1) - rounding <= squared.gather(1, order[:, -1:])[:, 0]
-    for place in unsettled.nonzero()[:, 0].tolist():
-        everybody = torch.arange(num, device=x.device)
-        everybody = everybody[everybody != rows[place]][None]
-        order = _by_difference(x, rows[place : place + 1], everybody).argsort(dim=1, stable=True)
-        ranking[place] = everybody[0, order[0, :length]]
-    return ranking
-
-
-def _reranked(x: Tensor, s: Tensor, rows: Tensor, ranking: Tensor, *, side: Side, depth: int) -> Tensor:
-    """The first `depth` of each ranking by the adaptive distance, ties in plain order; the rest as it is."""
-    first = ranking[:, :depth]
-    order = _by_difference(x, rows, first, s=s, side=side).argsort(dim=1, stable=True)
-    return torch.cat([first.gather(1, order), ranking[:, depth:]], dim=1)
-
-
-def _by_difference(
-    x: Tensor, rows: Tensor, candidates: Tensor, *, s: Tensor | None = None, side: Side = "none"
-) -> Tensor:
-    """Squared distance of each row to its candidates (b, L), some rows at a time. -> (b, L)"""
-    chunk = max(1, _CHUNK_ELEMENTS // (candidates.shape[1] * x.shape[1]))
-    return torch.cat(
-        [
-            distances.rerank_squared(
-                x[some],
-                None if s is None else s[some],
-                x[theirs],
-                s[theirs] if s is not None and side in ("both", "scale") else None,
-                side=side,
-            )
-            for some, theirs in zip(_blocks(rows, chunk), _blocks(candidates, chunk), strict=True)
-        ]
-    )
-
-
-def _blocks(t: Tensor, num_rows: int) -> list[Tensor]:
-    return [t[start : start + num_rows] for start in range(0, len(t), num_rows)]
 
 
 class _Precisions(NamedTuple):

@@ -17,8 +17,9 @@ import torch
 
 from namr import collectives
 from namr.data.sampling import ClassIndex, slice_of_rank
-from namr.measure import metrics
+from namr.measure import metrics, protocols
 from namr.measure.metrics import RetrievalMetrics
+from namr.measure.protocols import Split
 from namr.model.distances import Metric
 from namr.model.model import SearchDefaults
 
@@ -81,24 +82,38 @@ def measure(
     ways: Sequence[SearchDefaults],
     depth: int = 100,
     device: torch.device | str = "cpu",
+    splits: Sequence[Split] | None = None,
+    ks: Sequence[int] = (1, 2, 4, 8),
 ) -> dict[SearchDefaults, RetrievalMetrics]:
-    """Leave-one-out retrieval for each way; the same (N, D) float32 arrays and (N,) labels on every rank."""
+    """Retrieval for each way, over all queries of `splits` (None = every image all others) together.
+
+    The same (N, D) float32 arrays, (N,) labels and splits on every rank.
+    """
     x = torch.as_tensor(embeddings, device=device)
     s = None if structures is None else torch.as_tensor(structures, device=device)
-    mine = slice_of_rank(len(labels), rank=collectives.rank(), world_size=collectives.world_size())
+    splits = protocols.leave_one_out(len(labels)) if splits is None else splits
     results = {}
     for way in ways:
-        sums = metrics.retrieval_sums(
-            x,
-            labels,
-            structures=None if way.structure_side == "none" else s,
-            side=way.structure_side,
-            metric=way.metric,
-            depth=depth,
-            query_rows=np.arange(mine.start, mine.stop),
-        )
-        results[way] = metrics.combine([metrics.sum_over_ranks(sums)])
+        sums = [
+            metrics.retrieval_sums(
+                x,
+                labels,
+                structures=None if way.structure_side == "none" else s,
+                side=way.structure_side,
+                metric=way.metric,
+                depth=depth,
+                ks=ks,
+                query_rows=split.queries[_mine(split)],
+                gallery_rows=None if len(split.gallery) == len(labels) else split.gallery,
+            )
+            for split in splits
+        ]
+        results[way] = metrics.combine([metrics.sum_over_ranks(each) for each in sums])
     return results
+
+
+def _mine(split: Split) -> slice:
+    return slice_of_rank(len(split.queries), rank=collectives.rank(), world_size=collectives.world_size())
 
 
 def choose(results: Results, ways: Sequence[SearchDefaults]) -> SearchDefaults:

@@ -16,6 +16,7 @@ from namr.data.packing import PackingConfig, PackReport
 from namr.data.sources import SourceImage
 from namr.errors import ConfigError, ImageRefused, ManifestError, StorageError
 from namr.store import storage
+from tests import small_benchmarks
 from tests.small_pictures import folder_of, picture, tar_of
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,23 @@ def test_a_night_packs_only_what_is_new(tmp_path: Path) -> None:
     assert contents(dataset) == {key: (source / f"{key}.png").read_bytes() for key in expected}
     assert [entry.number for entry in dataset.shards] == [0, 1, 2]
     assert [record.num_packed for record in dataset.version.sources] == [4, 2]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_benchmark_is_packed_split_by_split(tmp_path: Path) -> None:
+    root = small_benchmarks.in_shop(tmp_path / "In-shop")
+    packed = {}
+    for split in ("train", "query", "gallery"):
+        report = pack(f"inshop:{root}:{split}", tmp_path / split, max_bad_fraction=0)
+        assert (report.num_refused, report.num_unlabelled, report.num_classes) == (0, 0, 2)
+        packed[split] = contents(datasets.open_version(str(tmp_path / split)))
+    assert {split: len(images) for split, images in packed.items()} == {"train": 4, "query": 2, "gallery": 3}
+    for images in packed.values():
+        assert images == {key: (root / "Img" / f"{key}.jpg").read_bytes() for key in images}
+    (root / "Img" / "img" / "WOMEN" / "Shorts" / "id_00007970" / "02_1_front.jpg").unlink()
+    with pytest.raises(ImageRefused, match="1 of 2 images, more than max_bad_fraction 0 allows"):
+        pack(f"inshop:{root}:query", tmp_path / "again", max_bad_fraction=0)
 
 
 @pytest.mark.ray

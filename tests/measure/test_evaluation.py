@@ -11,7 +11,7 @@ from namr.data import datasets, images
 from namr.data.loading import LoaderConfig
 from namr.embed import embeddings
 from namr.errors import ConfigError, ManifestError
-from namr.measure import evaluation
+from namr.measure import evaluation, protocols
 from namr.measure.evaluation import Comparison, Entry, EvaluationConfig
 from namr.model import model
 from namr.model.model import ModelConfig, SearchDefaults
@@ -44,25 +44,46 @@ def test_structure_that_stretches_the_axis_fills_the_columns_of_re_ranking() -> 
     assert cells["both"] == 1.0
 
 
-def test_markdown_and_json_say_everything() -> None:
-    entries = [Entry("raw", LINE + 1, None, "l2"), Entry("trained", LINE + 1, np.ones_like(LINE), "l2")]
-    table = evaluation.compare(entries, LABELS, set_name="four", depth=3, with_nmi=True)
-    lines = table.to_markdown().splitlines()
-    assert lines[2] == "| Recall@1 / MAP@R (%) | trained for | l2 | cosine | scale | query | both |"
-    assert lines[4].startswith("| raw | l2 | 75.0 / 75.00 |")
-    assert lines[4].endswith("|  |  |  |")
-    assert lines[5].endswith("| 75.0 / 75.00 | 75.0 / 75.00 | 75.0 / 75.00 |")
-    assert lines[7] == (
-        "| plain (%) | Recall@1 | Recall@2 | Recall@4 | Recall@8 | MAP@R | R-precision | NMI |"
+def test_queries_against_a_gallery_by_hand() -> None:
+    """LINE is the gallery; 2.4 of class 0 sees 3 1 0 9: b a a b, and 8 of class 1 sees 9 3: b b.
+
+    For 2.4 R = 2: hit at 2 but not at 1, AP = (0 + 1/2) / 2; for 8 AP = 1. 5 is of a class that isn't there.
+    """
+    x = np.concatenate([LINE, [[2.4], [8.0], [5.0]]]).astype(np.float32)
+    labels = np.array([0, 0, 1, 1, 0, 1, 2])
+    table = evaluation.compare(
+        [Entry("line", x, np.ones_like(x), "l2")],
+        labels,
+        set_name="four",
+        splits=protocols.query_and_gallery(num_gallery=4, num_queries=3),
+        protocol="three query them",
+        recall_at=(1, 2, 30),
     )
-    assert lines[9].startswith("| raw | 75.0 | 75.0 | 100.0 | 100.0 | 75.0 | 75.0 |")
-    stored = json.loads(table.to_json())
-    assert stored["rows"][0]["by_column"]["l2"]["recall_at_k"]["1"] == 0.75
-    assert (stored["num_images"], stored["depth"]) == (4, 3)
+    assert table.title.startswith(
+        "four: 4 images of 2 classes; three query them (1 without a match left out);"
+    )
+    for name in ("l2", "scale", "query", "both"):  # s = 1 re-ranks nothing
+        found = table.row("line").by_column[name]
+        assert found.recall_at_k == {1: 0.5, 2: 1.0, 30: 1.0}
+        assert found.map_at_r == 0.625
+
+
+def test_one_image_of_each_class_as_the_gallery_by_hand() -> None:
+    """Where the gallery is 0 or 1 with 3, both queries are right; with 9, the query 3 is nearer to 0 or 1."""
+    splits = protocols.one_a_class(LABELS, num_draws=50, seed=3)
+    drawn = {tuple(split.gallery.tolist()) for split in splits}
+    assert drawn == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    wrong = {(0, 3): 1, (1, 3): 1, (0, 2): 0, (1, 2): 0}  # of two queries
+    table = evaluation.compare([Entry("line", LINE, None, "l2")], LABELS, set_name="four", splits=splits)
+    expected = 1 - sum(wrong[tuple(split.gallery.tolist())] for split in splits) / (2 * len(splits))
+    assert table.row("line").by_column["l2"].recall_at_1 == pytest.approx(expected)
+    assert 0.6 < expected < 0.9
 
 
 def test_a_set_without_pairs_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="2 labelled images and no class with two"):
+    with pytest.raises(
+        ConfigError, match="two: 2 labelled images and no query with another image of its class"
+    ):
         evaluation.compare([], np.array([0, 1]), set_name="two")
 
 
@@ -128,6 +149,48 @@ def test_stored_embeddings_give_the_same_table(data_uri: str, saved: Saved, tmp_
         data_uri, tmp_path, models=(f"both={reference}",), embeddings_uri=str(tmp_path / "embeddings")
     )
     assert stored == computed
+
+
+def test_one_dataset_queries_another(data_uri: str, saved: Saved, tmp_path: Path) -> None:
+    """The queries are the same pictures as the gallery's, in which each finds itself; two classes more."""
+    query_uri = make_dataset(tmp_path / "queries", num_classes=6, per_class=3)
+    reference = saved("both", 0.5)
+    options: dict[str, object] = {"models": (f"both={reference}",), "raw_pixels": True, "recall_at": (1, 3)}
+    table = evaluated(data_uri, tmp_path, query_uri=query_uri, **options)
+    assert (table.num_images, table.num_classes) == (16, 4)
+    assert f"the 18 images of {query_uri} version 1 query them (6 without a match left out)" in table.title
+    for row in table.rows:
+        for found in row.by_column.values():
+            assert (found.num_queries, found.num_skipped) == (12, 6)
+            assert set(found.recall_at_k) == {1, 3}
+        assert row.by_column["l2"].recall_at_1 == 1.0
+    extract(data_uri, reference, str(tmp_path / "embeddings"))
+    extract(query_uri, reference, str(tmp_path / "embeddings"))
+    options |= {"embeddings_uri": str(tmp_path / "embeddings")}
+    assert evaluated(data_uri, tmp_path, query_uri=query_uri, **options) == table
+
+
+def test_one_image_a_class_is_drawn_from_a_dataset(data_uri: str, tmp_path: Path) -> None:
+    table = evaluated(data_uri, tmp_path, models=(), raw_pixels=True, gallery_draws=10)
+    assert "4 images of 4 classes; drawn 10 times, and each time the 12 others query them;" in table.title
+    found = table.row("raw pixels").by_column["l2"]
+    assert (found.num_queries, found.num_skipped) == (120, 0)
+    assert found.map_at_r == found.recall_at_1  # there is one to be found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recall_at": (0, 1)}, r"recall_at is \(0, 1\)"),
+        ({"recall_at": ()}, r"recall_at is \(\)"),
+        ({"gallery_draws": -1}, "gallery_draws is -1"),
+        ({"gallery_draws": 10, "query_uri": "y"}, "gallery_draws is 10 and query_uri y"),
+        ({"query_uri": "./x/"}, r"query_uri is the dataset \./x/ itself"),
+    ],
+)
+def test_a_protocol_that_makes_no_sense_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluationConfig(dataset_uri="x", models=(), **options)  # type: ignore[arg-type]
 
 
 def test_embeddings_that_were_not_extracted_are_missed_by_name(

@@ -47,20 +47,29 @@ class Points:
 
 
 def looped(
-    points: Points, *, side: Side, metric: Metric, depth: int, ks: tuple[int, ...]
+    points: Points,
+    *,
+    side: Side,
+    metric: Metric,
+    depth: int,
+    ks: tuple[int, ...],
+    query_rows: NDArray[np.integer] | None = None,
+    gallery_rows: NDArray[np.integer] | None = None,
 ) -> RetrievalMetrics:
     """From the definitions, one query at a time, in float64."""
     x, s, y = points.x.astype(np.float64), points.s.astype(np.float64), points.y
     if metric == "cosine":
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
     hits, precisions, averages, skipped = dict.fromkeys(ks, 0), [], [], 0
-    for query in range(len(x)):
-        others = int((y == y[query]).sum()) - 1
+    gallery = set(range(len(x)) if gallery_rows is None else gallery_rows.tolist())
+    for query in range(len(x)) if query_rows is None else query_rows.tolist():
+        searched = gallery - {query}
+        others = sum(y[row] == y[query] for row in searched)
         if others == 0:
             skipped += 1
             continue
         plain = ((x - x[query]) ** 2).sum(1)
-        order = [row for row in np.argsort(plain, kind="stable") if row != query]
+        order = [row for row in np.argsort(plain, kind="stable") if row in searched]
         weights = {
             "none": np.ones_like(s),
             "query": np.broadcast_to(s[query], s.shape),
@@ -103,6 +112,20 @@ def test_five_points_by_hand() -> None:
     assert (found.num_queries, found.num_skipped) == (4, 1)
 
 
+def test_queries_against_a_gallery_by_hand() -> None:
+    """On a line the gallery lies at 0, 1, 3, 7, 20 with classes a, b, a, b, c.
+
+    4 of class b sees 3 1 7 0 20: a b b a c, so Recall@1 is 0 and @2 is 1; R = 2, AP = (0 + 1/2) / 2.
+    0.2 of class a sees 0 1 3 7 20: a b a b c; R = 2, AP = (1 + 0) / 2. 5 is of class d, which is not there.
+    """
+    x = np.array([[0.0], [1.0], [3.0], [7.0], [20.0], [4.0], [0.2], [5.0]], dtype=np.float32)
+    y = np.array([0, 1, 0, 1, 2, 1, 0, 3])
+    found = retrieval(x, y, ks=(1, 2, 30), query_rows=np.arange(5, 8), gallery_rows=np.arange(5))
+    assert found.recall_at_k == {1: 0.5, 2: 1.0, 30: 1.0}
+    assert (found.map_at_r, found.r_precision) == (0.375, 0.5)
+    assert (found.num_queries, found.num_skipped) == (2, 1)
+
+
 def test_map_at_r_by_hand() -> None:
     """Query 0 of four sees a, b, a (R = 2 of its class): AP = (1 + 0) / 2, R-precision 1 / 2."""
     x = np.array([[0.0], [1.0], [2.0], [4.0]], dtype=np.float32)
@@ -117,6 +140,42 @@ def test_they_equal_loops(side: Side, metric: Metric) -> None:
     points.y[7] = 99  # alone in its class
     options: dict[str, Any] = {"side": side, "metric": metric, "depth": 15, "ks": (1, 3, 40)}
     assert_same(points.retrieval(**options), looped(points, **options))
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("overlap", [0, 25])
+def test_queries_against_a_gallery_equal_loops(side: Side, metric: Metric, overlap: int) -> None:
+    points = Points(140, 6, num_classes=14)
+    points.y[3], points.y[100] = (
+        98,
+        99,
+    )  # a query without a match, and a row of the gallery that nobody asks for
+    rows = np.random.default_rng(1).permutation(140)
+    split = {"query_rows": np.append(rows[: 60 + overlap], 3), "gallery_rows": rows[rows != 3][60:]}
+    options: dict[str, Any] = {"side": side, "metric": metric, "depth": 15, "ks": (1, 3, 200), **split}
+    expected = looped(points, **options)
+    assert_same(points.retrieval(**options), expected)
+    assert expected.num_skipped >= 1
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_queries_against_a_gallery_equal_pytorch_metric_learning(metric: Metric) -> None:
+    points = Points(400, 16, num_classes=25)
+    distance = CosineSimilarity() if metric == "cosine" else LpDistance(normalize_embeddings=False)
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r", "r_precision"),
+        k="max_bin_count",
+        device=torch.device("cpu"),
+        knn_func=CustomKNN(distance),
+    )
+    x, y = torch.from_numpy(points.x), torch.from_numpy(points.y)
+    theirs = calculator.get_accuracy(x[:150], y[:150], x[150:], y[150:])
+    ours = points.retrieval(metric=metric, query_rows=np.arange(150), gallery_rows=np.arange(150, 400))
+    assert ours.recall_at_1 == pytest.approx(theirs["precision_at_1"], abs=1e-12)
+    assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-12)
+    assert ours.r_precision == pytest.approx(theirs["r_precision"], abs=1e-12)
+    assert 0.1 < ours.map_at_r < 0.9
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -183,6 +242,28 @@ def test_blocks_equal_one_shot_exactly(points: Points, block_rows: int, side: Si
     options: dict[str, Any] = {"side": side, "metric": metric, "depth": 7, "ks": (1, 2, 5)}
     whole = points.retrieval(block_rows=1000, **options)
     assert points.retrieval(block_rows=block_rows, **options) == whole
+
+
+@given(awkward_points(), st.integers(1, 60), st.sampled_from(SIDES), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_blocks_of_queries_against_a_gallery_equal_one_shot_exactly(
+    points: Points, block_rows: int, side: Side, seed: int
+) -> None:
+    rows = np.random.default_rng(seed).permutation(len(points.x))
+    half = len(rows) // 2
+    points.y[rows[half:]], points.y[rows[:1]] = points.y[rows[half]], points.y[rows[half]]
+    options: dict[str, Any] = {"side": side, "depth": 7, "ks": (1, 2, 5)}
+    options |= {"query_rows": rows[:half], "gallery_rows": rows[half:]}
+    whole = points.retrieval(block_rows=1000, **options)
+    assert points.retrieval(block_rows=block_rows, **options) == whole
+    assert points.retrieval(**options | {"gallery_rows": np.tile(np.flip(rows[half:]), 2)}) == whole
+
+
+def test_a_gallery_of_all_rows_is_leave_one_out() -> None:
+    points = Points(150, 8, num_classes=20)
+    for side in SIDES:
+        whole = points.retrieval(side=side, depth=200)
+        assert points.retrieval(side=side, depth=200, gallery_rows=np.arange(150)) == whole
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -314,9 +395,11 @@ def test_wrong_arguments_are_named() -> None:
         retrieval(points.x[0], points.y)
     with pytest.raises(ShapeError, match="label -1 at row 4"):
         retrieval(points.x, np.where(np.arange(20) == 4, -1, points.y))
+    with pytest.raises(ShapeError, match="the gallery has no rows"):
+        points.retrieval(gallery_rows=np.empty(0, np.int64))
     with pytest.raises(ConfigError, match=r"ks \(0, 1\)"):
         points.retrieval(ks=(0, 1))
-    with pytest.raises(ShapeError, match="no queries: each of 20 images"):
+    with pytest.raises(ShapeError, match="no queries: for each of 20 images the gallery has no"):
         retrieval(points.x, np.arange(20))
     one, other = (metrics.retrieval_sums(points.x, points.y, ks=ks) for ks in ((1, 2), (1, 4)))
     with pytest.raises(ShapeError, match="sums of one kind"):

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from namr.data.sampling import ClassIndex
-from namr.measure import metrics, validation
+from namr.measure import metrics, protocols, validation
 from namr.measure.metrics import RetrievalMetrics
 from namr.model.model import SearchDefaults
 from tests.ranks import Results, on_ranks
 
 NUM, DIM = 31, 6
 LABELS = np.arange(NUM, dtype=np.int64) % 5
+SPLITS = protocols.one_a_class(LABELS, num_draws=3, seed=0)
 
 
 def vectors() -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +100,10 @@ def test_an_index_of_some_classes_numbers_them_anew() -> None:
 def measured() -> dict[str, RetrievalMetrics]:
     x, s = vectors()
     results = validation.measure(x, s, LABELS, ways=validation.ways("l2"), depth=10)
-    return {validation.name_of(way): of_way for way, of_way in results.items()}
+    by_name = {validation.name_of(way): of_way for way, of_way in results.items()}
+    way = SearchDefaults(metric="l2", structure_side="both")
+    drawn = validation.measure(x, s, LABELS, ways=[way], splits=SPLITS, ks=(1, 3))
+    return by_name | {"drawn": drawn[way]}
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +121,11 @@ def test_every_rank_finds_what_one_process_finds(results: Results, world_size: i
     for of_ways in results[world_size]:
         assert of_ways["both-l2"] == alone(structures=s, side="both")
         assert of_ways["cosine"] == alone(metric="cosine")
+        draws = [
+            metrics.retrieval_sums(
+                x, LABELS, structures=s, side="both", ks=(1, 3), query_rows=queries, gallery_rows=gallery
+            )
+            for queries, gallery in SPLITS
+        ]
+        assert of_ways["drawn"] == metrics.combine(draws)
+        assert of_ways["drawn"].num_queries == 3 * (NUM - 5)
