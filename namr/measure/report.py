@@ -273,7 +273,7 @@ def _drawn(title: str, figure: Figure, axes: Axes, *, num_series: int, note: str
             axes.legend(
                 loc="lower left",
                 bbox_to_anchor=(0, 1),
-                ncols=min(num_series, 4 if num_series < 5 else 3),
+                ncols=num_series if num_series < 5 else 2,
                 borderaxespad=0.2,
             )
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

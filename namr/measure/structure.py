@@ -39,6 +39,9 @@ class Spread(NamedTuple):
     between_images: float
     """share of the variance of s that is between images, 0 to 1; the rest is what all images have in common,
     a weight for each axis. 0 where s is constant"""
+    mean_weights: float
+    """share of the variance of s that one number an image explains, its mean weight, which is all that side
+    "scale" uses, 0 to 1"""
     lowest: float
     """0.5 % of all weights are below it"""
     highest: float
@@ -130,6 +133,7 @@ def spread(s: Vectors) -> Spread:
     return Spread(
         mean_offset=float(np.abs(wide - 1).mean()),
         between_images=min(1.0, within / variance) if variance > 0 else 0.0,
+        mean_weights=min(1.0, float(wide.mean(axis=1).var()) / variance) if variance > 0 else 0.0,
         lowest=float(lowest),
         highest=float(highest),
         axis_deviations=(low, middle, high),
@@ -138,7 +142,7 @@ def spread(s: Vectors) -> Spread:
 
 
 @torch.no_grad()
-def rankings(x: Vectors, s: Vectors, *, k: int, side: Side, depth: int, block_rows: int = 256) -> Rankings:
+def rankings(x: Vectors, s: Vectors, *, k: int, side: Side, depth: int, block_rows: int = 64) -> Rankings:
     """Every image queries all others by brute force; the first `depth` are ordered anew by `side`.
 
     x as it is searched, x and s (N, D). Memory about block_rows (N + M D) numbers. K is less than k where

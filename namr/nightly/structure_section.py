@@ -1,6 +1,6 @@
 """The part of a release's page that says what the structure embedding does: words, plots and pictures.
 
-Spread, agreement and hubs are those of up to 4,096 images among themselves, drawn at random and the same ones
+Spread, agreement and hubs are those of up to 2,048 images among themselves, drawn at random and the same ones
 each time; the queries that re-ranking mends and spoils are held-out ones, answered by the release itself.
 """
 
@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 TITLE = "What the structure embedding says"
-_MOST_IMAGES = 4096
+_MOST_IMAGES = 2048
 _FEWEST_IMAGES = 3
 _K = 10
 _SEED = 0
@@ -87,8 +87,10 @@ def told_spread(spread: Spread) -> str:
     return (
         f"s differs from 1 by {100 * spread.mean_offset:.1f} % on average, and 99 of 100 weights lie between "
         f"{spread.lowest:.2f} and {spread.highest:.2f}. {100 * spread.between_images:.0f} % of its variance "
-        "is between images; the rest is a weighting that all images have in common. Over images an axis has "
-        f"a standard deviation of {middle:.3f} (eight of ten axes: {low:.3f} to {high:.3f})."
+        "is between images and not a weighting that all have in common; "
+        f"{100 * spread.mean_weights:.0f} % is one number an image, its mean weight, which makes all "
+        "distances to it longer or shorter, and the rest is the shape of its neighbourhood. Over images an "
+        f"axis has a standard deviation of {middle:.3f} (eight of ten axes: {low:.3f} to {high:.3f})."
     )
 
 
@@ -163,7 +165,7 @@ def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int |
         if shown:
             grids.append(
                 Grid(
-                    title=f"Queries that re-ranking {name}: {len(shown)} of {len(rows)}",
+                    title=f"Queries that re-ranking {name}, {len(shown)} of {len(rows)}",
                     rows=release_report.grid_rows(
                         searcher,
                         [keys[row] for row in shown],

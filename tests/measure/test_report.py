@@ -28,6 +28,7 @@ def full_page() -> ReportPage:
         picture("blue", distance=0.5, correct=False),
         picture("gray", distance=0.75),
     ]
+    query = replace(picture("red"), label="a_car_with_a_name_that_is_wider_than_the_window_of_a_phone_2012")
     return ReportPage(
         title="A <b>report</b>",
         subtitle="What was found",
@@ -42,7 +43,7 @@ def full_page() -> ReportPage:
         grids=[
             Grid(
                 title="Neighbours",
-                rows=[GridRow(query=picture("red"), plain=neighbours, adaptive=neighbours[::-1])],
+                rows=[GridRow(query=query, plain=neighbours, adaptive=neighbours[::-1])],
             )
         ],
     )

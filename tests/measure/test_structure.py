@@ -103,6 +103,9 @@ def test_spread_is_that_of_two_loops() -> None:
         of_axes.append(sum((value - middle) ** 2 for value in column) / len(column))
     assert found.mean_offset == pytest.approx(sum(abs(value - 1) for value in cells) / len(cells))
     assert found.between_images == pytest.approx(sum(of_axes) / len(of_axes) / variance)
+    of_images = [sum(row) / 5 for row in s.astype(float).tolist()]
+    middle = sum(of_images) / 30
+    assert found.mean_weights == pytest.approx(sum((m - middle) ** 2 for m in of_images) / 30 / variance)
     assert found.axis_deviations[1] == pytest.approx(math.sqrt(sorted(of_axes)[2]))
     assert found.moving_axes == pytest.approx(4 / 5)
     assert min(cells) <= found.lowest < 0.6 and 1.4 < found.highest <= max(cells)
@@ -111,7 +114,7 @@ def test_spread_is_that_of_two_loops() -> None:
 def test_a_variance_worked_by_hand_is_half_between_images() -> None:
     """Axis means 0.8 and 1.2, and each image 0.2 to one side of them."""
     found = structure.spread(np.array([[0.6, 1.0], [1.0, 1.4]], np.float32))
-    assert found.between_images == pytest.approx(0.5)
+    assert found.between_images == found.mean_weights == pytest.approx(0.5)
     assert found.mean_offset == pytest.approx(0.2)
     assert found.axis_deviations == pytest.approx((0.2, 0.2, 0.2))
 
@@ -121,7 +124,9 @@ def test_the_same_weights_for_all_images_are_no_difference_between_them() -> Non
     assert structure.spread(same).between_images == pytest.approx(0, abs=1e-12)
     assert structure.spread(same).moving_axes == 0
     constant = structure.spread(np.full((20, 3), 1.1, np.float32))
-    assert constant.between_images == 0 and constant.mean_offset == pytest.approx(0.1)
+    assert constant.between_images == constant.mean_weights == 0 and constant.mean_offset == pytest.approx(
+        0.1
+    )
 
 
 def test_agreement_is_that_of_two_loops() -> None:

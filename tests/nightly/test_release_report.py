@@ -1,10 +1,13 @@
 """What a release is measured by, and the page that shows it: real answers of a small release."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from namr.nightly import assessment, release_report
+from namr.measure import report
+from namr.measure.report import Section
+from namr.nightly import assessment, release_report, structure_section
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.search.searcher import Searcher
@@ -18,7 +21,9 @@ def searcher_of(root: Path, index_key: str) -> Searcher:
     return Searcher.of(release, cache=Cache(root / "cache", 1 << 30), query_model=None)
 
 
-def page_of(searcher: Searcher, num_queries: int) -> release_report.ReportPage:
+def page_of(
+    searcher: Searcher, num_queries: int, sections: Sequence[Section] = ()
+) -> release_report.ReportPage:
     keys = assessment.held_out_keys(searcher, num_queries, seed=0)
     measured = ReleaseReport(
         counts=searcher.manifest.counts,
@@ -28,7 +33,7 @@ def page_of(searcher: Searcher, num_queries: int) -> release_report.ReportPage:
         build_s=1.0,
         assessment=assessment.assess(searcher, keys, AssessmentConfig(depth=30)),
     )
-    return release_report.page("a release", searcher.manifest, measured, [])
+    return release_report.page("a release", searcher.manifest, measured, [], sections)
 
 
 def test_the_queries_shown_are_spread_over_the_gallery(tmp_path: Path) -> None:
@@ -51,3 +56,11 @@ def test_lists_are_spoken_of_where_there_are_some(
     (recall,) = [fact for fact in page.summary if fact.name == "recall@10"]
     assert recall.note.endswith(words)
     assert len(page.plots) == num_plots
+
+
+def test_the_page_ends_with_what_the_structure_embedding_says(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "Flat")
+    section = structure_section.section(searcher, assessment.held_out_keys(searcher, 24, seed=0))
+    html = report.render(page_of(searcher, 24, [section]))
+    told = html.index(f"<h2>{structure_section.TITLE}</h2>")
+    assert html.index("Recall@1 by what orders the candidates") < told < html.index("<h3>The weights</h3>")

@@ -55,7 +55,7 @@ def test_the_pictures_are_of_queries_that_were_mended_and_spoiled(tmp_path: Path
     assert f"Of 108 queries with a label, re-ranking mended {changed[0]} " in section.text[-1]
     assert f"spoiled {changed[1]};" in section.text[-1]
     for grid, num, first_is_right in zip(section.grids, changed, (False, True), strict=True):
-        assert grid.title.endswith(f": {min(4, num)} of {num}")
+        assert grid.title.endswith(f", {min(4, num)} of {num}")
         for row in grid.rows:
             assert row.adaptive[0].correct == (not first_is_right)
             assert (row.plain[0].correct or False) == first_is_right
