@@ -257,7 +257,7 @@ def ellipse(
     axes.scatter([0], [0], color=_INK, marker="+", s=90, label="query", zorder=4)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_aspect("equal", adjustable="datalim")
-    return _drawn(title, figure, axes, num_series=3 + len(points), note=note)
+    return _drawn(title, figure, axes, num_series=3 + len(points), note=note, num_columns=2)
 
 
 def _canvas(height: float = 3.2) -> tuple[Figure, Axes]:
@@ -266,14 +266,16 @@ def _canvas(height: float = 3.2) -> tuple[Figure, Axes]:
         return figure, figure.add_subplot()
 
 
-def _drawn(title: str, figure: Figure, axes: Axes, *, num_series: int, note: str) -> Plot:
+def _drawn(
+    title: str, figure: Figure, axes: Axes, *, num_series: int, note: str, num_columns: int = 4
+) -> Plot:
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
         if num_series > 1:
             axes.legend(
                 loc="lower left",
                 bbox_to_anchor=(0, 1),
-                ncols=num_series if num_series < 5 else 2,
+                ncols=min(num_series, num_columns),
                 borderaxespad=0.2,
             )
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

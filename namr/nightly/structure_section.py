@@ -30,6 +30,11 @@ _NUM_CHANGED_SHOWN = 4
 _NUM_PLANES = 32
 _SAME_COSINE = 0.05
 _SAME_SKEWNESS = 0.05
+_ALSO: dict[Side, str] = {
+    "both": " (side 'both' takes the mean of these weights and the neighbour's own)",
+    "scale": " (side 'scale' takes the neighbour's mean weight alone, so its own are circles)",
+}
+"""What a side does with weights that the ellipse of the query's own does not show."""
 
 
 def section(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = None) -> Section:
@@ -229,7 +234,7 @@ def _neighbourhood(x: Floats, s: Floats, ranked: Rankings, side: Side) -> Plot:
     k = ranked.plain.shape[1]
     groups = {f"stays among the {k}": was & became, "comes in": became & ~was, "goes out": was & ~became}
     (one, other), (farther, nearer) = plane.axes, plane.weights
-    own = " (side 'both' takes the mean of these weights and the neighbour's own)" if side == "both" else ""
+    own = _ALSO.get(side, "")
     return report.ellipse(
         "A neighbourhood on two axes",
         {

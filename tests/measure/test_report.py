@@ -168,6 +168,21 @@ def test_distributions_and_ellipses_are_drawn_with_their_names() -> None:
         assert f">{name}</text>" in shape.svg
 
 
+@pytest.mark.parametrize(
+    "groups", [(), ("stays among the 10",), ("stays among the 10", "comes in", "goes out")]
+)
+def test_an_ellipse_has_room_whatever_groups_there_are(groups: tuple[str, ...]) -> None:
+    plot = report.ellipse(
+        "e",
+        {name: [(0.0, 0.0)] for name in groups},
+        circle=("same plain distance", 0.0),
+        semi_axes=("same adaptive distance", (0.0, 0.0)),
+        x_label="axis 3",
+        y_label="axis 7",
+    )
+    assert all(f">{name}</text>" in plot.svg for name in groups)
+
+
 @pytest.mark.parametrize("values", [{}, {"nothing": []}, {"constant": [1.0, 1.0]}])
 def test_a_distribution_of_nothing_and_of_one_value_is_drawn(values: dict[str, list[float]]) -> None:
     assert "<svg" in report.histogram("h", values, x_label="x").svg
