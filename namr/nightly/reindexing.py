@@ -199,7 +199,7 @@ def _measured(
         assessment=assessed,
     )
     manifest = replace(draft, nprobe=assessed.nprobe, recall_at_10=assessed.recall_at_10)
-    grid = release_report.retrieval_grid(searcher, keys)
+    grid = release_report.retrieval_grid(searcher, keys, nprobe=assessed.nprobe)
     section = structure_section.section(searcher, keys, nprobe=assessed.nprobe)
     title = f"{draft.model_name}: a release"
     html = report.render(release_report.page(title, manifest, measured, [grid], [section]))

@@ -11,10 +11,12 @@ from namr.nightly.assessment import Assessment
 from namr.release.releases import Counts, Release, ReleaseManifest
 from namr.search.answers import Answer, Item, SearchOptions
 from namr.search.searcher import Searcher
+from namr.sides import Side
 from namr.store import manifests, storage
 
 _NUM_QUERIES_SHOWN = 8
 NUM_NEIGHBOURS_SHOWN = 6
+_SHOWN_SIDES: tuple[Side, Side] = ("none", "both")
 _SIDE_NAMES = {"none": "plain", "scale": "scale", "query": "query", "both": "both"}
 
 
@@ -117,14 +119,16 @@ def page(
     )
 
 
-def retrieval_grid(searcher: Searcher, keys: Sequence[str]) -> Grid:
-    """Some queries, their plain neighbours and their adaptive ones, as pictures.
+def retrieval_grid(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = None) -> Grid:
+    """Some queries, their plain neighbours and their adaptive ones, as pictures; nprobe None: the release's.
 
     They are spread evenly over the keys, since items that were packed by class lie side by side.
     """
     shown = [keys[at] for at in spread_evenly(len(keys), _NUM_QUERIES_SHOWN)]
-    plain = searcher.search(keys=shown, options=SearchOptions(k=NUM_NEIGHBOURS_SHOWN, side="none"))
-    adaptive = searcher.search(keys=shown, options=SearchOptions(k=NUM_NEIGHBOURS_SHOWN, side="both"))
+    plain, adaptive = (
+        searcher.search(keys=shown, options=SearchOptions(k=NUM_NEIGHBOURS_SHOWN, side=side, nprobe=nprobe))
+        for side in _SHOWN_SIDES
+    )
     return Grid(
         title="What it finds",
         rows=grid_rows(searcher, shown, plain, adaptive),

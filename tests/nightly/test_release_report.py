@@ -10,6 +10,7 @@ from namr.measure.report import Section
 from namr.nightly import assessment, release_report, structure_section
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.release_report import ReleaseReport
+from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
 from namr.store.cache import Cache
 from tests import small_release
@@ -64,3 +65,20 @@ def test_the_page_ends_with_what_the_structure_embedding_says(tmp_path: Path) ->
     html = report.render(page_of(searcher, 24, [section]))
     told = html.index(f"<h2>{structure_section.TITLE}</h2>")
     assert html.index("Recall@1 by what orders the candidates") < told < html.index("<h3>The weights</h3>")
+
+
+def test_the_queries_shown_probe_as_many_lists_as_the_release_will(tmp_path: Path) -> None:
+    """A draft that is being measured has an nprobe of its own, 1."""
+    searcher, keys = searcher_of(tmp_path, "IVF8,Flat"), [f"digit/{row}" for row in range(8)]
+    exact = searcher.search(keys=keys, options=SearchOptions(k=6, side="none", exact=True))
+    true = [hit.distance for answer in exact for hit in answer.hits]
+    few, all_lists = (
+        [
+            picture.distance
+            for row in release_report.retrieval_grid(searcher, keys, nprobe=nprobe).rows
+            for picture in row.plain
+        ]
+        for nprobe in (1, 8)
+    )
+    assert all_lists == pytest.approx(true, rel=1e-2)
+    assert few != all_lists
