@@ -28,7 +28,7 @@ from namr.demo.recipes import Recipe
 from namr.measure import evaluation, report
 from namr.measure.evaluation import Comparison, EvaluationConfig
 from namr.model.losses import LossConfig
-from namr.nightly import reindexing, release_report
+from namr.nightly import reindexing, release_report, structure_section
 from namr.nightly.gate import GateConfig
 from namr.nightly.reindexing import ReindexConfig, ReindexReport
 from namr.registry import registry
@@ -228,7 +228,8 @@ def _report(
         searcher = Searcher.of(night.release, cache=cache, query_model=None)
         keys = [item.key for item in searcher.items.draw(8, seed=0)]
         grid = release_report.retrieval_grid(searcher, keys)
-    page = release_report.page(f"namr on {config.data}", manifest, night.report, [grid])
+        section = structure_section.section(searcher, [item.key for item in searcher.items.draw(500, seed=0)])
+    page = release_report.page(f"namr on {config.data}", manifest, night.report, [grid], [section])
     return report.render(
         replace(
             page,

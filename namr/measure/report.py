@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -29,6 +30,7 @@ from namr.errors import ImageRefused, ShapeError
 _TEMPLATE = Path(__file__).with_name("report.html")
 _THUMBNAIL_PX = 144
 _TINY_PX = 48
+_NUM_BINS = 48
 # Colours that read on white and on black; ink and grid are stand-ins that the page replaces by its own.
 _SERIES = ("#4f6bed", "#e0702a", "#17998a", "#b455b8", "#c9a227", "#7b8794")
 _INK, _GRID = "#010203", "#040506"
@@ -84,7 +86,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A drawn figure; made by `curves` or `bars`."""
+    """A drawn figure; made by `curves`, `bars`, `histogram` or `ellipse`."""
 
     title: str
     svg: str
@@ -120,6 +122,18 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a page with a heading of its own, and sentences below it."""
+
+    title: str
+    text: Sequence[str] = ()
+    summary: Sequence[Fact] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    grids: Sequence[Grid] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportPage:
     """All that a page shows, in its order."""
 
@@ -129,6 +143,7 @@ class ReportPage:
     tables: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
     grids: Sequence[Grid] = ()
+    sections: Sequence[Section] = ()
 
 
 def render(page: ReportPage) -> str:
@@ -188,17 +203,81 @@ def bars(title: str, values: Mapping[str, Mapping[str, float]], *, x_label: str,
     return _drawn(title, figure, axes, num_series=len(names), note=note)
 
 
+def histogram(
+    title: str,
+    series: Mapping[str, npt.NDArray[np.floating] | Sequence[float]],
+    *,
+    x_label: str,
+    line_at: float | None = None,
+    note: str = "",
+) -> Plot:
+    """How values are distributed: the share of each series in 48 equal bins; a broken line at `line_at`."""
+    arrays = {name: np.asarray(values, np.float64) for name, values in series.items()}
+    values = np.concatenate([np.empty(0), *arrays.values()])
+    figure, axes = _canvas()
+    edges = np.histogram_bin_edges(values, bins=_NUM_BINS) if len(values) else np.linspace(0, 1, 2)
+    for color, (name, array) in zip(_cycle(len(arrays)), arrays.items(), strict=False):
+        shares = np.histogram(array, edges)[0] / max(1, len(array))
+        axes.stairs(100 * shares, edges, color=color, fill=True, alpha=0.25)
+        axes.stairs(100 * shares, edges, color=color, label=name, linewidth=1.6)
+    if line_at is not None:
+        axes.axvline(line_at, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set(xlabel=x_label, ylabel="per cent")
+    axes.set_ylim(bottom=0)
+    return _drawn(title, figure, axes, num_series=len(arrays), note=note)
+
+
+def ellipse(
+    title: str,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    circle: tuple[str, float],
+    semi_axes: tuple[str, tuple[float, float]],
+    x_label: str,
+    y_label: str,
+    note: str = "",
+) -> Plot:
+    """Points around an origin, a circle of this name and radius and an ellipse beside it, to one scale."""
+    figure, axes = _canvas(height=5.2)
+    turn = np.linspace(0, 2 * np.pi, 181)
+    round_name, radius = circle
+    long_name, (across, along) = semi_axes
+    axes.plot(
+        radius * np.cos(turn),
+        radius * np.sin(turn),
+        color=_INK,
+        linewidth=1.4,
+        linestyle=(0, (4, 3)),
+        label=round_name,
+    )
+    axes.plot(across * np.cos(turn), along * np.sin(turn), color=_SERIES[0], label=long_name)
+    for color, marker, (name, places) in zip(_SERIES[1:], "o^sDv", points.items(), strict=False):
+        x, y = np.asarray(places, float).reshape(-1, 2).T
+        axes.scatter(x, y, color=color, marker=marker, s=34, label=name, zorder=3)
+    axes.scatter([0], [0], color=_INK, marker="+", s=90, label="query", zorder=4)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_aspect("equal", adjustable="datalim")
+    return _drawn(title, figure, axes, num_series=3 + len(points), note=note, num_columns=2)
+
+
 def _canvas(height: float = 3.2) -> tuple[Figure, Axes]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, height), layout="constrained")
         return figure, figure.add_subplot()
 
 
-def _drawn(title: str, figure: Figure, axes: Axes, *, num_series: int, note: str) -> Plot:
+def _drawn(
+    title: str, figure: Figure, axes: Axes, *, num_series: int, note: str, num_columns: int = 4
+) -> Plot:
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
         if num_series > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(num_series, 4), borderaxespad=0.2)
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=min(num_series, num_columns),
+                borderaxespad=0.2,
+            )
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return Plot(title=title, svg=buffer.getvalue(), note=note)
 

@@ -22,7 +22,7 @@ from namr.embed.extraction import ExtractionConfig, ExtractReport
 from namr.measure import report
 from namr.model import model
 from namr.model.model import NamrModel
-from namr.nightly import assessment, gate, release_report
+from namr.nightly import assessment, gate, release_report, structure_section
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
@@ -201,8 +201,10 @@ def _measured(
     manifest = replace(
         draft, nprobe=assessed.nprobe, depth=assessed.depth, recall_at_10=assessed.recall_at_10
     )
-    grid = release_report.retrieval_grid(searcher, keys)
-    html = report.render(release_report.page(f"{draft.model_name}: a release", manifest, measured, [grid]))
+    grid = release_report.retrieval_grid(searcher, keys, nprobe=assessed.nprobe)
+    section = structure_section.section(searcher, keys, nprobe=assessed.nprobe)
+    title = f"{draft.model_name}: a release"
+    html = report.render(release_report.page(title, manifest, measured, [grid], [section]))
     root = searcher.release.releases_uri
     return replace(
         manifest,

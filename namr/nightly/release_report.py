@@ -6,15 +6,17 @@ from typing import ClassVar
 
 from namr.data.reading import Pictures
 from namr.measure import report
-from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Table
+from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
 from namr.nightly.assessment import Assessment
 from namr.release.releases import Counts, Release, ReleaseManifest
 from namr.search.answers import Answer, Item, SearchOptions
 from namr.search.searcher import Searcher
+from namr.sides import Side
 from namr.store import manifests, storage
 
 _NUM_QUERIES_SHOWN = 8
-_NUM_NEIGHBOURS_SHOWN = 6
+NUM_NEIGHBOURS_SHOWN = 6
+_SHOWN_SIDES: tuple[Side, Side] = ("none", "both")
 _SIDE_NAMES = {"none": "plain", "scale": "scale", "query": "query", "both": "both"}
 
 
@@ -42,8 +44,14 @@ def read(release: Release) -> ReleaseReport:
     return manifests.decode_manifest(release.read(stored), ReleaseReport, uri)
 
 
-def page(title: str, manifest: ReleaseManifest, measured: ReleaseReport, grids: Sequence[Grid]) -> ReportPage:
-    """The page of a release; `grids` as `retrieval_grid` makes them."""
+def page(
+    title: str,
+    manifest: ReleaseManifest,
+    measured: ReleaseReport,
+    grids: Sequence[Grid],
+    sections: Sequence[Section] = (),
+) -> ReportPage:
+    """The page of a release; `grids` as `retrieval_grid` makes them, sections as `structure_section` does."""
     assessed, counts = measured.assessment, measured.counts
     without = f"{counts.num_refused} refused, {counts.num_tombstoned} taken out"
     recalls = {
@@ -107,21 +115,34 @@ def page(title: str, manifest: ReleaseManifest, measured: ReleaseReport, grids: 
         ],
         plots=plots,
         grids=grids,
+        sections=sections,
     )
 
 
-def retrieval_grid(searcher: Searcher, keys: Sequence[str]) -> Grid:
-    """Some queries, their plain neighbours and their adaptive ones, as pictures.
+def retrieval_grid(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = None) -> Grid:
+    """Some queries, their plain neighbours and their adaptive ones, as pictures; nprobe None: the release's.
 
     They are spread evenly over the keys, since items that were packed by class lie side by side.
     """
-    num_shown = min(_NUM_QUERIES_SHOWN, len(keys))
-    shown = [keys[at * len(keys) // num_shown] for at in range(num_shown)]
-    plain = searcher.search(keys=shown, options=SearchOptions(k=_NUM_NEIGHBOURS_SHOWN, side="none"))
-    adaptive = searcher.search(keys=shown, options=SearchOptions(k=_NUM_NEIGHBOURS_SHOWN, side="both"))
+    shown = [keys[at] for at in spread_evenly(len(keys), _NUM_QUERIES_SHOWN)]
+    plain, adaptive = (
+        searcher.search(keys=shown, options=SearchOptions(k=NUM_NEIGHBOURS_SHOWN, side=side, nprobe=nprobe))
+        for side in _SHOWN_SIDES
+    )
+    return Grid(
+        title="What it finds",
+        rows=grid_rows(searcher, shown, plain, adaptive),
+        note="above the plain neighbours, below those by both structures",
+    )
+
+
+def grid_rows(
+    searcher: Searcher, keys: Sequence[str], plain: Sequence[Answer], adaptive: Sequence[Answer]
+) -> list[GridRow]:
+    """The queries of these keys with their answers, as pictures."""
     pictures = Pictures(searcher.manifest.dataset_uri, searcher.manifest.dataset_version)
     rows = []
-    for key, one, other in zip(shown, plain, adaptive, strict=True):
+    for key, one, other in zip(keys, plain, adaptive, strict=True):
         query = searcher.items.by_key(key)
         assert query is not None, "the searcher has just answered for it"
         (image,) = _images(searcher, pictures, [query.id])
@@ -132,9 +153,13 @@ def retrieval_grid(searcher: Searcher, keys: Sequence[str]) -> Grid:
                 adaptive=_shown(searcher, pictures, other, query),
             )
         )
-    return Grid(
-        title="What it finds", rows=rows, note="above the plain neighbours, below those by both structures"
-    )
+    return rows
+
+
+def spread_evenly(num: int, most: int) -> list[int]:
+    """Up to `most` of the numbers below `num`, at even steps from 0."""
+    most = min(num, most)
+    return [at * num // most for at in range(most)]
 
 
 def _shown(searcher: Searcher, pictures: Pictures, answer: Answer, query: Item) -> list[Picture]:

@@ -243,7 +243,7 @@ def _nearest(ranked: Ranked, k: int) -> Ranked:
 
 def _columns(ranked: Ranked, at: npt.NDArray[np.int64]) -> Ranked:
     rows = np.arange(len(at))[:, None]
-    return Ranked(*(of[rows, at] for of in ranked))
+    return Ranked(ranked.ids[rows, at], ranked.squared[rows, at], ranked.plain_squared[rows, at])
 
 
 def _joined(one: Ranked, other: Ranked) -> Ranked:

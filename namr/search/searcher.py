@@ -83,6 +83,11 @@ class Searcher:
         return self._shown.items
 
     @property
+    def vectors(self) -> GalleryVectors:
+        """The re-rank vectors of all items."""
+        return self._vectors
+
+    @property
     def num_lists(self) -> int:
         """Lists that `nprobe` can choose from; 0 where every item is looked at."""
         return self._stages.num_lists

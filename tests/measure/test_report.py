@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from namr.data import images
 from namr.errors import ShapeError
 from namr.measure import report
-from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Table
+from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
 
 
 def picture(color: str, **known: object) -> Picture:
@@ -27,6 +28,7 @@ def full_page() -> ReportPage:
         picture("blue", distance=0.5, correct=False),
         picture("gray", distance=0.75),
     ]
+    query = replace(picture("red"), label="a_car_with_a_name_that_is_wider_than_the_window_of_a_phone_2012")
     return ReportPage(
         title="A <b>report</b>",
         subtitle="What was found",
@@ -41,7 +43,7 @@ def full_page() -> ReportPage:
         grids=[
             Grid(
                 title="Neighbours",
-                rows=[GridRow(query=picture("red"), plain=neighbours, adaptive=neighbours[::-1])],
+                rows=[GridRow(query=query, plain=neighbours, adaptive=neighbours[::-1])],
             )
         ],
     )
@@ -129,6 +131,61 @@ def test_plots_take_values_that_are_not_finite() -> None:
     curve = report.curves("c", {"a": [(0, 1.0), (1, float("nan")), (2, 3.0)]}, x_label="x", y_label="y")
     nothing = report.curves("empty", {"a": []}, x_label="x", y_label="y")
     assert all("<svg" in plot.svg for plot in (curve, nothing))
+
+
+def test_a_section_comes_last_with_sentences_and_headings_of_its_own() -> None:
+    page = full_page()
+    section = Section(
+        title="What s says",
+        text=["It stretches.", "A & B"],
+        tables=[Table(title="Hubs", columns=["by", "skewness"], rows=[["plain", "1.0"]])],
+        plots=page.plots,
+        grids=page.grids,
+    )
+    html = report.render(replace(page, sections=[section]))
+    tags = Tags(html)
+    assert tags.open == [] and len(tags.named("h2")) == 5 and len(tags.named("h3")) == 4
+    assert (
+        html.index("<h2>Neighbours</h2>") < html.index("<h2>What s says</h2>") < html.index("<h3>Hubs</h3>")
+    )
+    assert "<p>It stretches.</p>" in html and "<p>A &amp; B</p>" in html
+
+
+def test_distributions_and_ellipses_are_drawn_with_their_names() -> None:
+    both = {"near": np.linspace(0, 1, 50), "far": [0.5, 0.5]}
+    shares = report.histogram("h", both, x_label="cosine", line_at=1)
+    shape = report.ellipse(
+        "e",
+        {"stays": [(0.1, 0.2)], "goes out": [(1.0, -1.0), (0.5, 0.5)]},
+        circle=("same plain", 1.0),
+        semi_axes=("same adaptive", (0.8, 1.3)),
+        x_label="axis 3",
+        y_label="axis 7",
+    )
+    for name in ("near", "far", "cosine", "per cent"):
+        assert f">{name}</text>" in shares.svg
+    for name in ("stays", "goes out", "same plain", "same adaptive", "query", "axis 3", "axis 7"):
+        assert f">{name}</text>" in shape.svg
+
+
+@pytest.mark.parametrize(
+    "groups", [(), ("stays among the 10",), ("stays among the 10", "comes in", "goes out")]
+)
+def test_an_ellipse_has_room_whatever_groups_there_are(groups: tuple[str, ...]) -> None:
+    plot = report.ellipse(
+        "e",
+        {name: [(0.0, 0.0)] for name in groups},
+        circle=("same plain distance", 0.0),
+        semi_axes=("same adaptive distance", (0.0, 0.0)),
+        x_label="axis 3",
+        y_label="axis 7",
+    )
+    assert all(f">{name}</text>" in plot.svg for name in groups)
+
+
+@pytest.mark.parametrize("values", [{}, {"nothing": []}, {"constant": [1.0, 1.0]}])
+def test_a_distribution_of_nothing_and_of_one_value_is_drawn(values: dict[str, list[float]]) -> None:
+    assert "<svg" in report.histogram("h", values, x_label="x").svg
 
 
 def test_a_crooked_table_is_refused() -> None:

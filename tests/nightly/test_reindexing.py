@@ -68,7 +68,7 @@ def test_a_night_publishes_once_and_again_only_where_something_changed(
     assert 10 <= first.report.assessment.num_queries <= 48
     assert first.report.num_parts == 3
     page = first.release.read(manifest.report_html).decode()
-    assert manifest.release_id in page
+    assert manifest.release_id in page and "What the structure embedding says" in page
     assert page.count("data:image/") > 20
     again = reindexing.reindex(config, clock=lambda: NOW + timedelta(days=1))
     assert not again.is_new
