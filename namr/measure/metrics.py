@@ -136,7 +136,8 @@ def retrieval_sums(
         ranking = rankings.plain(asked, gallery, length=length)
         if s is not None:
             ranking = rankings.reranked(asked, gallery, ranking, side=side, depth=depth)
-        correct = (classes[ranking] == y[block][:, None]) & (ranking != asked.own[:, None])
+        # A query's own place would count as correct, but comes last, after the R that are.
+        correct = classes[ranking] == y[block][:, None]
         for place, k in enumerate(ks):
             hits[place] += int(correct[:, :k].any(1).sum())
         of_block = _precisions(correct, others[block])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from namr.measure import report
-from namr.measure.report import ReportPage
+from namr.measure.report import ReportPage, Section
 from namr.measure.structure import Agreement, Changes, Hubs
 from namr.nightly import structure_section
 from namr.search.answers import SearchOptions
@@ -24,9 +24,17 @@ def searcher_of(root: Path, recipe: Recipe, **more: object) -> Searcher:
     return Searcher.of(release, cache=Cache(root / "cache", 1 << 30), query_model=None)
 
 
-def test_a_release_has_words_a_table_plots_and_the_queries_that_changed_sides(tmp_path: Path) -> None:
-    searcher = searcher_of(tmp_path, Recipe())
-    section = structure_section.section(searcher, KEYS)
+@pytest.fixture(scope="module")
+def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+    return searcher_of(tmp_path_factory.mktemp("release"), Recipe())
+
+
+@pytest.fixture(scope="module")
+def section(searcher: Searcher) -> Section:
+    return structure_section.section(searcher, KEYS)
+
+
+def test_a_release_has_words_a_table_plots_and_the_queries_that_changed_sides(section: Section) -> None:
     told = " ".join(section.text)
     assert "all 120 images" in told and "side 'both'." in told and "mended" in told
     assert len(section.tables[0].rows) == 2 and len(section.plots) == 3
@@ -34,9 +42,9 @@ def test_a_release_has_words_a_table_plots_and_the_queries_that_changed_sides(tm
     assert f"<h2>{structure_section.TITLE}</h2>" in html and "<h3>A neighbourhood on two axes</h3>" in html
 
 
-def test_the_pictures_are_of_queries_that_were_mended_and_spoiled(tmp_path: Path) -> None:
-    searcher = searcher_of(tmp_path, Recipe())
-    section = structure_section.section(searcher, KEYS)
+def test_the_pictures_are_of_queries_that_were_mended_and_spoiled(
+    searcher: Searcher, section: Section
+) -> None:
     firsts = [
         [answer.hits[0].label for answer in searcher.search(keys=KEYS, options=SearchOptions(k=6, side=side))]
         for side in ("none", "both")
@@ -92,10 +100,11 @@ def test_three_images_are_enough(tmp_path: Path) -> None:
     assert "among the 2 nearest" in section.tables[0].title and len(section.plots) == 3
 
 
-def test_a_sample_is_drawn_of_many_images_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_drawn_of_many_images_and_told(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(structure_section, "_MOST_IMAGES", 50)
-    searcher = searcher_of(tmp_path, Recipe())
-    one, other = (structure_section.section(searcher, KEYS[:20]) for _ in range(2))
+    one, other = (structure_section.section(searcher, UNLABELLED) for _ in range(2))
     assert "50 of 120 images, drawn at random" in one.text[0]
     assert one == other
 
