@@ -11,7 +11,7 @@ Legend: N images, D dimension.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,9 @@ class EvaluationConfig:
     """Add the row of the raw pixels, 32 x 32."""
     untrained: bool = False
     """Add the row of the first model's backbone before training."""
+    whitened_by: str | None = None
+    """Add the row of these features whitened, as training starts from them, by the images of this dataset:
+    the one that was trained on. None = no such row."""
     with_nmi: bool = False
     """Cluster the embeddings too (k-means; slow for many classes)."""
     depth: int = 100
@@ -226,9 +229,20 @@ def _plans(config: EvaluationConfig) -> Iterator[_Plan]:
     reading = Reading(loader=config.loader, batch_size=config.batch_size, device=_device(config))
     if config.raw_pixels:
         yield _Plan("raw pixels", "l2", partial(vectors.of_raw_pixels, reading=reading))
-    if config.untrained and loaded:
-        make = partial(vectors.of_untrained, one=loaded[0].model, reading=reading)
-        yield _Plan("untrained", "cosine", make)
+    if loaded:
+        first = loaded[0].model
+        features = cache(partial(vectors.of_untrained, one=first, reading=reading))
+        if config.untrained:
+            yield _Plan("untrained", "cosine", features)
+        if config.whitened_by:
+            learnt_from = features(datasets.open_version(config.whitened_by))
+
+            def whitened(dataset: Dataset) -> Made:
+                return vectors.whitened(
+                    features(dataset), learnt_from=learnt_from, dim=first.config.embedding_dim
+                )
+
+            yield _Plan("whitened, untrained", "cosine", whitened)
     for name, one, metric in loaded:
         if config.embeddings_uri:
             yield _Plan(name, metric, partial(vectors.stored, one=one, root_uri=config.embeddings_uri))

@@ -5,7 +5,7 @@ Legend: N live and labelled images by ascending id, D dimension.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from namr.data.images import Preprocessing
 from namr.data.loading import Batch, LoaderConfig
 from namr.embed import embeddings
 from namr.errors import ConfigError
-from namr.model import model
+from namr.model import model, whitening
 from namr.model.model import NamrModel
 
 Vectors = npt.NDArray[np.float32]
@@ -84,6 +84,12 @@ def of_untrained(dataset: Dataset, one: NamrModel, reading: Reading) -> Made:
             numbers.append(batch.labels.numpy())
     labels = _labels(dataset, numbers, reading)
     return Made(np.concatenate(features), None, labels)
+
+
+def whitened(features: Made, *, learnt_from: Made, dim: int) -> Made:
+    """Features as training starts from them: whitened to `dim` axes by those of the images to learn from."""
+    start = whitening.whitening(learnt_from.embeddings, dim=dim, power=whitening.POWER)
+    return replace(features, embeddings=whitening.applied(start, features.embeddings))
 
 
 def of_raw_pixels(dataset: Dataset, reading: Reading) -> Made:

@@ -27,6 +27,7 @@ from namr.errors import ShapeError
 
 Floats = npt.NDArray[np.float32]
 
+POWER = 0.25
 _LEAST_SHARE = 1e-6
 """e, of the mean eigenvalue; axes whose eigenvalue is below it are noise and start at zero"""
 
@@ -74,6 +75,12 @@ def whitening(features: Floats, *, dim: int, power: float) -> Whitening:
     weight[:kept] = (vectors * signs * gains).T
     weight *= 1 / np.sqrt(3 * x.shape[1]) / np.sqrt(np.mean(weight**2))
     return Whitening(weight.astype(np.float32), (-weight @ mean).astype(np.float32))
+
+
+def applied(start: Whitening, features: Floats) -> Floats:
+    """Embeddings (N, D) of features (N, F)."""
+    embeddings: Floats = features @ start.weight.T + start.bias
+    return embeddings
 
 
 def start_from(layer: nn.Linear, start: Whitening) -> None:

@@ -114,10 +114,10 @@ def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) ->
 
     points = tuning.tuned(
         recall_of,
-        num_lists=searcher.num_lists,
+        num_lists=searcher.index.num_lists,
         target=config.target_recall,
         depth=config.depth,
-        max_depth=_MOST_DEEPER * config.depth if searcher.is_compressed else config.depth,
+        max_depth=_MOST_DEEPER * config.depth if searcher.index.is_compressed else config.depth,
     )
     nprobe, depth, recall = points[-1]
     labels = _Labels.of(searcher.release.items(), keys)
@@ -126,7 +126,7 @@ def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) ->
         num_labelled=len(labels.by_query),
         num_items=len(searcher.items),
         nprobe=nprobe,
-        num_lists=searcher.num_lists,
+        num_lists=searcher.index.num_lists,
         recall_at_10=recall,
         recall_by_nprobe=tuple(sorted((point.nprobe, point.recall) for point in points)),
         sides=tuple(_side_result(searcher, keys, labels, side, nprobe, depth) for side in _SIDES),

@@ -70,7 +70,7 @@ class Searcher:
     ) -> None:
         self.release, self.manifest = release, release.manifest
         self.model = query_model
-        self._vectors, self._dead = vectors, dead
+        self.index, self.vectors, self._dead = index, vectors, dead
         self._stages = Stages(index, vectors, gallery_min=release.manifest.gallery_min_structure)
         self._all_items, self._shown = items, _Shown(items, dead)
         self.taken_down = np.empty(0, np.int64)
@@ -81,21 +81,6 @@ class Searcher:
     def items(self) -> Items:
         """What can be found."""
         return self._shown.items
-
-    @property
-    def vectors(self) -> GalleryVectors:
-        """The re-rank vectors of all items."""
-        return self._vectors
-
-    @property
-    def num_lists(self) -> int:
-        """Lists that `nprobe` can choose from; 0 where every item is looked at."""
-        return self._stages.num_lists
-
-    @property
-    def is_compressed(self) -> bool:
-        """Whether plain search too compares `depth` candidates by their stored vectors."""
-        return self._stages.is_compressed
 
     @classmethod
     def open(
@@ -219,7 +204,7 @@ class Searcher:
             embeddings, structures = self.embed(images, stop=stop)
         embedded_ms = (time.perf_counter() - began) * 1e3
         asked = (
-            queries.stored(own_ids, self._vectors)
+            queries.stored(own_ids, self.vectors)
             if own_ids is not None
             else self._given(embeddings, structures)
         )

@@ -56,16 +56,6 @@ class Stages:
         """gallery_min: no structure weight of the gallery is below it."""
         self._index, self._vectors, self._gallery_min = index, vectors, gallery_min
 
-    @property
-    def num_lists(self) -> int:
-        """Lists that `nprobe` can choose from; 0 where every item is looked at."""
-        return self._index.num_lists
-
-    @property
-    def is_compressed(self) -> bool:
-        """Whether plain search too compares candidates by their stored vectors."""
-        return self._index.is_compressed
-
     def search(
         self, asked: Queries, plan: Plan, *, hidden: Ids, num_items: int, stop: Stop
     ) -> tuple[Neighbours, Timings]:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from namr import checks, collectives, hashing
 from namr.errors import ConfigError, NamrError
+from namr.model import whitening
 from namr.model.losses import JointLoss, LossTerms
 from namr.model.model import BatchNormPolicy, ModelConfig, NamrModel, set_batchnorm_policy
 
@@ -60,7 +61,7 @@ class TrainingConfig:
     """Arithmetic of the backbone; heads and losses always use float32."""
     max_gradient_norm: float = 10.0
     """Gradients with a longer norm are shortened to this."""
-    whitening_power: float | None = 0.25
+    whitening_power: float | None = whitening.POWER
     """The sample head starts from the backbone's features, each axis divided by its variance to this power:
     0 is PCA, 0.5 makes all axes alike. None starts at random, as a backbone from scratch does anyway."""
     augment: bool = True

@@ -59,7 +59,7 @@ def main() -> None:
 
 def check(gallery: Gallery, side: str, candidates: np.ndarray, answered: Neighbours) -> None:
     """The definition, one query at a time, on the stored vectors."""
-    vectors = gallery.searcher._vectors
+    vectors = gallery.searcher.vectors
     for row, ids in enumerate(candidates):
         q, s_q = (of[row].astype(np.float64) for of in gallery.queries)
         x, s = (of(ids).double().numpy() for of in (vectors.embeddings, vectors.structures))

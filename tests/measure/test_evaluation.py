@@ -130,10 +130,12 @@ def test_models_raw_pixels_and_the_untrained_network_in_one_table(
         models=(f"no structure={saved('one', 0.0)}", f"both={saved('both', 0.5)}"),
         raw_pixels=True,
         untrained=True,
+        whitened_by=data_uri,
         report_uri=str(tmp_path / "report"),
     )
-    assert [row.name for row in table.rows] == ["raw pixels", "untrained", "no structure", "both"]
-    assert [len(row.by_column) for row in table.rows] == [2, 2, 2, 5]
+    names = ["raw pixels", "untrained", "whitened, untrained", "no structure", "both"]
+    assert [row.name for row in table.rows] == names
+    assert [len(row.by_column) for row in table.rows] == [2, 2, 2, 2, 5]
     assert table.row("both").metric == "l2"
     assert (table.num_images, table.num_classes) == (16, 4)
     assert table.row("raw pixels").by_column["l2"].recall_at_1 > 0.9

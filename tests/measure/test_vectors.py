@@ -47,6 +47,18 @@ def test_a_model_without_structure_has_none(tmp_path: Path, reading: Reading) ->
     assert structures is not None and structures.shape == (4, 8)
 
 
+def test_features_are_whitened_by_the_images_that_were_learnt_from() -> None:
+    """Two axes of the features, of variance 16 and 1: whitened, 4 times as wide becomes sqrt(4) times."""
+    names = np.array(["a"] * 4)
+    learnt = np.array([[4, 1], [4, -1], [-4, 1], [-4, -1]], np.float32) + 7
+    features = Made(np.array([[8, 1], [-8, 1], [0, 2], [0, 0]], np.float32) + 7, None, names)
+    white = vectors.whitened(features, learnt_from=Made(learnt, None, names), dim=2)
+    x = white.embeddings
+    wide, narrow = np.linalg.norm(x[0] - x[1]) / 16, np.linalg.norm(x[2] - x[3]) / 2
+    assert wide / narrow == pytest.approx(0.5, rel=1e-5)
+    assert white.labels is names and white.structures is None
+
+
 def test_datasets_are_joined_in_order() -> None:
     one = Made(np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32), np.array(["a", "long name"]))
     other = Made(np.ones((1, 3), np.float32), np.zeros((1, 3), np.float32), np.array(["b"]))
