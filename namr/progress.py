@@ -20,15 +20,23 @@ Show = Callable[[int, str], None]
 
 @contextmanager
 def shown(
-    what: str, total: int, *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    what: str,
+    total: int,
+    *,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    interval_s: float = LINE_INTERVAL_S,
 ) -> Iterator[Show]:
-    """While inside, what is told to the yielded function is shown on `stream` (standard error)."""
+    """While inside, what is told to the yielded function is shown on `stream` (standard error).
+
+    interval_s: between two lines of a log; 0 is a line each time.
+    """
     out = stream or sys.stderr
     if out.isatty():
         with _bar(what, total, out) as show:
             yield show
     else:
-        yield _lines(what, total, out, clock)
+        yield _lines(what, total, out, clock, interval_s)
 
 
 @contextmanager
@@ -40,12 +48,12 @@ def _bar(what: str, total: int, out: TextIO) -> Iterator[Show]:
         yield lambda done, words: bar.update(task, completed=done, words=words)
 
 
-def _lines(what: str, total: int, out: TextIO, clock: Callable[[], float]) -> Show:
+def _lines(what: str, total: int, out: TextIO, clock: Callable[[], float], interval_s: float) -> Show:
     last, ended = clock(), False
 
     def show(done: int, words: str) -> None:
         nonlocal last, ended
-        if ended or (done < total and clock() - last < LINE_INTERVAL_S):
+        if ended or (done < total and clock() - last < interval_s):
             return
         last, ended = clock(), done >= total
         print(f"{what}: {done} of {total} {words}".rstrip(), file=out, flush=True)

@@ -53,7 +53,7 @@ DOORS: dict[str, set[str]] = {
     "jinja2": {"measure.report"},
     "matplotlib": {"measure.report"},
     "mlflow": {"registry.registry", "registry.pyfunc"},
-    "ray": {"ray_connection", "train.ray_group", "embed.extraction"},
+    "ray": {"ray_connection", "train.ray_group", "train.trials", "embed.extraction"},
     "fastapi": {"serve.app", "serve.routes"},
     "starlette": {"serve.app"},
     "uvicorn": {"serve.server"},

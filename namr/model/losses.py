@@ -48,6 +48,8 @@ Mined = tuple[Tensor, ...] | None
 (anchor, positive, anchor, negative), or None for all pairs."""
 
 
+BaseLoss = Literal["triplet", "contrastive", "margin", "multi_similarity", "proxy_anchor"]
+
 _OWN_WEIGHT = {
     "triplet": 1.0,
     "contrastive": 1.0,
@@ -61,7 +63,7 @@ _OWN_WEIGHT = {
 class LossConfig:
     """The base loss, and how much structure is added to it."""
 
-    base: Literal["triplet", "contrastive", "margin", "multi_similarity", "proxy_anchor"]
+    base: BaseLoss
     """The loss on labels that the ranking loss is added to."""
     ranking_weight: float | None = None
     """lambda, the weight of the multi-cluster ranking loss; 0 is exactly the plain base loss, none is the

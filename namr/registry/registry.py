@@ -33,6 +33,7 @@ DIGEST_TAG = "model_digest"
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 _PARAM_LENGTH = 6000
+_PARENT_TAG = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ class Registry:
         run_name: str,
         params: Mapping[str, str | int | float | bool] | None = None,
         tags: Mapping[str, str] | None = None,
+        parent_run_id: str | None = None,
     ) -> str:
-        """Start a run and give its id; the experiment is made if it is not there."""
+        """Start a run, below another if said, and give its id; the experiment is made if it is not there."""
         with self._doing(f"create a run in experiment {experiment!r}"):
             experiment_id = self._experiment_id(experiment)
-            run = self._client.create_run(experiment_id, tags=dict(tags or {}), run_name=run_name)
+            below = {_PARENT_TAG: parent_run_id} if parent_run_id else {}
+            run = self._client.create_run(experiment_id, tags={**(tags or {}), **below}, run_name=run_name)
             run_id = str(run.info.run_id)
         self.log_params(run_id, params or {})
         return run_id

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from namr.measure import validation
+from namr.measure.metrics import RetrievalMetrics
 from namr.model.model import SearchDefaults
 
 SCORE = "score"
@@ -45,6 +46,8 @@ class Examination:
     """By way of searching."""
     map_at_r: Mapping[str, float] = field(default_factory=dict)
     """By way of searching."""
+    measured: RetrievalMetrics | None = field(default=None, compare=False, repr=False)
+    """Query by query, for the way that `search` recommends; not kept with a checkpoint."""
 
     @classmethod
     def of(
@@ -64,6 +67,7 @@ class Examination:
             search=best,
             recall_at_1={validation.name_of(way): results[way].recall_at_1 for way in ways},
             map_at_r={validation.name_of(way): results[way].map_at_r for way in ways},
+            measured=results[best],
         )
 
     @property

@@ -9,9 +9,10 @@
 Not covered: training it (`job`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from namr import checks
 from namr import config as configuration
@@ -195,7 +196,7 @@ def begin(config: TrainJobConfig, runs: Registry, train: Dataset, unseen: Datase
     run = TrainingRun(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         mlflow_run_id=run_id,
-        config=_texts(config),
+        config=texts(config),
         data_version=train.version.version,
         data_digest=train.digest,
         validation_version=unseen.version.version if unseen else None,
@@ -211,18 +212,22 @@ def begun(config: TrainJobConfig) -> TrainingRun | None:
     if not storage.exists(uri):
         return None
     run = manifests.read_manifest(uri, TrainingRun)
-    before, now = _with_one_seed(run.config), _texts(config)
+    if changed := changes(_with_one_seed(run.config), texts(config)):
+        raise ConfigError(
+            f"run {config.run_name!r} exists in {config.storage_uri} with another configuration: "
+            f"{changed}; choose another run_name, or go on with the old values"
+        )
+    return run
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What must not differ between a job that began and one that goes on with it; empty if nothing does."""
     changed = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not name.startswith(_MAY_CHANGE)
     ]
-    if changed:
-        raise ConfigError(
-            f"run {config.run_name!r} exists in {config.storage_uri} with another configuration: "
-            f"{'; '.join(changed[:3])}; choose another run_name, or go on with the old values"
-        )
-    return run
+    return "; ".join(changed[:3])
 
 
 def finish(config: TrainJobConfig, result: FitResult) -> None:
@@ -255,7 +260,8 @@ def open_datasets(config: TrainJobConfig, run: TrainingRun | None) -> tuple[Data
     return train, unseen
 
 
-def _texts(config: TrainJobConfig) -> dict[str, str]:
+def texts(config: Any) -> dict[str, str]:
+    """A job's configuration as it is stored, by dotted name."""
     return {name: str(value) for name, value in configuration.to_flat(config).items()}
 
 
