@@ -235,7 +235,6 @@ TESTED_WITH: dict[str, str] = {
     "sides": "words only, which search/test_answers.py and all searches use",
     "store.folders": "store/test_storage.py runs every test on both kinds of store",
     "store.buckets": "store/test_storage.py runs every test on both kinds of store",
-    "demo.demo": "integration/test_demo.py runs it",
 }
 """Modules that another module's tests cover, each with the reason."""
 
