@@ -137,7 +137,7 @@ def run(config: DemoConfig) -> None:
         if loss := _below_untrained(comparison, namr):
             console.print(f"    [bold red]{loss}[/bold red]")
         if config.data == "digits":
-            console.print("    [dim]handwritten digits show the flow, not the accuracy: they are easy[/dim]")
+            console.print("    [dim]digits show the flow, not the accuracy: raw pixels suffice for them[/dim]")
         if recipe.validates_on_gallery:
             console.print(
                 "    [dim]too few classes to hold some out: checkpoint and way of searching were chosen on "
@@ -157,16 +157,16 @@ def _with_weights(console: Console, model: ModelConfig, folder: Path) -> ModelCo
     """The model with the package's weights where they are timm's; says which ones it has."""
     path = weights.packaged() if model.backbone == weights.BACKBONE else None
     if model.weights == "none":
-        words = "from scratch"
+        words = "none, it starts from scratch"
     elif model.weights != "timm":
-        words = f"with the weights in {model.weights}"
+        words = model.weights
     elif path is None:
-        words = "with the weights that timm downloads"
+        words = "timm's, downloaded"
     else:
-        words = f"with ImageNet weights from the package {weights.PACKAGE}"
+        words = f"package {weights.PACKAGE}"
         weights.convert(path, folder / "lite0.safetensors")
         model = replace(model, weights=str(folder / "lite0.safetensors"))
-    console.print(f"    {model.backbone} {words}")
+    console.print(f"    {model.backbone}, weights: {words}")
     return model
 
 

