@@ -137,7 +137,9 @@ def run(config: DemoConfig) -> None:
         if loss := _below_untrained(comparison, namr):
             console.print(f"    [bold red]{loss}[/bold red]")
         if config.data == "digits":
-            console.print("    [dim]digits show the flow, not the accuracy: raw pixels suffice for them[/dim]")
+            console.print(
+                "    [dim]digits show the flow, not the accuracy: raw pixels suffice for them[/dim]"
+            )
         if recipe.validates_on_gallery:
             console.print(
                 "    [dim]too few classes to hold some out: checkpoint and way of searching were chosen on "
