@@ -44,7 +44,7 @@ DOORS: dict[str, set[str]] = {
     "PIL": {"data.images"},
     "pydantic": {"store.manifests"},
     "timm": {"model.backbones"},
-    "safetensors": {"model.backbones", "model.model"},
+    "safetensors": {"model.backbones", "model.model", "demo.weights"},
     "pytorch_metric_learning": {"model.losses"},
     "sklearn": {"measure.metrics", "data.sources"},
     "scipy": {"data.benchmarks"},
@@ -236,7 +236,6 @@ TESTED_WITH: dict[str, str] = {
     "sides": "words only, which search/test_answers.py and all searches use",
     "store.folders": "store/test_storage.py runs every test on both kinds of store",
     "store.buckets": "store/test_storage.py runs every test on both kinds of store",
-    "demo.demo": "integration/test_demo.py runs it",
 }
 """Modules that another module's tests cover, each with the reason."""
 

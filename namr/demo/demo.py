@@ -23,11 +23,12 @@ from rich.table import Table
 from namr import ray_connection
 from namr.data import packing
 from namr.data.loading import LoaderConfig
-from namr.demo import recipes
+from namr.demo import recipes, weights
 from namr.demo.recipes import Recipe
 from namr.measure import evaluation, report
 from namr.measure.evaluation import Comparison, EvaluationConfig
 from namr.model.losses import LossConfig
+from namr.model.model import ModelConfig
 from namr.nightly import reindexing, release_report, structure_section
 from namr.nightly.gate import GateConfig
 from namr.nightly.reindexing import ReindexConfig, ReindexReport
@@ -57,8 +58,8 @@ class DemoConfig:
     serve: bool = True
     """open the search service and the MLflow UI, until Ctrl-C"""
     weights: str | None = None
-    """the backbone's: timm downloads them, none starts untrained, else a .safetensors file; unless said,
-    none for digits and timm for other images"""
+    """the backbone's: timm (those of the demo extra, else timm downloads them), none starts untrained, else a
+    .safetensors file; unless said, none for digits and timm for other images"""
     backbone: str | None = None
     """a timm model; unless said, a tiny one for digits and tf_efficientnet_lite0 for other images"""
     num_steps: int = 60
@@ -93,6 +94,7 @@ def run(config: DemoConfig) -> None:
             weights=config.weights,
             backbone=config.backbone,
         )
+        recipe = replace(recipe, model=_with_weights(console, recipe.model, folder))
         with _stage(console, "2/5 train, with 2 workers"):
             plain = _fit(recipe, folder, tracking_uri, ranking_weight=0.0)
             namr = _fit(recipe, folder, tracking_uri, ranking_weight=None)
@@ -126,11 +128,18 @@ def run(config: DemoConfig) -> None:
                     loader=_loader(folder),
                 )
             )
-        console.print(_table(comparison))
+        console.print(
+            f"    {comparison.num_images:,} images of {comparison.num_classes:,} classes that training "
+            f"never saw; each queries all others; re-ranked: the first {comparison.depth}"
+        )
+        for table in tables(comparison):
+            console.print(table)
         if loss := _below_untrained(comparison, namr):
             console.print(f"    [bold red]{loss}[/bold red]")
         if config.data == "digits":
-            console.print("    [dim]handwritten digits show the flow, not the accuracy: they are easy[/dim]")
+            console.print(
+                "    [dim]digits show the flow, not the accuracy: raw pixels suffice for them[/dim]"
+            )
         if recipe.validates_on_gallery:
             console.print(
                 "    [dim]too few classes to hold some out: checkpoint and way of searching were chosen on "
@@ -144,6 +153,23 @@ def run(config: DemoConfig) -> None:
         ray_connection.disconnect()
     if config.serve:
         _serve(console, config, folder, tracking_uri)
+
+
+def _with_weights(console: Console, model: ModelConfig, folder: Path) -> ModelConfig:
+    """The model with the package's weights where they are timm's; says which ones it has."""
+    path = weights.packaged() if model.backbone == weights.BACKBONE else None
+    if model.weights == "none":
+        words = "none, it starts from scratch"
+    elif model.weights != "timm":
+        words = model.weights
+    elif path is None:
+        words = "timm's, downloaded"
+    else:
+        words = f"package {weights.PACKAGE}"
+        weights.convert(path, folder / "lite0.safetensors")
+        model = replace(model, weights=str(folder / "lite0.safetensors"))
+    console.print(f"    {model.backbone}, weights: {words}")
+    return model
 
 
 def _loader(folder: Path) -> LoaderConfig:
@@ -187,23 +213,39 @@ def _tell_release(console: Console, night: ReindexReport) -> None:
 def _below_untrained(comparison: Comparison, namr: FitResult) -> str | None:
     """What to say where the trained model finds less than the backbone's untouched features do."""
     side = namr.search.structure_side
-    way = namr.search.metric if side == "none" else side
-    trained = comparison.row("NAMR").by_column[way].recall_at_1
-    untouched = max(found.recall_at_1 for found in comparison.row("untrained").by_column.values())
-    if trained >= untouched:
+    trained = comparison.row("NAMR").by_column[namr.search.metric if side == "none" else side]
+    untouched = comparison.row("untrained").by_column.values()
+    losses = [
+        f"{name} {100 * ours:.1f} % where the untouched features have {100 * theirs:.1f} %"
+        for name, ours, theirs in (
+            ("Recall@1", trained.recall_at_1, max(found.recall_at_1 for found in untouched)),
+            ("MAP@R", trained.map_at_r, max(found.map_at_r for found in untouched)),
+        )
+        if ours < theirs
+    ]
+    if not losses:
         return None
-    return (
-        f"training made it worse: Recall@1 {100 * trained:.1f} % where the untouched features have "
-        f"{100 * untouched:.1f} %; more classes to train on, or more steps, would help"
-    )
+    return f"training made it worse: {'; '.join(losses)}; more classes to train on, or more steps, would help"
 
 
-def _table(comparison: Comparison) -> Table:
-    header, *rows = comparison.ways_table()
-    table = Table(*header, title=comparison.title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def tables(comparison: Comparison) -> list[Table]:
+    """Recall@1 and MAP@R in per cent, a table for each, so that both fit a terminal of 80 columns."""
+    made = []
+    for name, metric in (("Recall@1 (%)", "recall_at_1"), ("MAP@R (%)", "map_at_r")):
+        table = Table(name, *evaluation.COLUMNS)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        best = max(getattr(each, metric) for row in comparison.rows for each in row.by_column.values())
+        for row in comparison.rows:
+            cells = []
+            for way in evaluation.COLUMNS:
+                each = row.by_column.get(way)
+                value = None if each is None else getattr(each, metric)
+                text = "" if value is None else f"{100 * value:.1f}"
+                cells.append(f"[bold]{text}[/bold]" if value == best else text)
+            table.add_row(row.name, *cells)
+        made.append(table)
+    return made
 
 
 def _report(
