@@ -26,7 +26,8 @@ from namr.data.loading import LoaderConfig
 from namr.demo import recipes, weights
 from namr.demo.recipes import Recipe
 from namr.measure import evaluation, report
-from namr.measure.evaluation import Comparison, EvaluationConfig
+from namr.measure.comparison import COLUMNS, Comparison
+from namr.measure.evaluation import EvaluationConfig
 from namr.model.losses import LossConfig
 from namr.model.model import ModelConfig
 from namr.nightly import reindexing, release_report, structure_section
@@ -125,6 +126,7 @@ def run(config: DemoConfig) -> None:
                     models=(f"lambda 0={plain.model_uri}", f"NAMR={namr.model_uri}"),
                     raw_pixels=True,
                     untrained=True,
+                    whitened_by=None if recipe.model.weights == "none" else str(folder / "train"),
                     loader=_loader(folder),
                 )
             )
@@ -232,13 +234,13 @@ def tables(comparison: Comparison) -> list[Table]:
     """Recall@1 and MAP@R in per cent, a table for each, so that both fit a terminal of 80 columns."""
     made = []
     for name, metric in (("Recall@1 (%)", "recall_at_1"), ("MAP@R (%)", "map_at_r")):
-        table = Table(name, *evaluation.COLUMNS)
+        table = Table(name, *COLUMNS)
         for column in table.columns[1:]:
             column.justify = "right"
         best = max(getattr(each, metric) for row in comparison.rows for each in row.by_column.values())
         for row in comparison.rows:
             cells = []
-            for way in evaluation.COLUMNS:
+            for way in COLUMNS:
                 each = row.by_column.get(way)
                 value = None if each is None else getattr(each, metric)
                 text = "" if value is None else f"{100 * value:.1f}"
