@@ -9,7 +9,8 @@ from rich.console import Console
 
 from namr.demo import demo, weights
 from namr.measure import evaluation
-from namr.measure.evaluation import Comparison, Entry
+from namr.measure.comparison import COLUMNS, Comparison
+from namr.measure.evaluation import Entry
 from namr.model.model import ModelConfig, SearchDefaults
 from namr.train.run import FitResult
 
@@ -23,6 +24,7 @@ def compared(*, spread: float) -> Comparison:
     entries = [
         Entry("raw pixels", centres + 0.6 * noise, None, "l2"),
         Entry("untrained", centres + 0.4 * noise, None, "cosine"),
+        Entry("whitened, untrained", centres + 0.4 * noise, None, "cosine"),
         Entry("lambda 0", centres + 0.4 * noise, structures, "l2"),
         Entry("NAMR", centres + 0.4 * spread * noise, structures, "l2"),
     ]
@@ -46,9 +48,9 @@ def test_the_tables_fit_80_columns_with_every_name_whole() -> None:
     said = stream.getvalue()
     assert "…" not in said
     assert max(len(line) for line in said.splitlines()) <= 80
-    for name in ("raw pixels", "untrained", "lambda 0", "NAMR", "Recall@1 (%)", "MAP@R (%)"):
+    for name in ("raw pixels", "whitened, untrained", "lambda 0", "NAMR", "Recall@1 (%)", "MAP@R (%)"):
         assert name in said
-    assert [said.count(f" {name} ") for name in evaluation.COLUMNS] == [2] * 5
+    assert [said.count(f" {name} ") for name in COLUMNS] == [2] * 5
     for row in comparison.rows:
         for each in row.by_column.values():
             assert f" {100 * each.recall_at_1:.1f} " in said
