@@ -23,6 +23,14 @@ def test_a_log_gets_a_line_every_half_minute_and_one_at_the_end() -> None:
     ]
 
 
+def test_a_log_gets_a_line_each_time_where_that_is_asked_for() -> None:
+    log = io.StringIO()
+    with progress.shown("sweep", 3, stream=log, clock=lambda: 0.0, interval_s=0) as show:
+        for done in (1, 2, 3):
+            show(done, "ended")
+    assert log.getvalue().splitlines() == [f"sweep: {done} of 3 ended" for done in (1, 2, 3)]
+
+
 def test_a_terminal_gets_a_bar() -> None:
     terminal = Terminal()
     with progress.shown("train", 10, stream=terminal) as show:

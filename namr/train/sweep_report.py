@@ -1,7 +1,8 @@
 """What a sweep found: the best setting, what the ranking loss brings, a table, a plot.
 
 Not covered: that the best of many is partly luck. An interval is that of two settings as if they had been
-named beforehand; the words say among how many each was chosen.
+named beforehand, by a normal distribution, and too narrow for a handful of classes; the words say among how
+many each was chosen, and which was stopped early.
 """
 
 import math
@@ -85,13 +86,13 @@ def words(finding: Finding, results: Sequence[SettingResult]) -> str:
             ahead = "IS NOT AHEAD of"
         elif gain.low is None or gain.low <= 0:
             ahead = "is ahead, BUT NOT CLEARLY, of"
-        ranked, plain = (_percent(each.best.score) for each in (finding.ranked, finding.plain))
+        ranked, plain = _told(finding.ranked), _told(finding.plain)
         told.append(
             f"with ranking loss the best of {len(results) - num_plain} ({ranked}) {ahead} the best of "
             f"{num_plain} without ({plain}), by {_in_points(gain)}"
         )
     if num_failed := sum(result.state == "failed" for result in results):
-        told.append(f"{num_failed} settings failed")
+        told.append(f"{num_failed} of {len(results)} settings failed")
     return "; ".join(told)
 
 
@@ -112,8 +113,8 @@ def plot(results: Sequence[SettingResult]) -> Plot:
     bars: dict[str, dict[str, float]] = {}
     for base in sorted({result.setting.base for result in good}):
         ours = [result for result in good if result.setting.base == base]
-        bars[base] = {"before training": 100 * ours[0].points[0].score}
-        for name, is_plain in (("without ranking loss", True), ("with ranking loss", False)):
+        bars[base] = {"start": 100 * ours[0].points[0].score}
+        for name, is_plain in (("lambda = 0", True), ("lambda > 0", False)):
             scores = [100 * result.best.score for result in ours if result.setting.is_plain == is_plain]
             if scores:
                 bars[base][name] = scores[0]
@@ -150,6 +151,11 @@ def _row(result: SettingResult) -> tuple[str, ...]:
     gain = f"{100 * (best.score - result.points[0].score):+.1f}"
     return (*said, *(f"{100 * share:.1f}" for share in shares), gain, best.search, str(best.step),
             str(result.points[-1].step), result.state)  # fmt: skip
+
+
+def _told(result: SettingResult) -> str:
+    cut = f", stopped after {result.points[-1].step} steps" if result.state == "stopped" else ""
+    return _percent(result.best.score) + cut
 
 
 def _percent(share: float) -> str:

@@ -98,7 +98,7 @@ def run(
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns that its own files are not there
     leagues = _Leagues({trial.name: trial.league for trial in trials}, past, rungs)
     watch = _Watch({trial.name: trial for trial in trials}, leagues, rungs, ended)
-    trainable = tune.with_parameters(_try, work=work, given=given, num_threads=workers.cpus_per_worker)
+    trainable = tune.with_parameters(_try, work=work, given=given, workers=workers)
     with scratch.folder("sweep-") as folder:
         results = tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([workers.each])),
@@ -123,13 +123,10 @@ def run(
         )
 
 
-def _try(
-    config: dict[str, Any], *, work: Work | None = None, given: Any = None, num_threads: int = 1
-) -> None:
+def _try(config: dict[str, Any], *, work: Work, given: Any, workers: WorkersConfig) -> None:
     """What Tune calls for each trial, in an actor of its own."""
-    assert work is not None
-    torch.set_num_threads(num_threads)
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    torch.set_num_threads(workers.cpus_per_worker)
+    device = torch.device("cuda" if workers.use_gpu else "cpu")
 
     def tell(examination: Examination) -> None:
         tune.report({_STEP: examination.step, SCORE: examination.score, "examination": examination})

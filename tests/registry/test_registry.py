@@ -41,7 +41,8 @@ def check_runs(found: Registry, tmp_path: Path) -> None:
     assert len(run.data.params) == 151 and run.data.params["stage.number-149"] == "149"
     assert run.data.tags["dataset_digest"] == "abc"
     assert {item.path for item in found._client.list_artifacts(run_id)} == {"job.toml", "report"}
-    second = found.create_run("cars", run_name="second")
+    second = found.create_run("cars", run_name="second", parent_run_id=run_id)
+    assert found._client.get_run(second).data.tags["mlflow.parentRunId"] == run_id
     assert second != run_id and found._client.get_run(second).info.experiment_id == run.info.experiment_id
 
 

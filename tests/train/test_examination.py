@@ -33,6 +33,13 @@ def test_a_checkpoint_is_worth_what_the_way_it_recommends_finds() -> None:
     assert other.recall_at_1["l2"] == 0.70 and other.map_at_r["cosine"] == 0.41
 
 
+def test_an_examination_has_what_was_measured_of_each_query_in_the_recommended_way() -> None:
+    told = examination(0.70, 0.82, 0.70, 0.70, 0.70)
+    assert told.measured is not None
+    assert told.measured.recall_at_1 == 0.82
+    assert Examination.from_flat(told.to_flat()).measured is None
+
+
 def test_every_measured_number_has_a_name() -> None:
     named = examination(0.1, 0.2, 0.3, 0.4, 0.5).named
     assert len(named) == 10

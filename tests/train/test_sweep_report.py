@@ -82,6 +82,12 @@ def test_a_gain_within_its_interval_is_not_called_clear() -> None:
     assert "BUT NOT CLEARLY" in sweep_report.words(finding, results)
 
 
+def test_it_is_said_when_a_setting_that_is_compared_was_stopped_early() -> None:
+    results = [result(0, [0.5, 0.6]), result(1, [0.5, 0.7], state="stopped")]
+    told = sweep_report.words(sweep_report.find(results, scores_of(results)), results)
+    assert "(70.0 %, stopped after 10 steps) is ahead of the best of 1 without (60.0 %)" in told
+
+
 def test_it_is_said_when_no_setting_beat_the_start() -> None:
     results = [result(0, [0.5, 0.4]), result(1, [0.5, 0.3])]
     told = sweep_report.words(sweep_report.find(results, scores_of(results)), results)
@@ -101,7 +107,7 @@ def test_a_failed_setting_is_counted_and_listed_last_with_its_reason() -> None:
     results = [result(2, [0.9], state="failed"), result(0, [0.5, 0.6]), result(1, [0.5, 0.55])]
     finding = sweep_report.find(results, scores_of(results))
     assert finding.best == results[1]
-    assert "1 settings failed" in sweep_report.words(finding, results)
+    assert "1 of 3 settings failed" in sweep_report.words(finding, results)
     assert "failed: step 3 is not finite" in sweep_report.table(results).splitlines()[-1]
 
 
@@ -129,7 +135,7 @@ def test_the_table_is_aligned_markdown_best_first() -> None:
 
 def test_the_plot_shows_each_base_loss_before_training_and_with_and_without_ranking_loss() -> None:
     svg = sweep_report.plot([result(0, [0.5, 0.6]), result(1, [0.5, 0.7]), result(2, [], state="failed")]).svg
-    assert all(word in svg for word in ("margin", "before training", "without ranking loss", "70.0", "60.0"))
+    assert all(word in svg for word in ("margin", "start", "lambda = 0", "70.0", "60.0"))
 
 
 def test_the_config_of_the_best_is_taken_by_the_training_job_as_it_is(tmp_path: Path) -> None:
