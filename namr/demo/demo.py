@@ -91,6 +91,7 @@ def run(config: DemoConfig) -> None:
         recipe = recipes.recipe_of(
             config.data,
             num_classes=packed.num_classes - packed.num_single_classes,
+            num_images=packed.num_packed + packed.num_known,
             num_steps=config.num_steps,
             weights=config.weights,
             backbone=config.backbone,

@@ -60,9 +60,19 @@ def sources_of(data: str, folder: Path) -> Sources:
 
 
 def recipe_of(
-    data: str, *, num_classes: int, num_steps: int, weights: str | None = None, backbone: str | None = None
+    data: str,
+    *,
+    num_classes: int,
+    num_images: int,
+    num_steps: int,
+    weights: str | None = None,
+    backbone: str | None = None,
 ) -> Recipe:
-    """A tiny network from scratch for digits; heads on a frozen, pre-trained backbone for photographs."""
+    """A tiny network from scratch for digits; heads on a frozen, pre-trained backbone for photographs.
+
+    num_classes, num_images: to learn from. An embedding has no more dimensions than half of the images that
+    its start is whitened by.
+    """
     digits = data == "digits"
     weights = weights or ("none" if digits else "timm")
     from_scratch = weights == "none"
@@ -73,7 +83,7 @@ def recipe_of(
         model=ModelConfig(
             backbone=backbone or ("test_resnet" if digits else "tf_efficientnet_lite0"),
             weights=weights,
-            embedding_dim=64 if digits else 256,
+            embedding_dim=64 if digits else _dim(num_images * num_learnt // max(1, num_classes)),
             image_size_px=32 if digits else 128,
         ),
         batch=PKConfig(classes_per_batch=max(2, min(num_learnt, 32)), samples_per_class=12 if digits else 4),
@@ -89,3 +99,7 @@ def recipe_of(
         build=BuildConfig(index_key="IVF16,Flat" if digits else "auto", num_parts=4),
         validates_on_gallery=few,
     )
+
+
+def _dim(num_images: int) -> int:
+    return next((dim for dim in (256, 128, 64, 32) if 2 * dim <= num_images), 16)

@@ -13,7 +13,7 @@ from namr.train.training_data import DataConfig
 
 @pytest.mark.parametrize("num_classes", [20, 21, 25, 41, 98, 500])
 def test_with_enough_classes_some_are_held_out_and_a_batch_fits_the_others(num_classes: int) -> None:
-    recipe = recipes.recipe_of("photos", num_classes=num_classes, num_steps=60)
+    recipe = recipes.recipe_of("photos", num_classes=num_classes, num_images=2 * num_classes, num_steps=60)
     assert not recipe.validates_on_gallery
     index = ClassIndex.from_labels(np.repeat(np.arange(num_classes), 2))
     names = [str(number) for number in range(num_classes)]
@@ -24,9 +24,20 @@ def test_with_enough_classes_some_are_held_out_and_a_batch_fits_the_others(num_c
 
 @pytest.mark.parametrize(("data", "num_classes"), [("digits", 5), ("photos", 2), ("photos", 19)])
 def test_few_classes_all_teach_and_the_gallery_validates(data: str, num_classes: int) -> None:
-    recipe = recipes.recipe_of(data, num_classes=num_classes, num_steps=60)
+    recipe = recipes.recipe_of(data, num_classes=num_classes, num_images=99, num_steps=60)
     assert recipe.validates_on_gallery
     assert recipe.batch.classes_per_batch == num_classes
+
+
+@pytest.mark.parametrize(
+    ("num_images", "dim"), [(8054, 256), (640, 256), (600, 128), (225, 64), (90, 32), (9, 16)]
+)
+def test_an_embedding_has_no_more_axes_than_half_of_the_images_that_whiten_it(
+    num_images: int, dim: int
+) -> None:
+    """A fifth of 40 classes is held out."""
+    recipe = recipes.recipe_of("photos", num_classes=40, num_images=num_images, num_steps=60)
+    assert recipe.model.embedding_dim == dim
 
 
 def test_a_folder_with_splits_gives_both_sides_and_one_without_is_halved(tmp_path: Path) -> None:
