@@ -2,6 +2,8 @@
 
 import json
 import sqlite3
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from namr.train import sweep
 from namr.train.ray_group import WorkersConfig
 from namr.train.run import TrainJobConfig
 from namr.train.settings import SweepConfig
+from namr.train.step import TrainingConfig
 from namr.train.sweep_run import SweepResult
 from tests.small_training import make_dataset, make_job
 
@@ -130,3 +133,31 @@ def test_data_without_enough_classes_is_refused_before_there_is_a_cluster(tmp_pa
     with pytest.raises(ConfigError, match="classes_per_batch"):
         sweep.sweep(make(tmp_path / "again", batch=batch))
     assert not (tmp_path / "again" / "mlflow.db").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_sweep_whose_driver_was_killed_goes_on_with_what_had_not_ended(tmp_path: Path, python: str) -> None:
+    steps = TrainingConfig(
+        num_steps=300, evaluation_interval=100, backbone_learning_rate=0, augment=False, batchnorm="frozen"
+    )
+    (tmp_path / "sweep.toml").write_text(configuration.to_toml(make(tmp_path, training=steps)))
+    words = [python, "jobs/sweep.py", "--config", str(tmp_path / "sweep.toml")]
+    stored, root = tmp_path / "sweeps" / "s", Path(__file__).parents[2]
+    driver = subprocess.Popen(words, cwd=root)
+    try:
+        while not list((stored / "settings").glob("*.json")):
+            assert driver.poll() is None, "the driver ended by itself"
+            time.sleep(0.01)
+    finally:
+        driver.kill()
+        driver.wait()
+    before = {path: path.read_bytes() for path in (stored / "settings").glob("*.json")}
+    assert 1 <= len(before) < 6
+    subprocess.run(words, cwd=root, check=True)
+    result = json.loads((stored / "result.json").read_text())
+    assert len(result["settings"]) == 6
+    assert {path: path.read_bytes() for path in before} == before
+    ended = statuses(tmp_path, result["mlflow_run_id"])
+    assert ended.count("FINISHED") == 6
+    assert set(ended) <= {"FINISHED", "KILLED"}, "none is left running"
