@@ -274,7 +274,7 @@ def with_items(searcher: Searcher, items: Items) -> Searcher:
     return Searcher(
         searcher.release,
         index=searcher._stages._index,
-        vectors=searcher._vectors,
+        vectors=searcher.vectors,
         items=items,
         dead=searcher._dead,
         query_model=searcher.model,

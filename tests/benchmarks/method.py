@@ -258,7 +258,9 @@ def mean_of(runs: list[Comparison]) -> Comparison:
     rows = []
     for same in zip(*(run.rows for run in runs), strict=True):
         cells = {name: mean_metrics([row.by_column[name] for row in same]) for name in same[0].by_column}
-        rows.append(Row(name=same[0].name, metric=same[0].metric, by_column=cells))
+        of_all = [row.nmi for row in same if row.nmi is not None]
+        nmi = float(np.mean(of_all)) if of_all else None
+        rows.append(Row(name=same[0].name, metric=same[0].metric, by_column=cells, nmi=nmi))
     return replace(runs[0], rows=tuple(rows))
 
 
