@@ -44,7 +44,7 @@ DOORS: dict[str, set[str]] = {
     "PIL": {"data.images"},
     "pydantic": {"store.manifests"},
     "timm": {"model.backbones"},
-    "safetensors": {"model.backbones", "model.model", "demo.weights"},
+    "safetensors": {"model.backbones", "model.model"},
     "pytorch_metric_learning": {"model.losses"},
     "sklearn": {"measure.metrics", "data.sources"},
     "scipy": {"data.benchmarks"},

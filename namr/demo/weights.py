@@ -9,7 +9,6 @@ Not covered: the weights of other backbones.
 import importlib.metadata
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -41,8 +40,8 @@ def convert(source: Path, target: Path) -> None:
     if target.is_file():
         return
     state: dict[str, Tensor] = torch.load(source, map_location="cpu", weights_only=True)
-    theirs = [tensor.contiguous() for name, tensor in state.items() if not name.startswith(_CLASSIFIER)]
+    theirs = [tensor for name, tensor in state.items() if not name.startswith(_CLASSIFIER)]
     ours = backbones.create(BACKBONE, pretrained=False).state_dict()
     if [tensor.shape for tensor in theirs] != [tensor.shape for tensor in ours.values()]:
         raise ModelMismatch(f"{source} doesn't hold {BACKBONE}; install {PACKAGE} anew")
-    storage.write(str(target), safetensors.torch.save(dict(zip(ours, theirs, strict=True))))
+    storage.write(str(target), backbones.encode_weights(dict(zip(ours, theirs, strict=True))))

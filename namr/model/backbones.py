@@ -80,6 +80,11 @@ def load_weights(backbone: Any, data: bytes, origin: str) -> None:
     load_strictly(backbone, {name: t for name, t in state.items() if not name.startswith(dropped)}, origin)
 
 
+def encode_weights(state: Mapping[str, Tensor]) -> bytes:
+    """The .safetensors file of tensors under timm's keys, which `load_weights` takes."""
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()})
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load all tensors with their shapes, or raise ModelMismatch, which says what doesn't fit."""
     expected = module.state_dict()
