@@ -10,6 +10,7 @@ from namr.errors import ConfigError, NamrError, StorageError
 from namr.train import ray_group
 from namr.train.examination import Examination
 from namr.train.ray_group import Outcome, Worker, WorkersConfig
+from tests.running import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -28,6 +29,12 @@ def group(work: ray_group.Work, folder: Path, given: Any = None, **workers: Any)
     )
 
 
+def any_is_kept(folder: Path) -> bool:
+    """Whether Ray Train has noted a checkpoint of the group, which it does after the workers went on."""
+    noted = folder / "checkpoint_manager_snapshot.json"
+    return noted.exists() and "step-" in noted.read_text()
+
+
 def count(given: Path | None, worker: Worker) -> list[Any]:
     """A checkpoint for each score; rank 1 dies once after the second, where `given` is a file to make."""
     with worker.last_checkpoint() as folder:
@@ -42,6 +49,7 @@ def count(given: Path | None, worker: Worker) -> list[Any]:
             write if worker.rank == 0 else None, Examination(step=step, mean_distance=1.5, score=score)
         )
         if given is not None and step == 2 and worker.rank == 1 and not given.exists():
+            wait_for(lambda: any_is_kept(given.parent / "group"), True)
             given.write_text("died")
             os._exit(1)
     return [first, worker.rank, worker.world_size, str(worker.device)]
