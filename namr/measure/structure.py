@@ -15,10 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from namr.errors import ConfigError, ShapeError
-from namr.model import distances
+from namr.measure import rankings as exact
 from namr.sides import Side
 
 Vectors = npt.NDArray[np.float32]
@@ -153,23 +152,18 @@ def rankings(x: Vectors, s: Vectors, *, k: int, side: Side, depth: int, block_ro
         raise ShapeError(f"structures {s.shape} must have the shape of embeddings {x.shape}")
     if min(k, depth, block_rows) < 1:
         raise ConfigError(f"k {k}, depth {depth}, block_rows {block_rows}: each must be at least 1")
-    all_x, all_s = torch.from_numpy(x - x.mean(0)), torch.from_numpy(s)
+    all_s = torch.from_numpy(s)
+    gallery = exact.make_gallery(torch.from_numpy(x - x.mean(0)), all_s, None)
     num_others = len(x) - 1
     k, depth = min(k, num_others), min(max(k, depth), num_others)
     plain, adaptive = np.empty((len(x), k), np.int64), np.empty((len(x), k), np.int64)
     for start in range(0, len(x) if k else 0, block_rows):
         rows = torch.arange(start, min(start + block_rows, len(x)))
-        first = _nearest(all_x, rows, depth)
-        weighted = distances.rerank_squared(
-            all_x[rows],
-            all_s[rows],
-            all_x[first],
-            all_s[first] if side in ("both", "scale") else None,
-            side=side,
-        )
-        order = weighted.argsort(dim=1, stable=True)[:, :k]
+        asked = exact.Queries(gallery.x[rows], all_s[rows], rows)
+        first = exact.plain(asked, gallery, length=depth)
         plain[start : start + len(rows)] = first[:, :k].numpy()
-        adaptive[start : start + len(rows)] = first.gather(1, order).numpy()
+        again = exact.reranked(asked, gallery, first, side=side, depth=depth)
+        adaptive[start : start + len(rows)] = again[:, :k].numpy()
     return Rankings(plain, adaptive)
 
 
@@ -251,34 +245,6 @@ def plane(q: Vectors, s_q: Vectors, neighbours: Vectors) -> Plane:
         points=points,
         radius=float(np.median(np.hypot(*points.T))),
     )
-
-
-def _nearest(x: Tensor, rows: Tensor, num: int) -> Tensor:
-    """(b, num) rows of the nearest others, by (distance computed by difference, row number)."""
-    # Products choose some more candidates than are wanted, as their last bits change with the block;
-    # differences order them. Where rounding could have left one out, all are compared by difference.
-    product = distances.pairwise_squared(x[rows], x)
-    product[torch.arange(len(rows)), rows] = torch.inf
-    kept = min(num + 16, len(x) - 1)
-    nearest = product.topk(kept, largest=False)
-    candidates = nearest.indices.sort(1).values
-    squared, order = _by_difference(x, rows, candidates).sort(dim=1, stable=True)
-    ranking = candidates.gather(1, order[:, :num])
-    if kept == len(x) - 1:
-        return ranking
-    norms = x.square().sum(1)
-    rounding = 4 * x.shape[1] * 2.0**-24 * (norms[rows] + norms.max())
-    unsettled = nearest.values.amax(1) - rounding <= squared[:, num - 1]
-    for place in unsettled.nonzero()[:, 0].tolist():
-        others = torch.arange(len(x))
-        others = others[others != rows[place]][None]
-        order = _by_difference(x, rows[place : place + 1], others).argsort(dim=1, stable=True)
-        ranking[place] = others[0, order[0, :num]]
-    return ranking
-
-
-def _by_difference(x: Tensor, rows: Tensor, candidates: Tensor) -> Tensor:
-    return distances.rerank_squared(x[rows], None, x[candidates], None, side="none")
 
 
 def _check_two(array: Vectors) -> None:

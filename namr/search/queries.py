@@ -50,7 +50,7 @@ def given(embeddings: Floats | None, structures: Floats | None, *, dim: int, met
 
 def stored(ids: Ids, vectors: GalleryVectors) -> Queries:
     """The vectors of items of the gallery; ManifestError where they are damaged or missing."""
-    x, s = vectors.embeddings(ids).float(), vectors.structures(ids).float()
+    x, s = (of_all.float() for of_all in vectors.both(ids))
     usable = torch.isfinite(x).all(dim=1) & (torch.isfinite(s) & (s > 0)).all(dim=1)
     if not usable.all():
         raise ManifestError(

@@ -15,7 +15,6 @@ Recall@1 of "both" to that of lambda = 0, each searched as recommended, and the 
 and MAP@R with its 95 % interval over classes.
 """
 
-import argparse
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -32,10 +31,10 @@ from namr.measure import metrics, validation
 from namr.measure.evaluation import Entry, compare
 from namr.model import model, whitening
 from namr.model.losses import JointLoss, search_metric_of
-from namr.model.model import ModelConfig, NamrModel, SearchDefaults
+from namr.model.model import ModelConfig, SearchDefaults
 from namr.train.step import Trainer, TrainingConfig
 from tests.benchmarks import method
-from tests.benchmarks.method import BASES, POWER, SHARED, Labelled, Setting
+from tests.benchmarks.method import BASES, POWER, Labelled, Setting
 
 BATCH = PKConfig(classes_per_batch=24, samples_per_class=4)
 RATES = TrainingConfig(
@@ -95,28 +94,15 @@ def main() -> None:
 
 
 def parse() -> Any:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, default=SHARED / "cars196")
-    parser.add_argument(
-        "--weights", type=Path, default=SHARED.parent / "weights" / "tf_efficientnet_lite0.safetensors"
-    )
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/namr-fine-tuning"))
+    parser = method.parser_of(__doc__ or "", cache=Path("/tmp/namr-fine-tuning"))
     parser.add_argument("--losses", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--rows", nargs="+", default=["lambda 0", "both"])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=RATES.num_steps)
     parser.add_argument("--rate", type=float, default=RATES.learning_rate)
     parser.add_argument("--backbone-rate", type=float, default=RATES.backbone_learning_rate)
     parser.add_argument("--four-fifths", action="store_true", help="measure what was trained on four fifths")
-    parser.add_argument("--clusters", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--size-px", type=int, default=96)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
-    for path in (options.data, options.weights):
-        if not path.exists():
-            parser.error(f"{path} is not there; name it, or set NAMR_TEST_DATA")
-    return options
+    return method.parsed(parser)
 
 
 def runs_of(config: ModelConfig, options: Any, cache: Path) -> Iterator[Run]:
@@ -225,17 +211,11 @@ def start_of(config: ModelConfig, data: Path, cache: Path, *, validates: bool) -
     train = pixels_of(data / "train", config, cache)
     stored = cache / "train-features.npy"
     if not stored.exists():
-        features = features_of(model.build(config, seed=0).eval(), train.x)
-        np.save(stored, features)
+        blocks = (train.x[start : start + 64].copy() for start in range(0, len(train.x), 64))
+        np.save(stored, method.features_of(model.build(config, seed=0).eval(), blocks))
     features = Labelled(np.load(stored), train.y)
     learnt = method.split(features)[0] if validates else features
     return whitening.whitening(learnt.x, dim=config.embedding_dim, power=POWER)
-
-
-def features_of(backbone: NamrModel, pixels: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        blocks = (torch.from_numpy(pixels[start : start + 64].copy()) for start in range(0, len(pixels), 64))
-        return np.concatenate([backbone.features(block).numpy() for block in blocks])
 
 
 if __name__ == "__main__":

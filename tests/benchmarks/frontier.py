@@ -29,9 +29,12 @@ from tests.benchmarks.search import (
     ROWS_PER_SHARD,
     Gallery,
     K,
+    batches,
     draw,
+    fastest,
     make,
     parse,
+    share_found,
 )
 
 TARGET = 0.85
@@ -58,10 +61,13 @@ def main() -> None:
         queries = gallery.queries.x
         truth = faiss.knn(queries[:BATCH], x, K)[1]
         peers = [own(gallery), faiss_refined(gallery, x), *others(x, queries, truth, options)]
+        ours, theirs = (peer.search(queries) for peer in peers[:2])
+        assert (ours == theirs).mean() > 0.999, "other ids than FAISS's own"  # ties may be swapped
         for batch, rows in ((BATCH, NUM_QUERIES), (1, NUM_SINGLE)):
-            seconds = fastest(peers, queries[:rows], batch=batch, num_rounds=options.rounds)
+            sides = [lambda some, peer=peer: peer.search(queries[some]) for peer in peers]
+            seconds = fastest(sides, num_rounds=options.rounds, of=batches(rows, batch))
             for peer, of_peer in zip(peers, seconds, strict=True):
-                recall = recall_of(peer.search(queries[:BATCH]), truth)
+                recall = share_found(peer.search(queries[:BATCH]), truth)
                 print(
                     f"batch {batch}: {peer.name} {rows / of_peer:.0f} queries/s, recall@10 {recall:.3f}, "
                     f"{peer.told}",
@@ -122,7 +128,7 @@ def others(x: np.ndarray, queries: np.ndarray, truth: np.ndarray, options: Any) 
         return lambda q: flat.search(q, K, params=how)[1]
 
     best = tuning.tuned(
-        lambda nprobe, _: recall_of(probing(nprobe)(queries[:BATCH]), truth),
+        lambda nprobe, _: share_found(probing(nprobe)(queries[:BATCH]), truth),
         num_lists=options.lists,
         target=MIN_RECALL,
         depth=DEPTH,
@@ -144,7 +150,7 @@ def others(x: np.ndarray, queries: np.ndarray, truth: np.ndarray, options: Any) 
         took_s = time.perf_counter() - began
         for effort in (16, 32, 64, 128, 256, 512, 1024):
             search = search_at(effort)
-            if recall_of(search(queries[:BATCH]), truth) >= MIN_RECALL:
+            if share_found(search(queries[:BATCH]), truth) >= MIN_RECALL:
                 break
         search.kept = index  # type: ignore[attr-defined]
         yield Peer(name, search, f"effort {effort}, built in {took_s:.0f} s, {_mb(size)}")
@@ -180,23 +186,6 @@ def with_usearch(x: np.ndarray, num_threads: int) -> tuple[Any, Callable[[int], 
         return search
 
     return index, at, index.memory_usage
-
-
-def recall_of(ids: np.ndarray, truth: np.ndarray) -> float:
-    return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(ids, truth, strict=True)]))
-
-
-def fastest(peers: list[Peer], queries: np.ndarray, *, batch: int, num_rounds: int) -> list[float]:
-    """Seconds for all queries of each peer: of each batch the fastest round, the peers in turns."""
-    starts = range(0, len(queries), batch)
-    best = np.full((len(peers), len(starts)), np.inf)
-    for _ in range(num_rounds):
-        for at, start in enumerate(starts):
-            for number, peer in enumerate(peers):
-                began = time.perf_counter()
-                peer.search(queries[start : start + batch])
-                best[number, at] = min(best[number, at], time.perf_counter() - began)
-    return [float(seconds) for seconds in best.sum(axis=1)]
 
 
 def _mb(num_bytes: int) -> str:

@@ -21,7 +21,7 @@ interval over classes (first seed).
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,19 +141,30 @@ def main() -> None:
 
 
 def parse() -> Any:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = parser_of(__doc__ or "", cache=Path("/tmp/namr-method-features"))
+    parser.add_argument("--losses", nargs="+", default=list(BASES), choices=BASES)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    return parsed(parser)
+
+
+def parser_of(description: str, *, cache: Path) -> argparse.ArgumentParser:
+    """The options of all benchmarks that train on these images."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, default=SHARED / "cars196")
     parser.add_argument(
         "--weights", type=Path, default=SHARED.parent / "weights" / "tf_efficientnet_lite0.safetensors"
     )
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/namr-method-features"))
-    parser.add_argument("--losses", nargs="+", default=list(BASES), choices=BASES)
+    parser.add_argument("--cache", type=Path, default=cache)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--clusters", type=int, default=4)
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> Any:
+    """What was asked for, where the images and weights are there."""
     options = parser.parse_args()
     for path in (options.data, options.weights):
         if not path.exists():
@@ -295,10 +306,14 @@ def cached_features(folder: Path, config: ModelConfig, cache: Path) -> Labelled:
 
 
 def computed_features(backbone: NamrModel, paths: list[Path]) -> np.ndarray:
+    blocks = (paths[start : start + 64] for start in range(0, len(paths), 64))
+    return features_of(backbone, (prepared(block, backbone.preprocessing) for block in blocks))
+
+
+def features_of(backbone: NamrModel, blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """Of blocks of uint8 pixels."""
     with torch.inference_mode():
-        blocks = (paths[start : start + 64] for start in range(0, len(paths), 64))
-        pixels = (torch.from_numpy(prepared(block, backbone.preprocessing)) for block in blocks)
-        return np.concatenate([backbone.features(block).numpy() for block in pixels])
+        return np.concatenate([backbone.features(torch.from_numpy(block)).numpy() for block in blocks])
 
 
 def prepared(paths: list[Path], prep: Preprocessing) -> np.ndarray:

@@ -108,15 +108,23 @@ def parse(
     return parser.parse_args()
 
 
-def batches() -> Iterator[slice]:
-    return (slice(start, start + BATCH) for start in range(0, NUM_QUERIES, BATCH))
+def batches(num: int = NUM_QUERIES, size: int = BATCH) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, num, size)]
 
 
-def fastest(sides: Sequence[Callable[[slice], object]], *, num_rounds: int) -> list[float]:
+def share_found(ids: np.ndarray, truth: np.ndarray) -> float:
+    """Recall@10."""
+    return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(ids, truth, strict=True)]))
+
+
+def fastest(
+    sides: Sequence[Callable[[slice], object]], *, num_rounds: int, of: Sequence[slice] | None = None
+) -> list[float]:
     """Seconds for all queries of each side: of each batch the fastest round, the sides in turns."""
-    best = np.full((len(sides), NUM_QUERIES // BATCH), np.inf)
+    of = batches() if of is None else of
+    best = np.full((len(sides), len(of)), np.inf)
     for _ in range(num_rounds):
-        for at, rows in enumerate(batches()):
+        for at, rows in enumerate(of):
             for number, side in enumerate(sides):
                 began = time.perf_counter()
                 side(rows)
@@ -184,7 +192,7 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
     def recall_of(nprobe: int, depth: int) -> float:
         how = SearchOptions(k=K, side="none", nprobe=nprobe, depth=depth)
         ids = searcher.search_arrays(queries.x[:BATCH], options=how).ids
-        return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(ids, exact.I, strict=True)]))
+        return share_found(ids, exact.I)
 
     best = tuning.tuned(
         recall_of, num_lists=options.lists, target=MIN_RECALL, depth=DEPTH, max_depth=16 * DEPTH

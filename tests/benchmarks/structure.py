@@ -9,7 +9,6 @@ classes, every image against all others. A line for each seed, then for each sid
 no line is a target.
 """
 
-import argparse
 import os
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from namr.measure.structure import Hubs
 from namr.model.model import ModelConfig
 from namr.sides import Side
 from tests.benchmarks import method
-from tests.benchmarks.method import SHARED, Choice, Labelled
+from tests.benchmarks.method import Choice, Labelled
 
 K = 10
 DEPTH = 100
@@ -51,23 +50,10 @@ def main() -> None:
 
 
 def parse() -> Any:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--data", type=Path, default=SHARED / "cars196")
-    parser.add_argument(
-        "--weights", type=Path, default=SHARED.parent / "weights" / "tf_efficientnet_lite0.safetensors"
-    )
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/namr-method-features"))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--clusters", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=256)
+    parser = method.parser_of(__doc__ or "", cache=Path("/tmp/namr-method-features"))
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
-    for path in (options.data, options.weights):
-        if not path.exists():
-            parser.error(f"{path} is not there; name it, or set NAMR_TEST_DATA")
-    return options
+    return method.parsed(parser)
 
 
 def tell(seed: int, x: np.ndarray, s: np.ndarray, test: Labelled, *, structure_range: float) -> None:
