@@ -8,7 +8,7 @@ QUICK := not ray and not s3 and not mlflow and not browser and not slow and not 
 
 help:
 	@echo 'make install              the environment in .venv (about 6 minutes and 8 GB the first time)'
-	@echo 'make demo                 the whole chain on handwritten digits, then a search page until Ctrl-C'
+	@echo 'make demo                 the whole chain on photographs, then a search page until Ctrl-C'
 	@echo '     DATA=<folder>        ... on a folder of class folders, or DATA=torchvision:Flowers102'
 	@echo '     SERVE=0              ... and end after the report'
 	@echo 'make test                 lint, types, all tests but the long ones'

@@ -1,8 +1,7 @@
 """The whole chain on one machine: pack, train, extract, build, publish, evaluate, report, serve.
 
-The default data set is scikit-learn's handwritten digits, which every installation has: digits 0 to 4 to
-learn from, 5 to 9 as the gallery that training never saw. It shows the flow and not accuracy. Everything lies
-below one folder; a second run goes on from what is there.
+The default data set is `photographs`: spots to be found again in pictures that training never saw. Everything
+lies below one folder; a second run goes on from what is there.
 """
 
 import hashlib
@@ -51,18 +50,18 @@ _CORES = 2
 class DemoConfig:
     """The whole chain on one machine, from images to a search page."""
 
-    data: str = "digits"
-    """digits, a folder of class folders (or with train/ and test/ folders of those), torchvision:<Name>, or
-    a table of paths and labels"""
+    data: str = "photographs"
+    """photographs (the demo's own), a folder of class folders (or with train/ and test/ folders of those),
+    torchvision:<Name>, or a table of paths and labels"""
     folder: Path = Path("demo-data")
     """where everything is kept"""
     serve: bool = True
     """open the search service and the MLflow UI, until Ctrl-C"""
-    weights: str | None = None
+    weights: str = "timm"
     """the backbone's: timm (those of the demo extra, else timm downloads them), none starts untrained, else a
-    .safetensors file; unless said, none for digits and timm for other images"""
-    backbone: str | None = None
-    """a timm model; unless said, a tiny one for digits and tf_efficientnet_lite0 for other images"""
+    .safetensors file"""
+    backbone: str = "tf_efficientnet_lite0"
+    """a timm model"""
     num_steps: int = 60
     """of each of the two trainings"""
     port: int = 0
@@ -139,10 +138,6 @@ def run(config: DemoConfig) -> None:
             console.print(table)
         if loss := _below_untrained(comparison, namr):
             console.print(f"    [bold red]{loss}[/bold red]")
-        if config.data == "digits":
-            console.print(
-                "    [dim]digits show the flow, not the accuracy: raw pixels suffice for them[/dim]"
-            )
         if recipe.validates_on_gallery:
             console.print(
                 "    [dim]too few classes to hold some out: checkpoint and way of searching were chosen on "

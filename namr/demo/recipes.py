@@ -1,4 +1,4 @@
-"""What the demo packs and trains: for handwritten digits, and for anybody's photographs.
+"""What the demo packs and trains: for the photographs it brings, and for anybody's.
 
 Not covered: running any of it (`demo`).
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from namr.data.images import AugmentConfig
 from namr.data.packing import PackingConfig
 from namr.data.sampling import PKConfig
+from namr.demo import photographs
 from namr.model.model import ModelConfig
 from namr.release.build import BuildConfig
 from namr.train.step import TrainingConfig
@@ -41,11 +42,19 @@ class Recipe:
 def name_of(data: str) -> str:
     """A folder for each data set, so that trying another one mixes nothing."""
     tail = "".join(c if c.isalnum() else "-" for c in data.rstrip("/").rpartition("/")[2]).strip("-")
-    return data if data == "digits" else f"{tail[:40]}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
+    if data == "photographs":
+        return data
+    return f"{tail[:40]}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
 
 
 def sources_of(data: str, folder: Path) -> Sources:
-    """The splits of a folder that has train/ and test/; of other data two halves of the classes."""
+    """The splits of a folder that has train/ and test/; of other data two halves of the classes.
+
+    The demo's own photographs are written below `folder` first.
+    """
+    if data == "photographs":
+        data = str(folder / data)
+        photographs.write(Path(data))
     split = Path(data) / "train", Path(data) / "test"
     train, gallery = str(folder / "train"), str(folder / "gallery")
     if all(path.is_dir() for path in split):
@@ -65,38 +74,40 @@ def recipe_of(
     num_classes: int,
     num_images: int,
     num_steps: int,
-    weights: str | None = None,
-    backbone: str | None = None,
+    weights: str = "timm",
+    backbone: str = "tf_efficientnet_lite0",
 ) -> Recipe:
-    """A tiny network from scratch for digits; heads on a frozen, pre-trained backbone for photographs.
+    """The demo's photographs fine-tune, others train heads on a frozen backbone; "none" starts from scratch.
 
     num_classes, num_images: to learn from. An embedding has no more dimensions than half of the images that
     its start is whitened by.
     """
-    digits = data == "digits"
-    weights = weights or ("none" if digits else "timm")
+    own = data == "photographs"
     from_scratch = weights == "none"
-    rate = 1e-3 if from_scratch else 3e-4
     few = num_classes < _ENOUGH_CLASSES
     num_learnt = num_classes if few else num_classes * 4 // 5  # a fifth is held out
+    fine_tunes = own and not from_scratch  # as jobs/configs/train.toml, in fewer steps
+    rate = 1e-3 if from_scratch or fine_tunes else 3e-4
     return Recipe(
         model=ModelConfig(
-            backbone=backbone or ("test_resnet" if digits else "tf_efficientnet_lite0"),
+            backbone=backbone,
             weights=weights,
-            embedding_dim=64 if digits else _dim(num_images * num_learnt // max(1, num_classes)),
-            image_size_px=32 if digits else 128,
+            embedding_dim=_dim(num_images * num_learnt // max(1, num_classes)),
+            image_size_px=photographs.SIZE_PX if own else 128,
         ),
-        batch=PKConfig(classes_per_batch=max(2, min(num_learnt, 32)), samples_per_class=12 if digits else 4),
+        batch=PKConfig(classes_per_batch=max(2, min(num_learnt, 32)), samples_per_class=4),
         training=TrainingConfig(
             num_steps=num_steps,
             learning_rate=rate,
-            backbone_learning_rate=rate if from_scratch else 0.0,
+            backbone_learning_rate=rate if from_scratch else 3e-4 if fine_tunes else 0.0,
+            warmup_steps=10 if fine_tunes else 0,
+            schedule="cosine" if fine_tunes else "constant",
             augment=from_scratch,
             evaluation_interval=max(1, num_steps // 3),
             checkpoint_interval=num_steps,
         ),
-        augment=AugmentConfig(min_area=0.6, horizontal_flip=not digits),
-        build=BuildConfig(index_key="IVF16,Flat" if digits else "auto", num_parts=4),
+        augment=AugmentConfig(min_area=0.6),
+        build=BuildConfig(index_key="IVF16,Flat" if own else "auto", num_parts=4),
         validates_on_gallery=few,
     )
 

@@ -17,8 +17,6 @@ from namr.measure.report import Plot
 from namr.train.settings import Setting, SweepConfig
 from namr.train.sweep_run import Gain, Scores, SettingResult
 
-_STANDARD_ERRORS = 1.96  # 95 % of a normal distribution
-
 
 class Finding(NamedTuple):
     """What is best, and by how much."""
@@ -133,10 +131,8 @@ def training_toml(config: SweepConfig, best: SettingResult, *, data_version: int
 
 
 def _gain(one: RetrievalMetrics, other: RetrievalMetrics) -> Gain:
-    mean, error = metrics.difference(one, other)
-    if not math.isfinite(error):
-        return Gain(mean, None, None)
-    return Gain(mean, mean - _STANDARD_ERRORS * error, mean + _STANDARD_ERRORS * error)
+    low, high = metrics.interval(one, other) or (None, None)
+    return Gain(metrics.difference(one, other).mean, low, high)
 
 
 def _row(result: SettingResult) -> tuple[str, ...]:

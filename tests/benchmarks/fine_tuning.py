@@ -12,7 +12,7 @@ jobs/train.py would make them: half as many runs, each a little weaker.
 A run takes about seven minutes of one core, and --processes of them run side by side; what they made is kept
 in --cache, and the same command goes on from there. The last lines are, for each loss, the ratio of the
 Recall@1 of "both" to that of lambda = 0, each searched as recommended, and the gain of the mean of Recall@1
-and MAP@R with its 95 % interval over classes.
+and MAP@R, query by query, with its 95 % interval (a bootstrap over classes).
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from namr.data.sampling import ClassIndex, PKConfig, global_batch
-from namr.measure import metrics, validation
+from namr.measure import validation
 from namr.measure.evaluation import Entry, compare
 from namr.model import model, whitening
 from namr.model.losses import JointLoss, search_metric_of
@@ -166,8 +166,7 @@ def tell(base: str, runs: list[Run], test: Labelled, held_out: Labelled, options
         return
     pairs = [[table.row(name).by_column[way[name]] for name in ("both", "lambda 0")] for table in tables]
     ratio = np.mean([both.recall_at_1 for both, _ in pairs]) / np.mean([no.recall_at_1 for _, no in pairs])
-    gains = [metrics.difference(both, without) for both, without in pairs]
-    told = ", ".join(f"{100 * gain.mean:.2f} +- {196 * gain.standard_error:.2f}" for gain in gains)
+    told = ", ".join(method.gain_of(both, without) for both, without in pairs)
     print(f"{base}: fine-tuned ratio {ratio:.3f}, gain of the score by seed {told}", flush=True)
 
 

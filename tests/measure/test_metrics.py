@@ -440,6 +440,23 @@ def test_a_difference_over_one_class_or_other_queries_says_so() -> None:
         metrics.difference(scored([1, 1], [3, 3]), scored([0, 0], [3, 4]))
 
 
+def test_the_bootstrap_interval_is_that_of_means_over_whole_classes() -> None:
+    draw = np.random.default_rng(1)
+    classes = np.repeat(np.arange(50), draw.integers(2, 30, 50))
+    gains = draw.normal(0.05, 0.2, 50)[classes] + draw.normal(0, 0.2, len(classes))
+    one, other = scored(list(gains), list(classes)), scored([0.0] * len(classes), list(classes))
+    mean, error = metrics.difference(one, other)
+    low, high = metrics.interval(one, other) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.25 * error)
+    assert metrics.interval(one, other) == (low, high)
+    narrow = metrics.interval(one, other, confidence=0.5) or (0.0, 0.0)
+    assert low < narrow[0] < mean < narrow[1] < high
+    assert metrics.interval(one, one) == (0, 0)
+    assert metrics.interval(scored([1, 1], [3, 3]), scored([0, 0], [3, 3])) is None
+    with pytest.raises(ShapeError, match="the same ones"):
+        metrics.interval(scored([1, 1], [3, 3]), scored([0, 0], [3, 4]))
+
+
 def test_scores_are_those_of_the_queries_in_their_order() -> None:
     whole = metrics.combine([metrics.retrieval_sums(SMALL, SMALL_LABELS)])
     rows = [np.array([0, 1]), np.array([2, 3, 4])]
