@@ -103,7 +103,7 @@ def recipe_of(
             warmup_steps=10 if fine_tunes else 0,
             schedule="cosine" if fine_tunes else "constant",
             augment=from_scratch,
-            evaluation_interval=max(1, num_steps // 3),
+            evaluation_interval=num_steps if fine_tunes else max(1, num_steps // 3),
             checkpoint_interval=num_steps,
         ),
         augment=AugmentConfig(min_area=0.6),

@@ -1,6 +1,8 @@
 """The demo's own images: spots in photographs, seen by several views, the same on every machine."""
 
 import importlib.util
+import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,14 @@ def test_views_of_a_spot_differ_and_are_nearer_to_each_other_than_to_another_spo
 
     first, again, other = view("coffee-00", 0), view("coffee-00", 1), view("gravel-00", 0)
     assert 0 < np.abs(first - again).mean() < np.abs(first - other).mean()
+
+
+def test_spots_keep_apart_and_a_small_photograph_has_fewer() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3)).astype(np.uint8)
+    found = photographs._spots(Image.fromarray(noise), 48, 100, np.random.default_rng(1))
+    assert 10 < len(found) < 40
+    distances = [math.dist(one, other) for one, other in itertools.combinations(found, 2)]
+    assert min(distances) > 0.8 * 48
 
 
 def test_what_was_written_is_left_alone_and_the_seed_decides(written: Path, tmp_path: Path) -> None:
