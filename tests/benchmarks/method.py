@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from namr.data import images
 from namr.data.images import Preprocessing
@@ -169,7 +170,25 @@ def parsed(parser: argparse.ArgumentParser) -> Any:
     for path in (options.data, options.weights):
         if not path.exists():
             parser.error(f"{path} is not there; name it, or set NAMR_TEST_DATA")
+    if (strokes := options.data / "omniglot.npz").exists():
+        options.data = unpacked(strokes, options.cache / "omniglot")
     return options
+
+
+def unpacked(strokes: Path, folder: Path) -> Path:
+    """Omniglot's arrays as a folder of class folders: black strokes on white, its own split."""
+    for split, name in (("train", "background"), ("test", "evaluation")):
+        if (folder / split).is_dir():
+            continue
+        partial = folder / f"{split}.partial"
+        with np.load(strokes) as arrays:
+            drawn, labels = arrays[f"{name}_images"], arrays[f"{name}_labels"]
+        for number, (image, label) in enumerate(zip(drawn, labels, strict=True)):
+            of_class = partial / f"{label:04d}"
+            of_class.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.where(image > 0, 0, 255).astype(np.uint8)).save(of_class / f"{number:05d}.png")
+        partial.rename(folder / split)
+    return folder
 
 
 def settings(base: Any, config: ModelConfig, options: Any) -> list[Setting]:
@@ -184,11 +203,11 @@ def settings(base: Any, config: ModelConfig, options: Any) -> list[Setting]:
     ]
 
 
-def split(train: Labelled) -> tuple[Labelled, Labelled]:
+def split(train: Labelled, *, seed: int = 0) -> tuple[Labelled, Labelled]:
     """What a rate is tried on: the images of most classes to learn from, and those of the held-out ones."""
     index = ClassIndex.from_labels(train.y)
     names = [str(number) for number in range(index.num_classes)]
-    held_out = validation.classes_to_hold_out(index, names, share=HELD_OUT_SHARE, seed=0)
+    held_out = validation.classes_to_hold_out(index, names, share=HELD_OUT_SHARE, seed=seed)
     is_held_out = np.isin(train.y, held_out)
 
     def of(chosen: np.ndarray) -> Labelled:
