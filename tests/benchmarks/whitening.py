@@ -4,8 +4,8 @@
 
 Frozen EfficientNet-Lite0 features at 128 px (those of the `method` benchmark), D = 256, nothing trained. A
 fifth of the training classes is held out, --splits times anew; the whitening is of the other four fifths.
-Recall@1 / MAP@R in per cent on the held-out ones, mean over the splits; no unseen class is looked at. The last
-line names the power with the best mean of both by cosine.
+Recall@1 / MAP@R in per cent on the held-out ones, mean over the splits; no unseen class is looked at. The
+last line names the power with the best mean of both by cosine.
 """
 
 import argparse
