@@ -24,8 +24,9 @@ install: .venv/installed
 # With uv the versions that were tested (uv.lock), from whatever index is configured; else the newest in range.
 .venv/installed: pyproject.toml uv.lock
 	@echo 'installing into .venv (about 6 minutes and 8 GB the first time)'
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "namr needs Python 3.11 or newer, \
-	this is " + sys.version.split()[0] + "; say which one to use: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "namr needs Python 3.11 to \
+	3.14 (Ray has no wheels for others), this is " + sys.version.split()[0] + "; say which one to use: \
+	make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	@if command -v uv >/dev/null; then \
 		uv export --quiet --frozen --extra dev --no-emit-project --output-file .venv/locked.txt && \
