@@ -1,11 +1,14 @@
 """What a model is trained on and what it is examined on: batches of classes, and classes kept unseen.
 
 The unseen classes are those of a validation dataset, or a share of the training dataset's own classes that
-is held out. With a frozen backbone and no augmentation an image's features never change: they are computed
-once over all ranks, kept on local disk, and batches and examinations are made of them.
+is held out. Held-out images are searched among images of trained classes as well: alone they are a gallery so
+small that it ranks models, and lambdas, in another order than a large one does.
+
+With a frozen backbone and no augmentation an image's features never change: they are computed once over all
+ranks, kept on local disk, and batches and examinations are made of them.
 
 Not covered: the steps (`step`), what the numbers of an examination mean (`measure.validation`).
-Legend: C classes, N validation images, D dimension, F features.
+Legend: C classes, N images of an examination, D dimension, F features.
 """
 
 import math
@@ -27,12 +30,15 @@ from namr.data.sample_index import SampleIndex
 from namr.data.sampling import PKConfig, slice_of_rank
 from namr.errors import ConfigError
 from namr.measure import validation
+from namr.measure.protocols import Split
 from namr.model import distances
 from namr.model.model import NamrModel, SearchDefaults, backbone_digest
 from namr.train import features
 from namr.train.features import Computed, Values
 
 _BLOCK_ROWS = 64
+_OTHERS = 2
+"""Images of trained classes that are searched for each held-out one, where there are so many."""
 _MOST_MEAN_ROWS = 2048
 
 Ints = npt.NDArray[np.int64]
@@ -151,14 +157,25 @@ class TrainingData:
             raise ConfigError(f"{self._unseen.dataset.uri}: no class has two images, nothing to validate on")
         self._numbers = torch.full((every.num_classes,), -1)
         self._numbers[torch.from_numpy(trained)] = torch.arange(len(trained))
-        self.validation_ids = np.sort(examined.ids)
-        self._validation_labels = self._unseen.classes_of(self.validation_ids)
+        others = self._others(num=_OTHERS * len(examined.ids)) if unseen is None else np.empty(0, np.int64)
+        self.unseen_ids = np.sort(examined.ids)
+        self.searched_ids = np.sort(np.concatenate([examined.ids, others]))
+        self._searched_labels = self._unseen.classes_of(self.searched_ids)
+        self._split = Split(
+            queries=np.searchsorted(self.searched_ids, self.unseen_ids),
+            gallery=np.arange(len(self.searched_ids)),
+        )
         self._loaded: torch.utils.data.DataLoader[loading.Batch] | None = None
 
     @property
     def num_classes(self) -> int:
         """C, the classes to train on; labels of batches are 0 .. C - 1."""
         return self.classes.num_classes
+
+    def _others(self, *, num: int) -> Ints:
+        """Ids of images of trained classes, drawn by the seed."""
+        every = np.sort(self.classes.ids)
+        return np.random.default_rng((self._seed, 1)).choice(every, min(num, len(every)), replace=False)
 
     def cache_features(self, model: NamrModel) -> None:
         """Compute all features or map those of before; batches are made of them from now on. Collective."""
@@ -208,24 +225,27 @@ class TrainingData:
             yield batch.pixels, self._numbers[batch.labels]
 
     def examine(self, model: NamrModel, ways: Sequence[SearchDefaults]) -> Examined:
-        """Every unseen image once over all ranks, each way of searching. Collective; leaves eval mode on."""
+        """Each unseen image queries all that are searched, in each way. Collective; leaves eval mode on."""
         model.eval()
         dim = model.config.embedding_dim
         computed = self._of_features(model) if self._unseen.features is not None else self._of_images(model)
-        vectors = features.whole(computed, num_rows=len(self.validation_ids), width=2 * dim)
+        vectors = features.whole(computed, num_rows=len(self.searched_ids), width=2 * dim)
         device = next(model.parameters()).device
         x = vectors[:, :dim]
-        results = validation.measure(x, vectors[:, dim:], self._validation_labels, ways=ways, device=device)
-        some = x[:: math.ceil(len(x) / _MOST_MEAN_ROWS)]
-        return Examined(results, float(distances.mean_pairwise(torch.from_numpy(some.copy()))))
+        results = validation.measure(
+            x, vectors[:, dim:], self._searched_labels, ways=ways, device=device, splits=[self._split]
+        )
+        rows = self._split.queries
+        some = x[rows[:: math.ceil(len(rows) / _MOST_MEAN_ROWS)]]
+        return Examined(results, float(distances.mean_pairwise(torch.from_numpy(some))))
 
     def _of_features(self, model: NamrModel) -> Iterator[Computed]:
-        mine = slice_of_rank(len(self.validation_ids), rank=self._rank, world_size=self._world_size)
+        mine = slice_of_rank(len(self.searched_ids), rank=self._rank, world_size=self._world_size)
         device = next(model.parameters()).device
         for start in range(mine.start, mine.stop, _BLOCK_ROWS):
             places = np.arange(start, min(start + _BLOCK_ROWS, mine.stop))
             with torch.no_grad():
-                both = model.heads(self._unseen.features_of(self.validation_ids[places]).to(device))
+                both = model.heads(self._unseen.features_of(self.searched_ids[places]).to(device))
             yield Computed(places, torch.cat(both, dim=1).cpu().numpy())
 
     def _of_images(self, model: NamrModel) -> Iterator[Computed]:
@@ -237,7 +257,7 @@ class TrainingData:
                 rank=self._rank,
                 world_size=self._world_size,
                 prep=model.preprocessing,
-                ids=self.validation_ids,
+                ids=self.searched_ids,
             )
         device = next(model.parameters()).device
         for batch in self._loaded:

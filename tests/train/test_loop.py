@@ -106,9 +106,9 @@ def test_an_untrained_model_ranks_as_its_whitened_features(config: TrainJobConfi
     built = model.build(config.model, seed=config.seed).eval()
     start = whitening.whitening(data.sample_features(built, num=1000), dim=8, power=0.25)
     data.cache_features(built)
-    x = data._unseen.features_of(data.validation_ids).numpy() @ start.weight.T + start.bias
+    x = data._unseen.features_of(data.searched_ids).numpy() @ start.weight.T + start.bias
     ways = validation.ways("cosine")
-    results = validation.measure(x, None, data._validation_labels, ways=ways[:2])
+    results = validation.measure(x, None, data._searched_labels, ways=ways[:2], splits=[data._split])
     for way in ways[:2]:
         assert ran.kept[0].recall_at_1[validation.name_of(way)] == results[way].recall_at_1
 

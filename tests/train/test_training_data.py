@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,8 +47,8 @@ def data_of(config: TrainJobConfig, *, unseen: str | None = None) -> TrainingDat
 def test_held_out_classes_are_never_trained_on_and_all_examined(make: Make) -> None:
     config = make()
     data = data_of(config)
-    assert (data.num_classes, len(data.validation_ids)) == (6, 10)
-    assert set(data.classes.ids.tolist()).isdisjoint(data.validation_ids.tolist())
+    assert (data.num_classes, len(data.unseen_ids)) == (6, 10)
+    assert set(data.classes.ids.tolist()).isdisjoint(data.unseen_ids.tolist())
     built = model.build(config.model, seed=0)
     labels = [y for _, y in data.batches(built, first_step=0, num_steps=6, augment=None)]
     assert set(torch.cat(labels).tolist()) == set(range(6))
@@ -55,7 +56,30 @@ def test_held_out_classes_are_never_trained_on_and_all_examined(make: Make) -> N
 
 def test_a_validation_dataset_leaves_all_classes_to_training(make: Make, tmp_path: Path) -> None:
     data = data_of(make(), unseen=make_dataset(tmp_path / "unseen", num_classes=2))
-    assert (data.num_classes, len(data.validation_ids)) == (8, 10)
+    assert (data.num_classes, len(data.unseen_ids)) == (8, 10)
+    assert data.searched_ids.tolist() == data.unseen_ids.tolist()
+
+
+def test_unseen_images_are_searched_among_images_of_trained_classes(make: Make) -> None:
+    """Each of 10 unseen images queries these and 20 of the 30 images to train on; those ask nothing."""
+    config = make()
+    data = data_of(config)
+    others = np.setdiff1d(data.searched_ids, data.unseen_ids)
+    assert len(others) == 20
+    assert set(others.tolist()) < set(data.classes.ids.tolist())
+    assert data_of(config).searched_ids.tolist() == data.searched_ids.tolist()
+    built = model.build(config.model, seed=0).eval()
+    data.cache_features(built)
+    ways = validation.ways("l2")[:1]
+    found = data.examine(built, ways).results[ways[0]]
+    assert found.num_queries == 10
+    with torch.no_grad():
+        x = built.heads.sample(data._unseen.features_of(data.searched_ids)).numpy()
+    labels = data._unseen.classes_of(data.searched_ids)
+    distances = np.square(x[:, None] - x[None]).sum(2)
+    np.fill_diagonal(distances, np.inf)
+    rows = np.flatnonzero(np.isin(data.searched_ids, data.unseen_ids))
+    assert found.recall_at_1 == np.mean(labels[distances[rows].argmin(1)] == labels[rows])
 
 
 def test_features_and_images_give_one_examination_and_the_same_batches(make: Make) -> None:
@@ -93,7 +117,7 @@ def test_the_one_seed_decides_held_out_classes_batches_and_augmentation(make: Ma
     def drawn(seed: int, augment: AugmentConfig | None) -> tuple[list[int], torch.Tensor]:
         data = data_of(make(seed=seed))
         ((pixels, _),) = data.batches(built, first_step=3, num_steps=1, augment=augment)
-        return data.validation_ids.tolist(), pixels
+        return data.unseen_ids.tolist(), pixels
 
     held_out, pixels = drawn(1, AugmentConfig())
     again, same = drawn(1, AugmentConfig())
