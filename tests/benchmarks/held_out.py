@@ -85,10 +85,10 @@ def measure(
 
 def told(of_splits: list[list[RetrievalMetrics]]) -> str:
     """Both rows, and the gain of the second."""
-    shares = [
-        f"{100 * np.mean([r.recall_at_1 for r in of_row]):.1f} / {100 * np.mean([r.map_at_r for r in of_row]):.2f}"
-        for of_row in zip(*of_splits, strict=True)
-    ]
+    shares = []
+    for of_row in zip(*of_splits, strict=True):
+        recall, precision = (np.mean([getattr(r, of) for r in of_row]) for of in ("recall_at_1", "map_at_r"))
+        shares.append(f"{100 * recall:.1f} / {100 * precision:.2f}")
     gains = [metrics.difference(both, without) for without, both in of_splits]
     mean = 100 * np.mean([gain.mean for gain in gains])
     error = 100 * np.mean([gain.standard_error for gain in gains]) / np.sqrt(len(gains))
