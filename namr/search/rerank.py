@@ -8,7 +8,7 @@ out has an adaptive squared distance below w L. If the k-th of the re-ranked can
 the k nearest of the whole gallery are among the candidates. `outside_squared` makes L smaller by what
 rounding may have changed: the sums of float32 in the index and the float16 of the re-rank vectors.
 
-Legend: Q queries, M candidates of a query, D dimension, N rows of a shard, K neighbours.
+Legend: Q queries, M candidates of a query, D dimension, K neighbours.
 """
 
 from collections.abc import Callable, Iterator
@@ -102,13 +102,13 @@ def nearest_exact(
 
     Reads every vector: for small galleries, and as the reference of what re-ranking misses. hidden: ids,
     ascending, that must not be found; own_ids (Q,): one id that each query must not find. Raises
-    ManifestError for a vector that is damaged; a row of NaN is none.
+    ManifestError for a vector that is damaged.
     """
     q64, s64 = q.double(), None if s_q is None else s_q.double()
     best = _nothing(len(q), 0)
     for ids, x, s in vectors.blocks():
         stop()
-        kept = ~(np.isnan(x[:, 0].numpy()) | np.isin(ids, hidden))
+        kept = ~np.isin(ids, hidden)
         if not kept.any():
             continue
         at = torch.from_numpy(np.flatnonzero(kept))
