@@ -41,43 +41,48 @@ class GalleryVectors:
             file.reshape(len(file), 2 * dim).view(np.dtype((np.void, 4 * dim)))[:, 0] for file in files
         ]
         self._starts = np.cumsum([0, *(len(file) for file in files)])
+        self._num_rows = self._starts[-1].astype(np.uint64)
 
     def embeddings(self, ids: Ids) -> Tensor:
         """(n,) ids -> (n, D) float16; ManifestError for an id that has no row."""
-        return self._gather(ids, self._embeddings, num=1)[:, 0]
+        return self._as_vectors(self._gather(ids, self._embeddings))
 
     def structures(self, ids: Ids) -> Tensor:
         """(n,) ids -> (n, D) float16."""
-        return self._gather(ids, self._structures, num=1)[:, 0]
+        return self._as_vectors(self._gather(ids, self._structures))
 
     def both(self, ids: Ids) -> tuple[Tensor, Tensor]:
         """(n,) ids -> embeddings and structures, (n, D) float16."""
-        both = self._gather(ids, self._pairs, num=2)
-        return both[:, 0], both[:, 1]
+        return self._as_both(self._gather(ids, self._pairs))
 
     def blocks(self) -> Iterator[tuple[Ids, Tensor, Tensor]]:
         """Ids (n,), embeddings and structures (n, D) of all rows as they lie in the files, in pieces."""
         ids = self._places.ids(int(self._starts[-1]))
         for file, first in zip(self._pairs, self._starts.tolist(), strict=False):
             for start in range(0, len(file), _BLOCK_ROWS):
-                both = self._as_vectors(file[start : start + _BLOCK_ROWS], 2)
-                yield ids[first + start : first + start + len(both)], both[:, 0], both[:, 1]
+                x, s = self._as_both(file[start : start + _BLOCK_ROWS])
+                yield ids[first + start : first + start + len(x)], x, s
 
-    def _gather(self, ids: Ids, files: Sequence[Rows], *, num: int) -> Tensor:
-        """(n,) ids -> (n, num, D): what they have in these files, 1 or 2 vectors a row."""
+    def _gather(self, ids: Ids, files: Sequence[Rows]) -> Rows:
+        """(n,) ids -> (n,) what they have in these files."""
         rows = self._places.of(ids)
-        lacking = (rows < 0) | (rows >= self._starts[-1])
-        if lacking.any():
-            raise ManifestError(f"item {ids[lacking][0]} has no re-rank vector; build the release anew")
+        is_there = rows.view(np.uint64) < self._num_rows  # -1 is the largest of all
+        if not is_there.all():
+            raise ManifestError(f"item {ids[~is_there][0]} has no re-rank vector; build the release anew")
         if len(files) == 1:
-            return self._as_vectors(files[0][rows], num)
-        gathered = np.empty(len(ids), np.dtype((np.void, 2 * num * self.dim)))
+            return files[0][rows]
+        if not files:
+            return np.empty(0, np.void)
+        gathered = np.empty(len(ids), files[0].dtype)
         of_files = np.searchsorted(self._starts, rows, side="right") - 1
         for number, file in enumerate(files):
             mine = np.flatnonzero(of_files == number)
             gathered[mine] = file[rows[mine] - self._starts[number]]
-        return self._as_vectors(gathered, num)
+        return gathered
 
-    def _as_vectors(self, rows: Rows, num: int) -> Tensor:
-        """(n,) of `num` vectors each -> (n, num, D)."""
-        return torch.from_numpy(rows.view(np.float16).reshape(len(rows), num, self.dim))
+    def _as_vectors(self, rows: Rows) -> Tensor:
+        return torch.from_numpy(rows.view(np.float16).reshape(len(rows), self.dim))
+
+    def _as_both(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        both = rows.view(np.float16).reshape(len(rows), 2, self.dim)
+        return torch.from_numpy(both[:, 0]), torch.from_numpy(both[:, 1])

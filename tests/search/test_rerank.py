@@ -121,9 +121,9 @@ def test_no_more_vectors_are_gathered_at_once_than_a_block_has(
     sizes: list[int] = []
     gather = GalleryVectors._gather
 
-    def noted_gather(self: GalleryVectors, ids: np.ndarray, files: Sequence, *, num: int) -> torch.Tensor:
+    def noted_gather(self: GalleryVectors, ids: np.ndarray, files: Sequence) -> np.ndarray:
         sizes.append(len(ids))
-        return gather(self, ids, files, num=num)
+        return gather(self, ids, files)
 
     monkeypatch.setattr(rerank, "_GATHERED_VALUES", most * 8)
     monkeypatch.setattr(GalleryVectors, "_gather", noted_gather)
