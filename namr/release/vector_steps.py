@@ -4,9 +4,9 @@
     embeddings, some shards  -> a piece: their vectors by ascending row, in the work folder
     pieces                   -> files: rows one after the other, in the releases
 
-What a search compares lies near each other then, in few large files. A task holds one piece at a time, and
-writes its file through the page cache. A file that is recorded is not joined again; pieces are named by
-their digests, and deleted when all files are there.
+What a search compares lies near each other then, in few large files. A task holds one piece, or few that are
+read ahead, and writes its file through the page cache. A file that is recorded is not joined again; pieces
+are named by their digests, and deleted when all files are there.
 
 Not covered: which tasks there are (`build`), and reading the files (`search.vectors`).
 Legend: n items, D dimension.
@@ -39,7 +39,7 @@ from namr.store.tables import Vectors
 FILE_BYTES = 4 << 30
 """of one file of vectors, at most"""
 PIECE_BYTES = 64 << 20
-"""of one piece; more only where a shard is larger"""
+"""of one piece, more only where a shard is larger; sorting it takes four times as much memory"""
 _NUM_READERS = 3
 """pieces that are read ahead while one is written"""
 
@@ -135,19 +135,18 @@ def sort(task: SortTask) -> Piece:
     """
     table_of_rows: Rows = np.frombuffer(storage.read_ranges([task.rows])[0], places.dtype_of(task.num_rows))
     of_shards = Places(task.shards, table_of_rows)
-    stored, rows, vectors = [], [], []
+    dim = task.files[0].embedding_dim
+    records, stored, stop = np.empty(sum(file.num_embedded for file in task.files), _record(dim)), [], 0
     for file in task.files:
         table = embeddings.read(task.source.embeddings_uri, file)
         live = task.source.live(table.ids)
         stored.append(ShardVectors(table.ids[live], int(task.source.live(table.refused_ids).sum())))
-        rows.append(of_shards.of(table.ids[live]))
+        start, stop = stop, stop + len(stored[-1].indexed)
+        records["row"][start:stop] = of_shards.of(table.ids[live])
         x, s, what = table.embeddings[live], table.structures[live], f"shard {file.number}"
-        vectors.append(side_by_side(x, s, metric=task.source.metric, what=what))
-    all_rows, all_vectors = np.concatenate(rows), np.concatenate(vectors)
-    order = np.argsort(all_rows)
-    order = order[all_rows[order] >= 0]
-    records = np.empty(len(order), _record(all_vectors.shape[2]))
-    records["row"], records["vectors"] = all_rows[order], all_vectors[order]
+        records["vectors"][start:stop] = side_by_side(x, s, metric=task.source.metric, what=what)
+    records = records[np.argsort(records["row"][:stop])]
+    records = records[np.searchsorted(records["row"], 0) :]
     data = records.tobytes()
     name = f"vectors-{task.number:05d}-{storage.sha256(data)[:12]}"
     num_files = -(-task.num_rows // task.rows_per_file)
