@@ -6,7 +6,7 @@ images' bytes, or clustered random vectors.
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +19,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from namr.data import datasets, images, shards
-from namr.index import ivf
+from namr.index import index_files, ivf
 from namr.model import distances, model
-from namr.release import publication, releases
-from namr.release.releases import Counts, ReleaseManifest, Segment, VectorShard
+from namr.release import arrays, places, publication, releases, vector_steps
+from namr.release.releases import Counts, ReleaseManifest, Segment, StoredVectors, VectorFile
 from namr.search.items import Items
 from namr.search.searcher import Searcher
 from namr.store import manifests, storage, tables
@@ -56,6 +56,7 @@ class Recipe:
     dead: Sequence[int] = ()
     """ids that the segments still hold and the release hides"""
     num_segments: int = 1
+    num_vector_files: int = 1
     model_digest: str = "0" * 64
     model_version: str = "1"
     seed: int = 0
@@ -192,13 +193,14 @@ def make_manifest(
         info = ivf.build_part(template, [(x[rows], ids[rows])], path, num_threads=1)
         segments.append(Segment(file=releases.store(uri, path.name, path), num_entries=info.num_vectors))
     dead = np.array(sorted(recipe.dead), np.int64)
-    vectors: list[VectorShard] = []
-    for entry, table in zip(dataset.shards, embedded, strict=True):
-        vectors.append(
-            releases.store_vectors(
-                uri, table, number=entry.number, num_rows=entry.num_samples, metric=recipe.metric
-            )
-        )
+    in_order = np.concatenate([index_files.ids_in(work / f"index-{at}.faiss") for at in range(len(segments))])
+    both = [
+        vector_steps.side_by_side(table.embeddings, table.structures, metric=recipe.metric, what="a test")
+        for table in embedded
+    ]
+    sizes = np.array([(entry.number, entry.num_samples) for entry in dataset.shards], np.int64)
+    blocks = [(table.ids, each) for table, each in zip(embedded, both, strict=True)]
+    vectors = store_vectors(uri, work, in_order, sizes, blocks, num_files=recipe.num_vector_files)
     live = ids[~np.isin(ids, dead)]
     return ReleaseManifest(
         release_id=release_id,
@@ -222,14 +224,51 @@ def make_manifest(
             num_tombstoned=len(recipe.tombstoned) + len(dead),
         ),
         segments=tuple(segments),
-        tombstones=releases.store(uri, "tombstones.npy", releases.encode_array(dead)) if len(dead) else None,
-        vectors=tuple(vectors),
+        tombstones=releases.store(uri, "tombstones.npy", arrays.encode_array(dead)) if len(dead) else None,
+        vectors=vectors,
         items=releases.store(uri, "items.parquet", tables.encode_samples(items_of(dataset, live))),
         report_json=releases.store(uri, "report.json", b"{}"),
         report_html=releases.store(uri, "report.html", b"<p>report</p>"),
         nprobe=4,
         depth=50,
         recall_at_10=1.0,
+    )
+
+
+def store_vectors(
+    releases_uri: str,
+    folder: Path,
+    ids_in_order: npt.NDArray[np.int64],
+    shard_sizes: npt.NDArray[np.int64],
+    blocks: Iterable[tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]],
+    *,
+    num_files: int = 1,
+) -> StoredVectors:
+    """The re-rank vectors as a build stores them, at once: ids (n,) and pairs of vectors (n, 2, D)."""
+    rows = places.rows_of(ids_in_order, shard_sizes)
+    of_ids = places.Places(shard_sizes, rows)
+    written: np.memmap | None = None
+    least, path = 1.0, folder / "vectors.npy"
+    for ids, both in blocks:
+        if written is None:
+            shape = (len(ids_in_order), *both.shape[1:])
+            written = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+            least = float("inf")
+        written[of_ids.of(ids)] = both
+        least = min(least, float(both[:, 1].min(initial=np.inf)))
+    assert written is not None
+    files = []
+    for number, part in enumerate(np.array_split(written, num_files)):
+        np.save(folder / f"vectors-{number:05d}.npy", part)
+        stored = releases.store(
+            releases_uri, f"vectors-{number:05d}.npy", folder / f"vectors-{number:05d}.npy"
+        )
+        files.append(VectorFile(file=stored, num_rows=len(part)))
+    return StoredVectors(
+        files=tuple(files),
+        shards=releases.store(releases_uri, "vector-shards.npy", arrays.encode_array(shard_sizes)),
+        rows=releases.store(releases_uri, "vector-rows.npy", arrays.encode_array(rows)),
+        min_structure=least,
     )
 
 

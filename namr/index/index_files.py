@@ -171,6 +171,11 @@ def ids_of(index: Any) -> Ids:
     return np.concatenate([_list_of(lists, number, index.code_size)[1] for number in range(index.nlist)])
 
 
+def ids_in(path: Path) -> Ids:
+    """All ids (n,) in the index file at path, in the order in which they lie: list after list."""
+    return ids_of(open_file(path, mmap=True))
+
+
 def sum_of_ids(ids: Ids) -> int:
     """Sum of splitmix64 of every id, modulo 2^64: tells sets of ids apart, in any order and in any pieces."""
     with np.errstate(over="ignore"):

@@ -19,6 +19,7 @@ vectors of unit length first), GPU indexes, graph indexes, refining and re-ranki
 Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
@@ -216,6 +217,7 @@ class Index:
         self.dim = int(index.d)
         self.num_vectors = int(index.ntotal)
         self.num_lists = int(index.nlist) if self.key != "Flat" else 0
+        self._how = functools.lru_cache(maxsize=64)(_probing)
 
     @property
     def is_compressed(self) -> bool:
@@ -233,10 +235,7 @@ class Index:
             raise ConfigError(f"k and nprobe have to be at least 1, got k={k} and nprobe={nprobe}")
         faiss.omp_set_num_threads(self._num_threads)
         queries = np.ascontiguousarray(queries)
-        how = None
-        if self.num_lists:
-            how = faiss.SearchParametersIVF()
-            how.nprobe = min(nprobe, self.num_lists)
+        how = self._how(min(nprobe, self.num_lists)) if self.num_lists else None
         distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         # Not `search`: other libraries import faiss.contrib.torch_utils, whose own takes no params.
         outputs = faiss.swig_ptr(distances), faiss.swig_ptr(ids)
@@ -276,13 +275,18 @@ def open_index(paths: Path | Sequence[Path], *, mmap: bool = True, num_threads: 
     return Index(whole, [*indexes, stacked], template_hash=hashes[0], num_threads=num_threads)
 
 
+def _probing(nprobe: int) -> Any:
+    how = faiss.SearchParametersIVF()
+    how.nprobe = nprobe
+    return how
+
+
 def _check_vectors(x: Floats, what: str, *, dim: int | None = None) -> None:
     if x.ndim != 2 or x.dtype != np.float32 or (dim is not None and x.shape[1] != dim):
         wanted = f"(n, {dim})" if dim is not None else "(n, D)"
         raise ShapeError(f"{what}: expected {wanted} float32, got {x.shape} {x.dtype}")
-    finite = np.isfinite(x).all(axis=1)
-    if not finite.all():
-        raise ShapeError(f"{what}: row {int(np.argmin(finite))} holds NaN or infinity")
+    if not np.isfinite(x).all():
+        raise ShapeError(f"{what}: row {int(np.argmin(np.isfinite(x).all(axis=1)))} holds NaN or infinity")
 
 
 def _check_block(x: Floats, ids: Ids, *, dim: int, last_id: int) -> None:

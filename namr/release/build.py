@@ -1,7 +1,7 @@
 """The embeddings of a dataset version into one segment, built in parts by Ray tasks.
 
     sample of all embeddings -> template -> parts, in parallel -> segment (merged, reconciled)
-    embeddings -> re-rank vectors, one pair of files a shard;  sample indexes -> item table
+    embeddings -> re-rank vectors, in the order of the segment's lists;  sample indexes -> item table
 
 Parts are equal ranges of the embedded rows, whatever the sizes of the shards. Tombstoned rows are left out
 everywhere. What comes out is what a release lists: objects under their digests, written once.
@@ -35,19 +35,18 @@ from namr.index.index_files import sum_of_ids
 from namr.index.ivf import IndexInfo, Template
 from namr.index.planning import IndexPlan
 from namr.model.distances import Metric
-from namr.release import build_steps, held_out, releases
+from namr.release import build_steps, held_out, places, releases, vector_steps
 from namr.release.build_steps import (
     HeldOut,
     MergeTask,
     PartTask,
     RowRange,
     SampleTask,
-    ShardVectors,
     TrainTask,
     VectorSource,
-    VectorsTask,
 )
-from namr.release.releases import Counts, Segment, VectorShard
+from namr.release.releases import Counts, Segment, StoredVectors
+from namr.release.vector_steps import PlaceTask, ShardVectors, SortTask
 from namr.store import storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.tables import SampleTable
@@ -97,7 +96,7 @@ class BuildReport:
     embedding_dim: int
     counts: Counts
     segments: tuple[Segment, ...]
-    vectors: tuple[VectorShard, ...]
+    vectors: StoredVectors
     items: StoredObject
     num_parts: int
     imbalance: float
@@ -149,12 +148,7 @@ def build(
     ]
     parts = _in_order("building parts", build_steps.build_part, part_tasks)
     (segment,) = _in_order("merging parts", build_steps.merge, [MergeTask(template, parts, work, root)])
-    num_rows = {entry.number: entry.num_samples for entry in dataset.shards}
-    shards = _in_order(
-        "storing re-rank vectors",
-        build_steps.store_vectors,
-        [VectorsTask(source.of([file]), file, num_rows[file.number], root) for file in files],
-    )
+    vectors, shards = _vectors(dataset, source, described, segment.stored, work, root)
     counts = _reconcile(dataset, segment.info, shards)
     items = releases.store(root, "items.parquet", tables.encode_samples(_items(dataset, shards)))
     return BuildReport(
@@ -167,7 +161,7 @@ def build(
         embedding_dim=described.embedding_dim,
         counts=counts,
         segments=(Segment(file=segment.stored, num_entries=segment.info.num_vectors),),
-        vectors=tuple(shard.stored for shard in shards),
+        vectors=vectors,
         items=items,
         num_parts=len(parts),
         imbalance=segment.info.imbalance,
@@ -233,6 +227,68 @@ def _template(
         (trained,) = _in_order("training", build_steps.train, [TrainTask(sample, plan.key, seed)])
         storage.write_if_absent(uri, trained.data)
     return ivf.load_template(storage.read(uri))
+
+
+def _vectors(
+    dataset: Dataset,
+    source: VectorSource,
+    described: SetManifest,
+    segment: StoredObject,
+    work: str,
+    releases_uri: str,
+) -> tuple[StoredVectors, list[ShardVectors]]:
+    """The re-rank vectors in the order of the segment's lists, and what each shard brought."""
+    sizes = np.array([(entry.number, entry.num_samples) for entry in dataset.shards], np.int64).reshape(-1, 2)
+    (placed,) = _in_order(
+        "placing re-rank vectors", vector_steps.place, [PlaceTask(segment, sizes, work, releases_uri)]
+    )
+    files, starts, row_bytes = described.files, places.starts_of(sizes), 4 * described.embedding_dim
+    rows_per_file = max(1, vector_steps.FILE_BYTES // row_bytes)
+    tasks = []
+    for number, (start, stop) in enumerate(groups(sizes[:, 1], vector_steps.PIECE_BYTES // row_bytes)):
+        span = placed.span(
+            int(starts[start]),
+            int(sizes[start:stop, 1].sum()),
+            of=int(sizes[:, 1].sum()),
+            root_uri=releases_uri,
+        )
+        some = list(files[start:stop])
+        tasks.append(
+            SortTask(
+                source.of(some), some, sizes[start:stop], span, placed.num_rows, rows_per_file, work, number
+            )
+        )
+    pieces = _in_order("sorting re-rank vectors", vector_steps.sort, tasks)
+    joining = vector_steps.join_tasks(
+        pieces,
+        num_rows=placed.num_rows,
+        rows_per_file=rows_per_file,
+        dim=described.embedding_dim,
+        work_uri=work,
+        releases_uri=releases_uri,
+    )
+    joined = _in_order("joining re-rank vectors", vector_steps.join, joining)
+    for piece in pieces:
+        storage.delete(storage.join(work, piece.stored.name))
+    stored = StoredVectors(
+        files=tuple(joined),
+        shards=placed.shards,
+        rows=placed.rows,
+        min_structure=min((piece.min_structure for piece in pieces), default=1.0),
+    )
+    return stored, [shard for piece in pieces for shard in piece.shards]
+
+
+def groups(sizes: Ids, most: int) -> list[tuple[int, int]]:
+    """Start and stop of neighbours whose sizes add up to no more than `most`, or that are alone."""
+    bounds: list[int] = []
+    total = 0
+    for at, size in enumerate(sizes.tolist()):
+        if not bounds or total + size > most:
+            bounds.append(at)
+            total = 0
+        total += size
+    return list(itertools.pairwise([*bounds, len(sizes)]))
 
 
 def _reconcile(dataset: Dataset, segment: IndexInfo, shards: list[ShardVectors]) -> Counts:

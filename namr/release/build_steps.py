@@ -1,10 +1,11 @@
-"""The steps of an index build, each the work of one task: sample, train, part, merge, re-rank vectors.
+"""The steps of an index build, each the work of one task: sample, train, part, merge.
 
 A part and the segment are remembered by a record written last, in the work folder, which is named by all that
 decides them; what is recorded is not made again. Everything else is written under its own digest. So any
 attempt at a step may be killed, repeated or run twice at once, and the first record counts.
 
-Not covered: which steps there are, and running them in parallel (`build`).
+Not covered: the vectors that candidates are compared by (`vector_steps`), which steps there are, and running
+them in parallel (`build`).
 """
 
 import os
@@ -26,7 +27,6 @@ from namr.index.ivf import IndexInfo, Template
 from namr.model import distances
 from namr.model.distances import Metric
 from namr.release import held_out, releases
-from namr.release.releases import VectorShard
 from namr.store import manifests, scratch, storage
 from namr.store.manifests import StoredObject
 
@@ -162,7 +162,7 @@ def merge(task: MergeTask) -> IndexFile:
 
     def merge_parts() -> IndexFile:
         with scratch.folder("merge-") as folder:
-            paths = [_fetched(task.work_uri, part.stored, Path(folder)) for part in task.parts]
+            paths = [fetched(task.work_uri, part.stored, Path(folder)) for part in task.parts]
             merged = Path(folder, "index.faiss")
             info = ivf.merge_parts(task.template, paths, merged)
             return IndexFile(stored=releases.store(task.releases_uri, merged.name, merged), info=info)
@@ -181,7 +181,7 @@ def _unless_done(
     return manifests.recorded(storage.join(work_uri, f"{step}.json"), IndexFile, make, holds=is_there)
 
 
-def _fetched(root_uri: str, stored: StoredObject, folder: Path) -> Path:
+def fetched(root_uri: str, stored: StoredObject, folder: Path) -> Path:
     """A verified local file of a stored object."""
     uri = storage.join(root_uri, stored.name)
     path = storage.local_path(uri) if storage.is_local(uri) else folder / stored.name
@@ -190,40 +190,3 @@ def _fetched(root_uri: str, stored: StoredObject, folder: Path) -> Path:
     if not path.is_file() or manifests.describe_object(stored.name, path) != stored:
         raise ManifestError(f"{uri} is missing or damaged; delete {root_uri} and build again")
     return path
-
-
-class VectorsTask(NamedTuple):
-    """The re-rank vectors of one shard of num_rows rows."""
-
-    source: VectorSource
-    file: EmbeddingFile
-    num_rows: int
-    releases_uri: str
-
-
-class ShardVectors(NamedTuple):
-    """What was stored of a shard."""
-
-    stored: VectorShard
-    indexed: Ids
-    """ids, ascending"""
-    num_refused: int
-
-
-def store_vectors(task: VectorsTask) -> ShardVectors:
-    """Store the re-rank vectors of the live rows of one shard."""
-    table = embeddings.read(task.source.embeddings_uri, task.file)
-    live = task.source.live(table.ids)
-    kept = replace(
-        table,
-        ids=table.ids[live],
-        keys=[""] * int(live.sum()),
-        labels=[None] * int(live.sum()),
-        embeddings=table.embeddings[live],
-        structures=table.structures[live],
-    )
-    stored = releases.store_vectors(
-        task.releases_uri, kept, number=task.file.number, num_rows=task.num_rows, metric=task.source.metric
-    )
-    num_refused = int(task.source.live(table.refused_ids).sum())
-    return ShardVectors(stored, kept.ids, num_refused)

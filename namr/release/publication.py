@@ -18,7 +18,7 @@ from datetime import datetime
 import numpy as np
 import numpy.typing as npt
 
-from namr.data import datasets, shards
+from namr.data import datasets
 from namr.errors import ConfigError, Conflict, ManifestError, ObjectMissing
 from namr.release import releases, takedowns
 from namr.release.releases import Release, ReleaseManifest
@@ -143,12 +143,12 @@ def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
     _reconcile(
         what, "entries of its segments", num_entries, {"indexed": counts.num_indexed, "dead": len(dead)}
     )
-    num_rows = sum(shard.num_rows for shard in manifest.vectors)
-    _reconcile(what, "rows of its re-rank vectors", num_rows, {"samples of its dataset": counts.num_samples})
+    num_rows = manifest.vectors.num_rows
+    _reconcile(what, "rows of its re-rank vectors", num_rows, {"entries of its segments": num_entries})
     _reconcile(what, "items", len(items), {"indexed": counts.num_indexed})
     if (np.diff(items.ids) <= 0).any():
         raise ManifestError(f"{what}: the ids of its items don't ascend")
-    _check_vectors(what, manifest, items.ids)
+    _check_vectors(what, Release(releases_uri, manifest), items.ids)
     if manifest.nprobe < 1 or manifest.depth < 1 or manifest.gallery_min_structure <= 0:
         raise ManifestError(
             f"{what}: nprobe {manifest.nprobe} and depth {manifest.depth} have to be at least 1, and the "
@@ -165,21 +165,29 @@ def _reconcile(what: str, name: str, whole: int, parts: dict[str, int]) -> None:
         )
 
 
-def _check_vectors(what: str, manifest: ReleaseManifest, item_ids: npt.NDArray[np.int64]) -> None:
-    for shard in manifest.vectors:
-        for stored in (shard.embedding, shard.structure):
-            header = stored.size_bytes - 2 * shard.num_rows * manifest.embedding_dim
-            if not 0 < header <= _MAX_NPY_HEADER_BYTES:
-                raise ManifestError(
-                    f"{what}: {stored.name} has {stored.size_bytes} bytes, which are not {shard.num_rows} "
-                    f"float16 vectors of dimension {manifest.embedding_dim}"
-                )
-    num_rows = {shard.number: shard.num_rows for shard in manifest.vectors}
-    numbers = shards.shard_of(item_ids)
-    last_of_shards = item_ids[np.append(numbers[1:] != numbers[:-1], True)] if len(item_ids) else item_ids
-    for item_id in last_of_shards.tolist():
-        if (item_id & 0xFFFFFFFF) >= num_rows.get(item_id >> 32, 0):
-            raise ManifestError(f"{what}: item {item_id} (shard {item_id >> 32}) has no re-rank vector")
+def _check_vectors(what: str, release: Release, item_ids: npt.NDArray[np.int64]) -> None:
+    """Every row is one sample's, every item has one, and the files are as long as their rows."""
+    vectors, dim = release.manifest.vectors, release.manifest.embedding_dim
+    for each in vectors.files:
+        header = each.file.size_bytes - 2 * 2 * each.num_rows * dim
+        if not 0 < header <= _MAX_NPY_HEADER_BYTES:
+            raise ManifestError(
+                f"{what}: {each.file.name} has {each.file.size_bytes} bytes, which are not {each.num_rows} "
+                f"pairs of float16 vectors of dimension {dim}"
+            )
+    places = release.places()
+    num_samples, rows = release.manifest.counts.num_samples, places.rows[places.rows >= 0]
+    _reconcile(
+        what, "places of its re-rank vectors", len(places.rows), {"samples of its dataset": num_samples}
+    )
+    if not np.array_equal(np.sort(rows), np.arange(vectors.num_rows)):
+        raise ManifestError(
+            f"{what}: {len(rows)} samples have a place among {vectors.num_rows} re-rank vectors, and not "
+            "each one of its own"
+        )
+    lacking = item_ids[places.of(item_ids) < 0]
+    if len(lacking):
+        raise ManifestError(f"{what}: item {lacking[0]} has no re-rank vector, and {len(lacking) - 1} others")
 
 
 def _check_object(releases_uri: str, stored: StoredObject) -> None:

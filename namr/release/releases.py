@@ -13,7 +13,6 @@ Not covered: which release is current and how that changes (`publication`), coll
 lists any more, and compacting segments.
 """
 
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,18 +21,17 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from namr.data import shards
-from namr.errors import ConfigError, ManifestError, NamrError, ObjectMissing, ShapeError, StorageError
+from namr.errors import ConfigError, ManifestError, NamrError, ObjectMissing, StorageError
 from namr.index import ivf
-from namr.model import distances
 from namr.model.distances import Metric, Side
-from namr.release import takedowns
+from namr.release import arrays, places, takedowns
+from namr.release.places import Places
 from namr.store import manifests, scratch, storage, tables
 from namr.store.cache import Cache
 from namr.store.manifests import Pointer, StoredObject
-from namr.store.tables import EmbeddingTable, SampleTable
+from namr.store.tables import SampleTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +44,37 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorShard:
-    """The re-rank vectors of one shard: float16 (num_rows, D) .npy files, row = id & 0xffffffff.
+class VectorFile:
+    """Re-rank vectors: a float16 .npy file (num_rows, 2, D), an item's embedding and structure side by side.
 
-    Rows that are not in the index (refused, tombstoned) are NaN.
+    The embedding is as it is searched, of unit length for the metric "cosine".
     """
 
-    number: int
+    file: StoredObject
     num_rows: int
-    embedding: StoredObject
-    """as it is searched: of unit length for the metric "cosine\""""
-    structure: StoredObject
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredVectors:
+    """The re-rank vectors of all that segments hold, in the order of their lists."""
+
+    files: tuple[VectorFile, ...]
+    """one after the other; one, unless it would be larger than 4 GiB"""
+    shards: StoredObject
+    """with `rows`: which row an id has, see `places`"""
+    rows: StoredObject
     min_structure: float
-    """the smallest structure weight in it; 1 where it has no vector"""
+    """no structure weight is below it; 1 where there is no vector"""
+
+    @property
+    def num_rows(self) -> int:
+        """Of all files."""
+        return sum(each.num_rows for each in self.files)
+
+    def objects(self) -> Iterator[StoredObject]:
+        """All of them."""
+        yield from (self.shards, self.rows)
+        yield from (each.file for each in self.files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +100,7 @@ class ReleaseManifest:
     """One release, as stored."""
 
     FORMAT: ClassVar[str] = "namr-release"
-    FORMAT_VERSION: ClassVar[int] = 1
+    FORMAT_VERSION: ClassVar[int] = 2
 
     release_id: str
     created: str
@@ -108,7 +124,7 @@ class ReleaseManifest:
     """in the order of their ids"""
     tombstones: StoredObject | None
     """ids that segments hold and nobody may find: int64 .npy, ascending; None where there are none"""
-    vectors: tuple[VectorShard, ...]
+    vectors: StoredVectors
     items: StoredObject
     """a SampleTable of what can be found, ascending ids"""
     report_json: StoredObject | None
@@ -126,15 +142,14 @@ class ReleaseManifest:
     @property
     def gallery_min_structure(self) -> float:
         """No structure weight of the gallery is below this."""
-        return min((shard.min_structure for shard in self.vectors), default=1.0)
+        return self.vectors.min_structure
 
     def objects(self) -> Iterator[StoredObject]:
         """Everything that has to be there for the release to work."""
         yield from (self.template, self.items)
         yield from (segment.file for segment in self.segments)
         yield from filter(None, (self.tombstones, self.report_json, self.report_html))
-        for shard in self.vectors:
-            yield from (shard.embedding, shard.structure)
+        yield from self.vectors.objects()
 
 
 @dataclass(frozen=True)
@@ -169,51 +184,25 @@ class Release:
         """What can be found, by ascending id."""
         return tables.decode_samples(self.read(self.manifest.items))
 
+    def places(self) -> Places:
+        """Which row of the re-rank vectors an id has."""
+        of = self.manifest.vectors
+        dtype = places.dtype_of(of.num_rows)
+        return Places(
+            arrays.decode_array(self.read(of.shards), np.int64),
+            arrays.decode_array(self.read(of.rows), dtype),
+        )
+
     def tombstones(self) -> npt.NDArray[np.int64]:
         """Ids that segments hold and nobody may find, ascending."""
         stored = self.manifest.tombstones
-        return decode_array(self.read(stored), np.int64) if stored else np.empty(0, np.int64)
+        return arrays.decode_array(self.read(stored), np.int64) if stored else np.empty(0, np.int64)
 
 
 def store(releases_uri: str, name: str, data: bytes | Path) -> StoredObject:
     """Write an object of a release under its digest; one that is there already is not written again."""
     digest = storage.sha256(data) if isinstance(data, bytes) else storage.sha256_of_file(data)
     return manifests.write_object(releases_uri, f"objects/{digest}/{name}", data)
-
-
-def store_vectors(
-    releases_uri: str, table: EmbeddingTable, *, number: int, num_rows: int, metric: Metric
-) -> VectorShard:
-    """Write the re-rank vectors of one shard; rows that `table` lacks become NaN.
-
-    table.embeddings (n, D) are as the model returned them. Raises ShapeError for ids of another shard, and
-    for values that float16 can't hold.
-    """
-    rows = shards.row_of(table.ids)
-    if (shards.shard_of(table.ids) != number).any() or (rows >= num_rows).any():
-        raise ShapeError(
-            f"embeddings of other samples than the {num_rows} of shard {number}: check their ids"
-        )
-    searched = distances.for_search(torch.from_numpy(table.embeddings), metric).numpy()
-    files = []
-    for what, vectors in (("embedding", searched), ("structure", table.structures)):
-        stored = np.full((num_rows, vectors.shape[1]), np.nan, np.float16)
-        with np.errstate(over="ignore"):
-            stored[rows] = vectors
-        if not np.isfinite(stored[rows]).all():
-            largest = float(np.abs(vectors).max())
-            raise ShapeError(
-                f"shard {number}: {what}s up to {largest:g} don't fit float16 (65504); fold the model's scale"
-            )
-        files.append((store(releases_uri, f"{what}-{number:06d}.npy", encode_array(stored)), stored[rows]))
-    (embedding, _), (structure, weights) = files
-    return VectorShard(
-        number=number,
-        num_rows=num_rows,
-        embedding=embedding,
-        structure=structure,
-        min_structure=float(weights.min()) if weights.size else 1.0,
-    )
 
 
 def read_pointer(releases_uri: str) -> Pointer | None:
@@ -297,26 +286,6 @@ def export(release: Release, out_path: Path) -> ivf.IndexInfo:
             paths[0].replace(out_path)
             return ivf.inspect(out_path)
         return ivf.merge_parts(ivf.load_template(release.read(manifest.template)), paths, out_path)
-
-
-def encode_array(array: npt.NDArray[np.float16] | npt.NDArray[np.int64]) -> bytes:
-    """The .npy file of an array."""
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
-
-
-def decode_array(data: bytes, dtype: type[np.int64]) -> npt.NDArray[np.int64]:
-    """The array of a .npy file; ManifestError if it is none or of another type."""
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except ValueError as error:
-        raise ManifestError(f"not a .npy file ({len(data)} bytes): {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype != dtype:
-        raise ManifestError(
-            f"expected a .npy file of {np.dtype(dtype)}, got {getattr(array, 'dtype', 'none')}"
-        )
-    return array
 
 
 def pointer_uri(releases_uri: str) -> str:

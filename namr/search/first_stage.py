@@ -61,6 +61,9 @@ class _Stage:
         share = min(1.0, self.nprobe / index.num_lists) if index.num_lists else 1.0
         per_query = max(1.0, index.num_vectors * share * index.dim)
         step = max(1, min(int(_PRODUCTS / per_query), _CELLS // depth))
+        if len(q) <= step:
+            self.stop()
+            return self._at_once(q, own_ids, depth)
         squared = np.empty((len(q), self.num), np.float32)
         ids = np.empty((len(q), self.num), np.int64)
         for start in range(0, len(q), step):
@@ -73,15 +76,19 @@ class _Stage:
     def _at_once(self, q: Floats, own_ids: Ids | None, depth: int) -> tuple[Floats, Ids]:
         total = max(1, self.index.num_vectors)
         squared, ids = self.index.search(q, min(depth, total), self.nprobe)
-        is_last = (depth >= total) | (ids < 0).any(axis=1)  # a deeper search would bring nothing more
-        is_hidden = among(ids, self.hidden)
-        if own_ids is not None:
-            is_hidden |= ids == own_ids[:, None]
-        squared[is_hidden], ids[is_hidden] = np.inf, -1
-        if is_hidden.any() or not self.index.is_compressed:  # those of codes are ordered anew anyway
+        is_last = (depth >= total) | (ids[:, -1] < 0)  # a deeper search would bring nothing more
+        hides = False
+        if len(self.hidden) or own_ids is not None:
+            is_hidden = among(ids, self.hidden)
+            if own_ids is not None:
+                is_hidden |= ids == own_ids[:, None]
+            squared[is_hidden], ids[is_hidden] = np.inf, -1
+            hides = bool(is_hidden.any())
+        if hides or not self.index.is_compressed:  # those of codes are ordered anew anyway
             order = np.lexsort((np.where(ids < 0, _NO_ID, ids), squared), axis=-1)[:, : self.num]
             rows = np.arange(len(order))[:, None]
             squared, ids = squared[rows, order], ids[rows, order]
+        squared, ids = squared[:, : self.num], ids[:, : self.num]
         if ids.shape[1] < self.num:
             missing = ((0, 0), (0, self.num - ids.shape[1]))
             squared = np.pad(squared, missing, constant_values=np.inf)

@@ -67,9 +67,9 @@ def _checked(name: str, given: Floats | None, dim: int, *, most: float) -> Tenso
     if not len(array):
         raise ShapeError(f"{name} are {array.shape}: an empty batch; expected at least one query")
     largest = np.abs(array).max(axis=1)
-    if not np.isfinite(largest).all():
-        raise ShapeError(f"{name}: row {int(np.argmin(np.isfinite(largest)))} holds NaN or infinity")
-    if (largest > most).any():
+    if not (largest <= most).all():  # NaN isn't either
+        if not np.isfinite(largest).all():
+            raise ShapeError(f"{name}: row {int(np.argmin(np.isfinite(largest)))} holds NaN or infinity")
         row = int(np.argmax(largest))
         raise ShapeError(
             f"{name}: row {row} holds a value of size {largest[row]:g}; the largest that can be "

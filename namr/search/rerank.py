@@ -8,7 +8,7 @@ out has an adaptive squared distance below w L. If the k-th of the re-ranked can
 the k nearest of the whole gallery are among the candidates. `outside_squared` makes L smaller by what
 rounding may have changed: the sums of float32 in the index and the float16 of the re-rank vectors.
 
-Legend: Q queries, M candidates of a query, D dimension, N rows of a shard, K neighbours.
+Legend: Q queries, M candidates of a query, D dimension, K neighbours.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,13 +72,16 @@ def rerank(
     Q M D. Raises ManifestError for a candidate without a usable re-rank vector.
     """
     num_queries, _ = candidate_ids.shape
-    present = candidate_ids >= 0
-    if not present.any():
-        return _nothing(num_queries, k)
-    known = np.where(present, candidate_ids, candidate_ids[present][0])
+    present, known = candidate_ids >= 0, candidate_ids
+    has_all = present.all()
+    if not has_all:
+        if not present.any():
+            return _nothing(num_queries, k)
+        known = np.where(present, candidate_ids, candidate_ids[present][0])
     squared = _own_squared(q, s_q, known, vectors, side=side, stop=stop)
     _check_usable((squared >= 0) & (squared < np.inf), known)  # False for NaN too
-    squared[~present] = np.inf
+    if not has_all:
+        squared[~present] = np.inf
     best = _nearest(Ranked(candidate_ids, squared, squared), k)
     if side == "none":
         return _filled(best, k)
@@ -102,13 +105,13 @@ def nearest_exact(
 
     Reads every vector: for small galleries, and as the reference of what re-ranking misses. hidden: ids,
     ascending, that must not be found; own_ids (Q,): one id that each query must not find. Raises
-    ManifestError for a vector that is damaged; a row of NaN is none.
+    ManifestError for a vector that is damaged.
     """
     q64, s64 = q.double(), None if s_q is None else s_q.double()
     best = _nothing(len(q), 0)
     for ids, x, s in vectors.blocks():
         stop()
-        kept = ~(np.isnan(x[:, 0].numpy()) | np.isin(ids, hidden))
+        kept = ~np.isin(ids, hidden)
         if not kept.any():
             continue
         at = torch.from_numpy(np.flatnonzero(kept))
@@ -130,17 +133,19 @@ def _own_squared(
 
     Gathered in large blocks, so that few pages are read twice, and computed in small ones.
     """
+    most = _BLOCK_VALUES // vectors.dim
+    if ids.size <= min(most, _GATHERED_VALUES // vectors.dim):
+        # one block: a query that is alone would wait longer for the slices than for the work
+        stop()
+        x, s = _gathered(ids, vectors, side)
+        return distances.rerank_squared(q, s_q, x, s, side=side).numpy().astype(np.float64)
     squared = np.empty(ids.shape, np.float64)
     for rows, columns in _blocks(*ids.shape, most=_GATHERED_VALUES // vectors.dim):
         stop()
         some, of_some = ids[rows, columns], squared[rows, columns]
-        s = None
-        if side in ("both", "scale"):
-            x, s = (of_all.view(*some.shape, -1) for of_all in vectors.both(some.ravel()))
-        else:
-            x = vectors.embeddings(some.ravel()).view(*some.shape, -1)
+        x, s = _gathered(some, vectors, side)
         q_rows, s_q_rows = q[rows], None if s_q is None else s_q[rows]
-        for r, c in _blocks(*some.shape, most=_BLOCK_VALUES // vectors.dim):
+        for r, c in _blocks(*some.shape, most=most):
             of_some[r, c] = distances.rerank_squared(
                 q_rows[r],
                 None if s_q_rows is None else s_q_rows[r],
@@ -149,6 +154,15 @@ def _own_squared(
                 side=side,
             ).numpy()
     return squared
+
+
+def _gathered(ids: Ids, vectors: GalleryVectors, side: Side) -> tuple[Tensor, Tensor | None]:
+    """What `side` compares of items: ids (Q, M) -> embeddings, and structures if they are read, (Q, M, D)."""
+    shape = (*ids.shape, vectors.dim)
+    if side in ("both", "scale"):
+        x, s = vectors.both(ids.ravel())
+        return x.view(shape), s.view(shape)
+    return vectors.embeddings(ids.ravel()).view(shape), None
 
 
 def _blocks(num_rows: int, num_columns: int, *, most: int) -> Iterator[tuple[slice, slice]]:

@@ -28,6 +28,7 @@ from namr.index import ivf
 from namr.model import model
 from namr.model.model import NamrModel
 from namr.release import releases, takedowns
+from namr.release.places import Places
 from namr.release.releases import Release
 from namr.search import queries
 from namr.search.answers import Answer, Hit, ReleaseInfo, SearchOptions, Timings
@@ -35,7 +36,7 @@ from namr.search.items import Items
 from namr.search.queries import Queries
 from namr.search.rerank import Stop, go_on
 from namr.search.stages import Neighbours, Plan, Stages
-from namr.search.vectors import GalleryVectors, VectorPaths
+from namr.search.vectors import GalleryVectors
 from namr.sides import Side
 from namr.store.cache import Cache
 
@@ -127,17 +128,15 @@ class Searcher:
             num_threads=num_threads or torch.get_num_threads(),
         )
         _check_index(index, release)
-        paths = {
-            shard.number: VectorPaths(
-                release.path(shard.embedding, cache), release.path(shard.structure, cache)
-            )
-            for shard in manifest.vectors
-            if shard.num_rows
-        }
+        stored = manifest.vectors
+        places = Places.open(
+            release.path(stored.shards, cache), release.path(stored.rows, cache), num_rows=stored.num_rows
+        )
+        paths = [release.path(each.file, cache) for each in stored.files]
         return cls(
             release,
             index=index,
-            vectors=GalleryVectors(paths, dim=manifest.embedding_dim),
+            vectors=GalleryVectors(paths, places, dim=manifest.embedding_dim),
             items=Items(release.items()),
             dead=release.tombstones(),
             query_model=query_model,

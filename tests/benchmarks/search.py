@@ -20,18 +20,19 @@ import faiss
 import numpy as np
 import torch
 
-from namr.index import ivf
+from namr.index import index_files, ivf
 from namr.nightly import tuning
 from namr.nightly.tuning import Point
 from namr.release import releases
-from namr.release.releases import Counts, Release, ReleaseManifest, Segment, VectorShard
+from namr.release.releases import Counts, Release, ReleaseManifest, Segment, StoredVectors
 from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.searcher import Searcher
-from namr.search.vectors import GalleryVectors, VectorPaths
+from namr.search.vectors import GalleryVectors
 from namr.store import tables
 from namr.store.cache import Cache
-from namr.store.tables import EmbeddingTable, SampleTable
+from namr.store.tables import SampleTable
+from tests import small_release
 
 TARGET = 0.9
 BATCH, NUM_QUERIES, K, DEPTH = 256, 1024, 10, 100
@@ -160,29 +161,28 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
     template = ivf.train_template(sample, key, seed=0, num_threads=options.threads)
     queries = draw(NUM_QUERIES, options.dim, seed=10**6)
     exact = faiss.ResultHeap(BATCH, K)
-    vectors: list[VectorShard] = []
 
     def blocks() -> Iterator[tuple[ivf.Floats, ivf.Ids]]:
         for number, size in enumerate(sizes):
             drawn, ids = draw(size, options.dim, seed=number + 1), (number << 32) + np.arange(size)
-            vectors.append(store(uri, drawn, ids, number))
             x = drawn.x.astype(np.float16).astype(np.float32)
             exact.add_result(*numbered(faiss.knn(queries.x[:BATCH], x, K), ids))
             yield x, ids
 
     info = ivf.build_part(template, blocks(), path, num_threads=options.threads)
     exact.finalize()
+    shards = np.array(list(enumerate(sizes)), np.int64)
+    vectors = small_release.store_vectors(
+        uri, folder, index_files.ids_in(path), shards, pairs(sizes, options.dim)
+    )
     manifest = describe(uri, key, template, options.dim, vectors, info.num_vectors)
     cache = Cache(folder / "cache", 1 << 40)
     release = Release(uri, manifest)
-    paths = {
-        shard.number: VectorPaths(release.path(shard.embedding, cache), release.path(shard.structure, cache))
-        for shard in vectors
-    }
+    paths = [release.path(each.file, cache) for each in vectors.files]
     searcher = Searcher(
         release,
         index=ivf.open_index(path, num_threads=options.threads),
-        vectors=GalleryVectors(paths, dim=options.dim),
+        vectors=GalleryVectors(paths, release.places(), dim=options.dim),
         items=Items(nothing()),
         dead=np.empty(0, np.int64),
         query_model=None,
@@ -210,18 +210,11 @@ def numbered(knn: tuple[np.ndarray, np.ndarray], ids: np.ndarray) -> tuple[np.nd
     return knn[0], ids[knn[1]]
 
 
-def store(uri: str, drawn: Vectors, ids: np.ndarray, number: int) -> VectorShard:
-    table = EmbeddingTable(
-        ids=ids,
-        keys=[""] * len(ids),
-        labels=[None] * len(ids),
-        embeddings=drawn.x,
-        structures=drawn.s,
-        refused_ids=np.empty(0, np.int64),
-        refused_keys=[],
-        refused_reasons=[],
-    )
-    return releases.store_vectors(uri, table, number=number, num_rows=len(ids), metric="l2")
+def pairs(sizes: Sequence[int], dim: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids, and both vectors (n, 2, D) float16, of each shard again."""
+    for number, size in enumerate(sizes):
+        drawn = draw(size, dim, seed=number + 1)
+        yield (number << 32) + np.arange(size), np.stack(drawn, axis=1).astype(np.float16)
 
 
 def nothing() -> SampleTable:
@@ -230,7 +223,7 @@ def nothing() -> SampleTable:
 
 
 def describe(
-    uri: str, key: str, template: ivf.Template, dim: int, vectors: Sequence[VectorShard], num: int
+    uri: str, key: str, template: ivf.Template, dim: int, vectors: StoredVectors, num: int
 ) -> ReleaseManifest:
     empty = releases.store(uri, "empty", b"")
     return ReleaseManifest(
@@ -251,7 +244,7 @@ def describe(
         counts=Counts(num_samples=num, num_indexed=num, num_refused=0, num_tombstoned=0),
         segments=(Segment(file=empty, num_entries=num),),
         tombstones=None,
-        vectors=tuple(vectors),
+        vectors=vectors,
         items=releases.store(uri, "items.parquet", tables.encode_samples(nothing())),
         report_json=empty,
         report_html=empty,

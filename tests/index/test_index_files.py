@@ -69,6 +69,7 @@ def test_an_index_is_known_by_its_file(key: str, tmp_path: Path) -> None:
         index = index_files.open_file(path, mmap=mmap)
         assert index_files.key_of(index, "it") == key
         assert sorted(index_files.ids_of(index).tolist()) == list(range(0, 60, 3))
+        assert index_files.ids_in(path).tolist() == index_files.ids_of(index).tolist()
 
 
 @pytest.mark.parametrize(

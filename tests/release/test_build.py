@@ -1,6 +1,5 @@
 """From embeddings to a segment: equal to the one index, reconciled by ids, and the same after a restart."""
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from namr.data.datasets import Dataset
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile
 from namr.errors import ConfigError, ManifestError, ShapeError
-from namr.index import ivf
+from namr.index import index_files, ivf
 from namr.model import distances
-from namr.release import build, build_steps
+from namr.release import build, build_steps, vector_steps
 from namr.release.build import BuildConfig, BuildReport
+from namr.release.places import Places
 from namr.store import manifests, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.tables import EmbeddingTable
@@ -156,18 +156,34 @@ def test_the_segment_is_the_one_index_over_all_live_vectors(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_vectors_and_items_are_those_of_live_samples(gallery: Path, tmp_path: Path) -> None:
-    report = built(gallery, tmp_path, metric="cosine")
+@pytest.mark.parametrize(("rows_a_file", "rows_a_piece"), [(10**6, 10**6), (200, 1), (595, 301), (7, 300)])
+@pytest.mark.parametrize("key", ["Flat", "IVF8,SQ8"])
+def test_vectors_and_items_are_those_of_live_samples(
+    key: str,
+    rows_a_file: int,
+    rows_a_piece: int,
+    gallery: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vector_steps, "FILE_BYTES", 4 * DIM * rows_a_file)
+    monkeypatch.setattr(vector_steps, "PIECE_BYTES", 4 * DIM * rows_a_piece)
+    report = built(gallery, tmp_path, index_key=key, metric="cosine")
     x, ids = live_vectors(gallery, "cosine")
-    rows = shards.row_of(ids)
-    assert [shard.num_rows for shard in report.vectors] == ROWS
-    for shard in report.vectors:
-        data = (tmp_path / shard.embedding.name).read_bytes()
-        stored = np.load(io.BytesIO(data))
-        mine = shards.shard_of(ids) == shard.number
-        np.testing.assert_array_equal(stored[rows[mine]], x[mine].astype(np.float16))
-        assert np.isnan(np.delete(stored, rows[mine], axis=0)).all()
-        assert 0.5 <= shard.min_structure < 1
+    stored = report.vectors
+    assert [of.num_rows for of in stored.files] == [
+        min(rows_a_file, len(ids) - first) for first in range(0, len(ids), rows_a_file)
+    ]
+    both = np.concatenate([np.load(tmp_path / of.file.name) for of in stored.files])
+    in_order = index_files.ids_in(tmp_path / report.segments[0].file.name)
+    np.testing.assert_array_equal(both[:, 0], x[np.searchsorted(ids, in_order)].astype(np.float16))
+    table = Places.open(tmp_path / stored.shards.name, tmp_path / stored.rows.name, num_rows=len(ids))
+    np.testing.assert_array_equal(table.of(in_order), np.arange(len(ids)))
+    assert table.shards.tolist() == [[number, size] for number, size in enumerate(ROWS)]
+    assert (table.of(np.array(REFUSED + DEAD)) == -1).all()
+    assert 0.5 <= stored.min_structure == both[:, 1].min() < 1
+    work = next((tmp_path / "building").iterdir())
+    assert not [path for path in work.glob("vectors-*") if path.suffix != ".json"]
     items = tables.decode_samples((tmp_path / report.items.name).read_bytes())
     assert items.ids.tolist() == ids.tolist()
     samples = [report.dataset.samples(entry) for entry in report.dataset.shards]
@@ -192,6 +208,7 @@ def test_a_build_that_was_killed_goes_on_to_the_same_release(
     work = next((tmp_path / "killed" / "building").iterdir())
     (work / "segment.json").unlink()
     (work / "part-00002.json").unlink()
+    (work / "vectors-00000.json").unlink()
     untouched = {path: path.stat().st_mtime_ns for path in work.glob("part-00001*")}
     resumed = built(gallery, tmp_path / "killed")
     assert {path: path.stat().st_mtime_ns for path in untouched} == untouched

@@ -21,7 +21,6 @@ from namr.release.build_steps import (
     SampleTask,
     TrainTask,
     VectorSource,
-    VectorsTask,
 )
 from namr.store import manifests, storage, tables
 from namr.store.tables import EmbeddingTable
@@ -183,15 +182,3 @@ def test_a_part_that_was_harmed_is_never_merged(
     with pytest.raises(ManifestError, match="is missing or damaged; delete"):
         build_steps.merge(merge_task(task, [part], tmp_path))
     assert not storage.exists(str(tmp_path / "segment.json"))
-
-
-def test_re_rank_vectors_are_those_of_live_rows(
-    files: list[EmbeddingFile], source: VectorSource, tmp_path: Path
-) -> None:
-    stored = build_steps.store_vectors(VectorsTask(source, files[0], 60, str(tmp_path / "releases")))
-    assert stored.indexed.tolist() == live_ids(files[0])
-    assert stored.num_refused == 0  # the refused one is tombstoned, and counted there
-    x = np.load(tmp_path / "releases" / stored.stored.embedding.name)
-    assert np.flatnonzero(~np.isnan(x[:, 0])).tolist() == live_ids(files[0])
-    alive = VectorsTask(source.of([files[1]]), files[1], 40, str(tmp_path / "releases"))
-    assert build_steps.store_vectors(alive).num_refused == 1

@@ -4,13 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from namr.data import datasets
 from namr.data.shards import make_id
 from namr.errors import ConfigError, Conflict, ManifestError
-from namr.release import publication, releases, takedowns
-from namr.release.releases import ReleaseManifest
+from namr.release import arrays, publication, releases, takedowns
+from namr.release.releases import Release, ReleaseManifest
 from namr.store import storage
 from tests import small_release
 from tests.small_release import NOW, Recipe
@@ -39,15 +40,48 @@ def test_counts_that_agree_among_themselves_are_held_against_the_segments(
         publication.publish(uri, replace(manifest, counts=lost), expected=None)
 
 
+def swap(rows: np.ndarray, release: Release, item_id: int, row: int) -> np.ndarray:
+    """The table of rows where this item's is another."""
+    other = rows.copy()
+    other[rows == release.places().of(np.array([item_id]))[0]] = row
+    return other
+
+
+def moved(rows: np.ndarray, release: Release, item_id: int) -> np.ndarray:
+    """The table of rows where a sample that is no item has this item's row."""
+    other = swap(rows, release, item_id, -1)
+    other[np.flatnonzero(rows < 0)[0]] = release.places().of(np.array([item_id]))[0]
+    return other
+
+
 def test_items_are_held_against_the_counts_and_the_vectors(
     fresh: tuple[str, ReleaseManifest], tmp_path: Path
 ) -> None:
     uri, manifest = fresh
-    shorter = replace(
-        manifest, vectors=(*manifest.vectors[:2], replace(manifest.vectors[2], number=9)), release_id="wrong"
-    )
-    with pytest.raises(ManifestError, match=r"shard 2.* has no re-rank vector"):
-        publication.publish(uri, shorter, expected=None)
+    release = Release(uri, manifest)
+    ids, rows = release.items().ids, release.places().rows
+    for harm, message in (
+        (swap(rows, release, ids[5], -1), "116 samples have a place among 117 re-rank vectors, and not each"),
+        (
+            swap(rows, release, ids[5], int(rows[0])),
+            "117 samples have a place among 117 .*not each one of its",
+        ),
+        (rows[:-1], "the shards have 120 samples, and 119 places are known"),
+        (moved(rows, release, ids[5]), f"item {ids[5]} has no re-rank vector, and 0 others"),
+    ):
+        stored = releases.store(uri, "vector-rows.npy", arrays.encode_array(harm))
+        wrong = replace(manifest, vectors=replace(manifest.vectors, rows=stored))
+        with pytest.raises(ManifestError, match=f"first is not published: {message}|{message}"):
+            publication.publish(uri, wrong, expected=None)
+    (file,) = manifest.vectors.files
+    lost = replace(manifest.vectors, files=(replace(file, num_rows=116),))
+    with pytest.raises(
+        ManifestError, match="116 rows of its re-rank vectors against 117 entries of its segm"
+    ):
+        publication.publish(uri, replace(manifest, vectors=lost), expected=None)
+    with pytest.raises(ManifestError, match="which are not 117 pairs of float16 vectors of dimension 17"):
+        publication.publish(uri, replace(manifest, embedding_dim=17), expected=None)
+    assert releases.current(uri) is None
     other = small_release.make_manifest(tmp_path / "other", Recipe(num_shards=1))
     data = storage.read(storage.join(str(tmp_path / "other" / "releases"), other.items.name))
     foreign = replace(manifest, items=releases.store(uri, "items.parquet", data))
@@ -57,13 +91,13 @@ def test_items_are_held_against_the_counts_and_the_vectors(
 
 def test_a_missing_or_shortened_object_stops_the_publication(fresh: tuple[str, ReleaseManifest]) -> None:
     uri, manifest = fresh
-    victim = Path(uri, manifest.vectors[1].structure.name)
+    victim = Path(uri, manifest.vectors.files[0].file.name)
     data = victim.read_bytes()
     victim.unlink()
-    with pytest.raises(ManifestError, match=r"structure-000001\.npy is missing"):
+    with pytest.raises(ManifestError, match=r"vectors-00000\.npy is missing"):
         publication.publish(uri, manifest, expected=None)
     victim.write_bytes(data[:-2])
-    with pytest.raises(ManifestError, match=r"structure-000001\.npy has .* bytes"):
+    with pytest.raises(ManifestError, match=r"vectors-00000\.npy has .* bytes"):
         publication.publish(uri, manifest, expected=None)
     victim.write_bytes(data)
     publication.publish(uri, manifest, expected=None)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from namr.data.shards import make_id
-from namr.errors import ConfigError, Conflict, ManifestError, ShapeError
+from namr.errors import ConfigError, Conflict, ManifestError
+from namr.index import index_files
 from namr.release import publication, releases, takedowns
 from namr.release.releases import ReleaseManifest
 from namr.search.searcher import Searcher
 from namr.store import storage
 from namr.store.cache import Cache
-from namr.store.tables import EmbeddingTable
 from tests import small_release
 from tests.small_release import NOW, Recipe
 
@@ -39,51 +39,35 @@ def test_a_published_release_reads_back_whole(fresh: tuple[str, ReleaseManifest]
     assert opened.items().keys[0] == "digit/0"
 
 
-def test_re_rank_vectors_lie_at_the_row_of_their_id(
-    fresh: tuple[str, ReleaseManifest], tmp_path: Path
+@pytest.mark.parametrize("num_vector_files", [1, 3])
+@pytest.mark.parametrize("key", ["Flat", "IVF4,Flat"])
+def test_re_rank_vectors_lie_in_the_order_of_the_lists(
+    tmp_path: Path, key: str, num_vector_files: int
 ) -> None:
-    uri, manifest = fresh
-    release = publication.publish(uri, manifest, expected=None)
-    cache = Cache(tmp_path / "cache", 10**9)
-    for shard in manifest.vectors:
-        x = np.load(release.path(shard.embedding, cache))
-        s = np.load(release.path(shard.structure, cache))
-        assert x.shape == s.shape == (40, 16)
-        assert x.dtype == s.dtype == np.float16
-        expected = small_release.random_vectors(40, 16, seed=shard.number)
-        gone = np.isnan(x).any(axis=1)
-        np.testing.assert_array_equal(x[~gone], expected.embeddings[~gone].astype(np.float16))
-        np.testing.assert_array_equal(s[~gone], expected.structures[~gone].astype(np.float16))
-        assert np.flatnonzero(gone).tolist() == {0: [3], 1: [0], 2: [39]}[shard.number]
-        assert shard.min_structure == s[~gone].min()
-    assert manifest.gallery_min_structure == min(shard.min_structure for shard in manifest.vectors)
+    refused = [make_id(0, 3), make_id(2, 39)]
+    recipe = Recipe(index_key=key, num_segments=2, num_vector_files=num_vector_files, refused=refused)
+    release = small_release.publish(tmp_path, recipe)
+    cache, stored = Cache(tmp_path / "cache", 10**9), release.manifest.vectors
+    in_order = np.concatenate(
+        [index_files.ids_in(release.path(of.file, cache)) for of in release.manifest.segments]
+    )
+    assert (np.diff(in_order) > 0).all() == (key == "Flat")
+    both = np.concatenate([np.load(release.path(of.file, cache)) for of in stored.files])
+    assert (both.shape, both.dtype) == ((118, 2, 16), np.float16)
+    expected = [small_release.random_vectors(40, 16, seed=number) for number in range(3)]
+    for row, item in enumerate(in_order.tolist()):
+        x, s = (of[item & 0xFFFFFFFF] for of in expected[item >> 32])
+        np.testing.assert_array_equal(both[row], np.stack([x, s]).astype(np.float16))
+    np.testing.assert_array_equal(release.places().of(in_order), np.arange(118))
+    assert release.places().of(np.array(refused)).tolist() == [-1, -1]
+    assert release.manifest.gallery_min_structure == both[:, 1].min()
 
 
 def test_cosine_vectors_are_stored_with_unit_length(tmp_path: Path) -> None:
     release = small_release.publish(tmp_path, Recipe(metric="cosine", num_shards=1))
-    x = np.load(release.path(release.manifest.vectors[0].embedding, Cache(tmp_path / "c", 10**9)))
+    (of_all,) = release.manifest.vectors.files
+    x = np.load(release.path(of_all.file, Cache(tmp_path / "c", 10**9)))[:, 0]
     np.testing.assert_allclose(np.linalg.norm(x.astype(np.float64), axis=1), 1, atol=1e-3)
-
-
-def test_vectors_of_another_shard_and_values_beyond_float16_are_refused(tmp_path: Path) -> None:
-    def table(ids: list[int], value: float) -> EmbeddingTable:
-        x = np.full((len(ids), 4), value, np.float32)
-        return EmbeddingTable(
-            ids=np.array(ids), keys=["a"] * len(ids), labels=[None] * len(ids), embeddings=x,
-            structures=np.ones_like(x), refused_ids=np.empty(0, np.int64), refused_keys=[],
-            refused_reasons=[],
-        )  # fmt: skip
-
-    def put(of: EmbeddingTable) -> None:
-        releases.store_vectors(str(tmp_path), of, number=3, num_rows=2, metric="l2")
-
-    put(table([make_id(3, 1)], 1.0))
-    with pytest.raises(ShapeError, match="other samples than the 2 of shard 3"):
-        put(table([make_id(2, 1)], 1.0))
-    with pytest.raises(ShapeError, match="other samples than the 2 of shard 3"):
-        put(table([make_id(3, 2)], 1.0))
-    with pytest.raises(ShapeError, match="1e\\+06 don't fit float16"):
-        put(table([make_id(3, 1)], 1e6))
 
 
 def test_an_object_that_is_there_already_is_not_written_again(tmp_path: Path) -> None:
@@ -103,21 +87,22 @@ def flip_bytes(path: Path, num: int) -> None:
     data.tofile(path)
 
 
-@pytest.mark.parametrize("what", ["segment", "embedding", "structure"])
+@pytest.mark.parametrize("what", ["segment", "vectors", "shards", "rows"])
 def test_a_local_file_with_other_bytes_of_the_same_size_is_never_opened(
     fresh: tuple[str, ReleaseManifest], what: str, tmp_path: Path
 ) -> None:
     uri, manifest = fresh
     release = publication.publish(uri, manifest, expected=None)
-    cache, vectors = Cache(tmp_path / "cache", 10**9), manifest.vectors[1]
+    cache, vectors = Cache(tmp_path / "cache", 10**9), manifest.vectors
     of = {
         "segment": manifest.segments[0].file,
-        "embedding": vectors.embedding,
-        "structure": vectors.structure,
+        "vectors": vectors.files[0].file,
+        "shards": vectors.shards,
+        "rows": vectors.rows,
     }
     stored = of[what]
     Searcher.of(release, cache=cache, query_model=None)
-    flip_bytes(Path(uri, stored.name), num=1000)
+    flip_bytes(Path(uri, stored.name), num=100)
     with pytest.raises(ManifestError, match=rf"{stored.name} is damaged: .*{stored.sha256}"):
         release.path(stored, cache)
     with pytest.raises(ManifestError, match="is damaged"):
@@ -149,12 +134,15 @@ def test_releases_are_listed_by_age_and_a_damaged_one_hides_no_other(three: str)
     assert "manifest.json is damaged" in str(listing.damaged["second"])
 
 
-def test_a_manifest_of_an_earlier_namr_opens(three: str) -> None:
+def test_a_manifest_of_an_earlier_namr_opens_if_its_layout_is_the_same(three: str) -> None:
     path = Path(three, "second", "manifest.json")
     body = json.loads(path.read_text())
     del body["config_digest"]
     path.write_text(json.dumps(body))
     assert releases.open_release(three, "second").manifest.config_digest == ""
+    path.write_text(json.dumps(body | {"format_version": 1}))
+    with pytest.raises(ManifestError, match="has format version 1, and this namr reads 2 of namr-release"):
+        releases.open_release(three, "second")
 
 
 @pytest.mark.parametrize("num_segments", [1, 3])
@@ -207,8 +195,9 @@ def test_releases_on_an_object_store(s3: str, tmp_path: Path) -> None:
     assert publication.roll_back(uri, now=NOW).manifest.release_id == "first"
     assert releases.read_pointer(uri)[0] == "first"
     cache = Cache(tmp_path / "cache", 10**9)
-    assert np.load(release.path(release.manifest.vectors[0].embedding, cache)).shape == (40, 16)
+    (vectors,) = release.manifest.vectors.files
+    assert np.load(release.path(vectors.file, cache)).shape == (120, 2, 16)
     assert releases.export(release, tmp_path / "whole.faiss").num_vectors == 120
-    storage.delete(storage.join(uri, release.manifest.vectors[0].embedding.name))
+    storage.delete(storage.join(uri, vectors.file.name))
     with pytest.raises(ManifestError, match="missing"):
         publication.roll_back(uri, to="second", now=NOW)

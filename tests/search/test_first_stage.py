@@ -81,3 +81,22 @@ def test_only_a_full_scan_of_plain_vectors_is_exact(
     template = ivf.train_template(x, key, seed=0, num_threads=1)
     ivf.build_part(template, [(x, np.arange(NUM))], path, num_threads=1)
     assert first_stage.is_exact(ivf.open_index(path), nprobe) == exact
+
+
+@pytest.mark.parametrize("step", [1, 50])
+def test_what_is_hidden_far_from_every_query_changes_nothing(
+    x: np.ndarray, tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes are not ordered anew then, and no candidate more than was asked for comes out."""
+    path, own = tmp_path / "index.faiss", np.arange(1000, 1030)
+    template = ivf.train_template(x, "IVF4,SQ8", seed=0, num_threads=1)
+    ivf.build_part(template, [(x, np.arange(NUM))], path, num_threads=1)
+    index, q = ivf.open_index(path), x[:30]
+    far = np.sort(order(x, q[:1], NONE, NUM)[0, -1:])
+    monkeypatch.setattr(first_stage, "_CELLS", step * 7)
+    whole = first_stage.candidates(index, q[:1], 5, nprobe=4, hidden=NONE)
+    for more in ({"hidden": far}, {"hidden": NONE, "own_ids": own[:1]}, {"hidden": far, "own_ids": own[:1]}):
+        found = first_stage.candidates(index, q[:1], 5, nprobe=4, **more)
+        np.testing.assert_array_equal(found.ids, whole.ids)
+        np.testing.assert_array_equal(found.squared, whole.squared)
+    assert first_stage.candidates(index, q, 5, nprobe=4, hidden=NONE, own_ids=own).ids.shape == (30, 5)

@@ -1,6 +1,7 @@
 """Re-ranking against brute force in float64, and the proof: where it is claimed, brute force agrees."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from namr.errors import ManifestError
 from namr.index import ivf
+from namr.release.places import Places, rows_of
 from namr.search import rerank, vectors
-from namr.search.vectors import GalleryVectors, VectorPaths
+from namr.search.vectors import GalleryVectors
 from namr.sides import SIDES, Side
 
 NOTHING_HIDDEN = np.empty(0, np.int64)
@@ -42,23 +44,35 @@ class Gallery(NamedTuple):
     vectors: GalleryVectors
 
 
-def store(folder: Path, x: np.ndarray, s: np.ndarray, *, num_shards: int, first: int = 0) -> Gallery:
-    """x and s as float16 over some shards, numbered with gaps."""
+def store(
+    folder: Path,
+    x: np.ndarray,
+    s: np.ndarray,
+    *,
+    num_shards: int,
+    num_files: int = 2,
+    lacking: Sequence[int] = (),
+) -> Gallery:
+    """x and s as float16, in any order: of shards numbered with gaps, without those that are lacking."""
     x, s = x.astype(np.float16), s.astype(np.float16)
-    paths, ids = {}, []
-    for at, rows in enumerate(np.array_split(np.arange(len(x)), num_shards)):
-        number = first + 3 * at
-        paths[number] = VectorPaths(folder / f"x-{number}.npy", folder / f"s-{number}.npy")
-        np.save(paths[number].embedding, x[rows])
-        np.save(paths[number].structure, s[rows])
-        ids.append((number << 32) + np.arange(len(rows)))
-    return Gallery(np.concatenate(ids), x, s, GalleryVectors(paths, dim=x.shape[1]))
+    sizes = [len(rows) for rows in np.array_split(np.arange(len(x)), num_shards)]
+    shards = np.array([(3 * at, size) for at, size in enumerate(sizes)], np.int64)
+    ids = np.concatenate([(number << 32) + np.arange(size) for number, size in shards])
+    order = np.random.default_rng(len(x)).permutation(np.setdiff1d(np.arange(len(x)), lacking))
+    paths = [folder / f"vectors-{number}.npy" for number in range(num_files)]
+    for path, rows in zip(paths, np.array_split(order, num_files), strict=True):
+        np.save(path, np.stack([x[rows], s[rows]], axis=1))
+    places = Places(shards, rows_of(ids[order], shards))
+    return Gallery(ids, x, s, GalleryVectors(paths, places, dim=x.shape[1]))
 
 
-def make(folder: Path, *, num: int = 60, dim: int = 8, num_shards: int = 4, seed: int = 0) -> Gallery:
+def make(folder: Path, *, num: int = 60, dim: int = 8, seed: int = 0, **layout: int) -> Gallery:
     rng = np.random.default_rng(seed)
     return store(
-        folder, rng.standard_normal((num, dim)), rng.uniform(0.5, 1.5, (num, dim)), num_shards=num_shards
+        folder,
+        rng.standard_normal((num, dim)),
+        rng.uniform(0.5, 1.5, (num, dim)),
+        **{"num_shards": 4, **layout},
     )
 
 
@@ -107,9 +121,9 @@ def test_no_more_vectors_are_gathered_at_once_than_a_block_has(
     sizes: list[int] = []
     gather = GalleryVectors._gather
 
-    def noted_gather(self: GalleryVectors, ids: np.ndarray, *kinds) -> list[torch.Tensor]:
+    def noted_gather(self: GalleryVectors, ids: np.ndarray, files: Sequence) -> np.ndarray:
         sizes.append(len(ids))
-        return gather(self, ids, *kinds)
+        return gather(self, ids, files)
 
     monkeypatch.setattr(rerank, "_GATHERED_VALUES", most * 8)
     monkeypatch.setattr(GalleryVectors, "_gather", noted_gather)
@@ -158,8 +172,10 @@ def test_a_candidate_without_a_vector_is_an_error_that_names_it(tmp_path: Path) 
     x[5] = np.nan
     gallery = store(tmp_path, x, np.ones((6, 4)), num_shards=1)
     q, s_q = queries(1, 4)
-    with pytest.raises(ManifestError, match="item 5 is in the index and has no re-rank vector"):
+    with pytest.raises(ManifestError, match="item 5 is in the index and has no re-rank vector, or a damaged"):
         rerank.rerank(q, s_q, gallery.ids[None], gallery.vectors, k=2, side="none")
+    with pytest.raises(ManifestError, match="item 5 is in the index and has no re-rank vector, or a damaged"):
+        rerank.nearest_exact(q, s_q, gallery.vectors, k=2, side="none", hidden=NOTHING_HIDDEN)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -181,9 +197,7 @@ def test_one_stage_is_brute_force(
 
 
 def test_one_stage_leaves_out_rows_without_vectors_and_fills_up(tmp_path: Path) -> None:
-    x = np.ones((6, 4))
-    x[[0, 4]] = np.nan
-    gallery = store(tmp_path, x, np.ones((6, 4)), num_shards=3)
+    gallery = store(tmp_path, np.ones((6, 4)), np.ones((6, 4)), num_shards=3, lacking=[0, 4])
     q, s_q = queries(1, 4)
     found = rerank.nearest_exact(q, s_q, gallery.vectors, k=6, side="query", hidden=gallery.ids[[1]])
     assert found.ids[0].tolist() == [*gallery.ids[[2, 3, 5]].tolist(), -1, -1, -1]

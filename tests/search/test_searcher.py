@@ -16,6 +16,7 @@ from namr.errors import ConfigError, ImageRefused, ManifestError, ModelMismatch,
 from namr.model import model
 from namr.model.distances import for_search
 from namr.release import releases, takedowns
+from namr.search import vectors
 from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.searcher import Searcher
@@ -295,11 +296,11 @@ def test_the_largest_queries_get_all_their_neighbours_and_finite_distances(
 
 def flip(searcher: Searcher, item_id: int, what: str, value: float) -> None:
     """Damage the stored vector of an item where it lies, as a disk might."""
-    (shard,) = [shard for shard in searcher.manifest.vectors if shard.number == item_id >> 32]
-    path = Path(searcher.release.releases_uri, getattr(shard, what).name)
-    vectors = np.load(path, mmap_mode="r+")
-    vectors[item_id & 0xFFFFFFFF, 3] = value
-    vectors.flush()
+    (stored,) = searcher.manifest.vectors.files
+    written = np.load(Path(searcher.release.releases_uri, stored.file.name), mmap_mode="r+")
+    (row,) = searcher.release.places().of(np.array([item_id]))
+    written[row, ["embedding", "structure"].index(what), 3] = value
+    written.flush()
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,10 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("options", [SearchOptions(), SearchOptions(side="none"), SearchOptions(exact=True)])
-def test_a_search_that_is_stopped_ends_with_what_stop_raises(searchers, options: SearchOptions) -> None:
+def test_a_search_that_is_stopped_ends_with_what_stop_raises(
+    searchers, options: SearchOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors, "_BLOCK_ROWS", 50)
     num_asked = 0
 
     def stop_at(number: int) -> Callable[[], None]:
@@ -453,7 +457,7 @@ def test_a_remote_release_is_searched_from_the_cache(s3: str, tmp_path: Path) ->
         *QUERIES, options=SearchOptions(k=5, nprobe=4)
     )
     np.testing.assert_array_equal(found.ids, local.ids)
-    for stored in (release.manifest.segments[0].file, release.manifest.vectors[0].embedding):
+    for stored in (release.manifest.segments[0].file, release.manifest.vectors.files[0].file):
         storage.delete(storage.join(f"{s3}/releases", stored.name))  # the cache is enough from now on
     again = Searcher.open(f"{s3}/releases", cache=cache).search_arrays(
         *QUERIES, options=SearchOptions(k=5, nprobe=4)
