@@ -16,7 +16,6 @@ from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
-import numpy.typing as npt
 
 from namr.data import datasets, shards
 from namr.errors import ConfigError, Conflict, ManifestError, ObjectMissing
@@ -136,7 +135,6 @@ def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
     if manifest.report_json is None or manifest.report_html is None:
         raise ManifestError(f"{what}: it was not measured, so it has no report")
     counts, dead = manifest.counts, Release(releases_uri, manifest).tombstones()
-    items = Release(releases_uri, manifest).items()
     went = {"indexed": counts.num_indexed, "refused": counts.num_refused, "tombstoned": counts.num_tombstoned}
     _reconcile(what, "samples of its dataset", counts.num_samples, went)
     num_entries = sum(segment.num_entries for segment in manifest.segments)
@@ -145,10 +143,8 @@ def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
     )
     num_rows = sum(shard.num_rows for shard in manifest.vectors)
     _reconcile(what, "rows of its re-rank vectors", num_rows, {"samples of its dataset": counts.num_samples})
-    _reconcile(what, "items", len(items), {"indexed": counts.num_indexed})
-    if (np.diff(items.ids) <= 0).any():
-        raise ManifestError(f"{what}: the ids of its items don't ascend")
-    _check_vectors(what, manifest, items.ids)
+    _check_vectors(what, manifest)
+    _check_items(what, Release(releases_uri, manifest))
     if manifest.nprobe < 1 or manifest.depth < 1 or manifest.gallery_min_structure <= 0:
         raise ManifestError(
             f"{what}: nprobe {manifest.nprobe} and depth {manifest.depth} have to be at least 1, and the "
@@ -165,7 +161,7 @@ def _reconcile(what: str, name: str, whole: int, parts: dict[str, int]) -> None:
         )
 
 
-def _check_vectors(what: str, manifest: ReleaseManifest, item_ids: npt.NDArray[np.int64]) -> None:
+def _check_vectors(what: str, manifest: ReleaseManifest) -> None:
     for shard in manifest.vectors:
         for stored in (shard.embedding, shard.structure):
             header = stored.size_bytes - 2 * shard.num_rows * manifest.embedding_dim
@@ -174,12 +170,22 @@ def _check_vectors(what: str, manifest: ReleaseManifest, item_ids: npt.NDArray[n
                     f"{what}: {stored.name} has {stored.size_bytes} bytes, which are not {shard.num_rows} "
                     f"float16 vectors of dimension {manifest.embedding_dim}"
                 )
-    num_rows = {shard.number: shard.num_rows for shard in manifest.vectors}
-    numbers = shards.shard_of(item_ids)
-    last_of_shards = item_ids[np.append(numbers[1:] != numbers[:-1], True)] if len(item_ids) else item_ids
-    for item_id in last_of_shards.tolist():
-        if (item_id & 0xFFFFFFFF) >= num_rows.get(item_id >> 32, 0):
-            raise ManifestError(f"{what}: item {item_id} (shard {item_id >> 32}) has no re-rank vector")
+
+
+def _check_items(what: str, release: Release) -> None:
+    """File by file: as many as are indexed, ids that ascend, and a re-rank vector for each."""
+    num_rows = {shard.number: shard.num_rows for shard in release.manifest.vectors}
+    num_items, last_id = 0, np.empty(0, np.int64)
+    for file in release.items():
+        if (np.diff(file.ids, prepend=last_id) <= 0).any():
+            raise ManifestError(f"{what}: the ids of its items don't ascend")
+        numbers = shards.shard_of(file.ids)
+        last_of_shards = file.ids[np.append(numbers[1:] != numbers[:-1], True)] if len(file) else file.ids
+        for item_id in last_of_shards.tolist():
+            if (item_id & 0xFFFFFFFF) >= num_rows.get(item_id >> 32, 0):
+                raise ManifestError(f"{what}: item {item_id} (shard {item_id >> 32}) has no re-rank vector")
+        num_items, last_id = num_items + len(file), file.ids[-1:].copy() if len(file) else last_id
+    _reconcile(what, "items", num_items, {"indexed": release.manifest.counts.num_indexed})
 
 
 def _check_object(releases_uri: str, stored: StoredObject) -> None:

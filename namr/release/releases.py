@@ -30,10 +30,11 @@ from namr.index import ivf
 from namr.model import distances
 from namr.model.distances import Metric, Side
 from namr.release import takedowns
-from namr.store import manifests, scratch, storage, tables
+from namr.store import item_files, manifests, scratch, storage
 from namr.store.cache import Cache
+from namr.store.item_files import ItemFile
 from namr.store.manifests import Pointer, StoredObject
-from namr.store.tables import EmbeddingTable, SampleTable
+from namr.store.tables import EmbeddingTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class ReleaseManifest:
     """One release, as stored."""
 
     FORMAT: ClassVar[str] = "namr-release"
-    FORMAT_VERSION: ClassVar[int] = 1
+    FORMAT_VERSION: ClassVar[int] = 2
 
     release_id: str
     created: str
@@ -109,8 +110,8 @@ class ReleaseManifest:
     tombstones: StoredObject | None
     """ids that segments hold and nobody may find: int64 .npy, ascending; None where there are none"""
     vectors: tuple[VectorShard, ...]
-    items: StoredObject
-    """a SampleTable of what can be found, ascending ids"""
+    items: tuple[StoredObject, ...]
+    """files of what can be found (`item_files`), ids ascending over all of them"""
     report_json: StoredObject | None
     """None only in a draft, which is measured before it is published; so for report_html"""
     report_html: StoredObject | None
@@ -130,7 +131,7 @@ class ReleaseManifest:
 
     def objects(self) -> Iterator[StoredObject]:
         """Everything that has to be there for the release to work."""
-        yield from (self.template, self.items)
+        yield from (self.template, *self.items)
         yield from (segment.file for segment in self.segments)
         yield from filter(None, (self.tombstones, self.report_json, self.report_html))
         for shard in self.vectors:
@@ -165,9 +166,9 @@ class Release:
                 raise
             raise ManifestError(f"{error}; restore it or build again") from error
 
-    def items(self) -> SampleTable:
-        """What can be found, by ascending id."""
-        return tables.decode_samples(self.read(self.manifest.items))
+    def items(self) -> Iterator[ItemFile]:
+        """What can be found, by ascending id: one file after the other, verified and held in memory."""
+        return (item_files.decode(self.read(stored)) for stored in self.manifest.items)
 
     def tombstones(self) -> npt.NDArray[np.int64]:
         """Ids that segments hold and nobody may find, ascending."""
@@ -274,7 +275,8 @@ def export(release: Release, out_path: Path) -> ivf.IndexInfo:
     """
     manifest = release.manifest
     hidden = takedowns.taken_down(release.releases_uri, manifest.dataset_uri)
-    num_hidden = len(release.tombstones()) + int(shards.among(hidden, release.items().ids).sum())
+    num_found = (int(shards.among(hidden, file.ids).sum()) for file in release.items())
+    num_hidden = len(release.tombstones()) + sum(num_found)
     if num_hidden:
         raise ConfigError(
             f"release {manifest.release_id} hides {num_hidden} dead entries that plain FAISS would find; "

@@ -37,6 +37,7 @@ from namr.search.rerank import Stop, go_on
 from namr.search.stages import Neighbours, Plan, Stages
 from namr.search.vectors import GalleryVectors, VectorPaths
 from namr.sides import Side
+from namr.store import item_files
 from namr.store.cache import Cache
 
 Floats = npt.NDArray[np.float32]
@@ -138,7 +139,7 @@ class Searcher:
             release,
             index=index,
             vectors=GalleryVectors(paths, dim=manifest.embedding_dim),
-            items=Items(release.items()),
+            items=Items([item_files.open_file(release.path(stored, cache)) for stored in manifest.items]),
             dead=release.tombstones(),
             query_model=query_model,
             device=device,

@@ -29,9 +29,8 @@ from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.searcher import Searcher
 from namr.search.vectors import GalleryVectors, VectorPaths
-from namr.store import tables
 from namr.store.cache import Cache
-from namr.store.tables import EmbeddingTable, SampleTable
+from namr.store.tables import EmbeddingTable
 
 TARGET = 0.9
 BATCH, NUM_QUERIES, K, DEPTH = 256, 1024, 10, 100
@@ -183,7 +182,7 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
         release,
         index=ivf.open_index(path, num_threads=options.threads),
         vectors=GalleryVectors(paths, dim=options.dim),
-        items=Items(nothing()),
+        items=Items([]),
         dead=np.empty(0, np.int64),
         query_model=None,
         device="cpu",
@@ -224,11 +223,6 @@ def store(uri: str, drawn: Vectors, ids: np.ndarray, number: int) -> VectorShard
     return releases.store_vectors(uri, table, number=number, num_rows=len(ids), metric="l2")
 
 
-def nothing() -> SampleTable:
-    none = np.empty(0, np.int64)
-    return SampleTable(ids=none, keys=[], labels=[], fields=[], offsets=none, sizes=none)
-
-
 def describe(
     uri: str, key: str, template: ivf.Template, dim: int, vectors: Sequence[VectorShard], num: int
 ) -> ReleaseManifest:
@@ -252,7 +246,7 @@ def describe(
         segments=(Segment(file=empty, num_entries=num),),
         tombstones=None,
         vectors=tuple(vectors),
-        items=releases.store(uri, "items.parquet", tables.encode_samples(nothing())),
+        items=(),
         report_json=empty,
         report_html=empty,
         nprobe=1,

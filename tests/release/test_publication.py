@@ -49,10 +49,13 @@ def test_items_are_held_against_the_counts_and_the_vectors(
     with pytest.raises(ManifestError, match=r"shard 2.* has no re-rank vector"):
         publication.publish(uri, shorter, expected=None)
     other = small_release.make_manifest(tmp_path / "other", Recipe(num_shards=1))
-    data = storage.read(storage.join(str(tmp_path / "other" / "releases"), other.items.name))
-    foreign = replace(manifest, items=releases.store(uri, "items.parquet", data))
+    data = storage.read(storage.join(str(tmp_path / "other" / "releases"), other.items[0].name))
+    foreign = replace(manifest, items=(releases.store(uri, "items.arrow", data),))
     with pytest.raises(ManifestError, match="40 items against 116 indexed"):
         publication.publish(uri, foreign, expected=None)
+    twice = replace(manifest, items=manifest.items * 2)
+    with pytest.raises(ManifestError, match="the ids of its items don't ascend"):
+        publication.publish(uri, twice, expected=None)
 
 
 def test_a_missing_or_shortened_object_stops_the_publication(fresh: tuple[str, ReleaseManifest]) -> None:
@@ -121,9 +124,9 @@ def test_rolling_back_goes_to_the_one_before_and_again(three: str) -> None:
 def test_rolling_back_to_a_release_that_is_gone_changes_nothing(three: str) -> None:
     with pytest.raises(ManifestError, match=r"nosuch.*missing"):
         publication.roll_back(three, to="nosuch", now=NOW)
-    lost = releases.open_release(three, "second").manifest.items
+    lost = releases.open_release(three, "second").manifest.items[0]
     Path(three, lost.name).unlink()
-    with pytest.raises(ManifestError, match=r"items\.parquet is missing"):
+    with pytest.raises(ManifestError, match=r"items\.arrow is missing"):
         publication.roll_back(three, now=NOW)
     assert current_id(three) == "third"
 
@@ -190,8 +193,9 @@ def test_what_the_dataset_has_taken_out_stays_out_after_a_roll_back(tmp_path: Pa
     out = [3, make_id(1, 2)]
     recipe = Recipe(num_shards=2, rows_per_shard=10, tombstoned=out)
     second = small_release.publish(tmp_path, recipe, release_id="second")
-    assert len(second.items()) == 18
+    assert len(small_release.table_of(second)) == 18
     assert takedowns.taken_down(uri, dataset_uri).tolist() == out
     back = publication.roll_back(uri, now=NOW)
-    assert set(out) <= set(back.items().ids.tolist())  # it is immutable: the list is what hides them
+    # it is immutable: the list is what hides them
+    assert set(out) <= set(small_release.table_of(back).ids.tolist())
     assert takedowns.taken_down(uri, dataset_uri).tolist() == out
