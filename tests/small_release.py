@@ -6,6 +6,7 @@ images' bytes, or clustered random vectors.
 
 import functools
 import io
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,7 +26,8 @@ from namr.release import arrays, places, publication, releases, vector_steps
 from namr.release.releases import Counts, ReleaseManifest, Segment, StoredVectors, VectorFile
 from namr.search.items import Items
 from namr.search.searcher import Searcher
-from namr.store import manifests, storage, tables
+from namr.store import item_files, manifests, storage, tables
+from namr.store.manifests import StoredObject
 from namr.store.tables import EmbeddingTable, SampleTable
 
 Floats = npt.NDArray[np.float32]
@@ -165,6 +167,30 @@ def items_of(dataset: datasets.Dataset, ids: npt.NDArray[np.int64]) -> SampleTab
     )
 
 
+def store_items(releases_uri: str, *parts: SampleTable) -> tuple[StoredObject, ...]:
+    """Items as a release lists them, a file of each part."""
+    return tuple(releases.store(releases_uri, "items.arrow", item_files.encode([table])) for table in parts)
+
+
+def as_items(*parts: SampleTable) -> Items:
+    """Items of a file of each part."""
+    return Items([item_files.decode(item_files.encode([table])) for table in parts])
+
+
+def table_of(release: releases.Release) -> SampleTable:
+    """All items of a release, as it lists them."""
+    files = list(release.items())
+    rows = [(file, row) for file in files for row in range(len(file))]
+    return SampleTable(
+        ids=np.concatenate([file.ids for file in files]),
+        keys=[file.key(row) for file, row in rows],
+        labels=[file.label(row) for file, row in rows],
+        fields=[json.dumps(file.fields(row)) for file, row in rows],
+        offsets=np.concatenate([file.offsets for file in files]),
+        sizes=np.concatenate([file.sizes for file in files]),
+    )
+
+
 def make_manifest(
     root: Path,
     recipe: Recipe,
@@ -226,7 +252,7 @@ def make_manifest(
         segments=tuple(segments),
         tombstones=releases.store(uri, "tombstones.npy", arrays.encode_array(dead)) if len(dead) else None,
         vectors=vectors,
-        items=releases.store(uri, "items.parquet", tables.encode_samples(items_of(dataset, live))),
+        items=store_items(uri, items_of(dataset, live)),
         report_json=releases.store(uri, "report.json", b"{}"),
         report_html=releases.store(uri, "report.html", b"<p>report</p>"),
         nprobe=4,

@@ -38,7 +38,7 @@ DOORS: dict[str, set[str]] = {
     "tomli_w": {"config"},
     "fsspec": {"store.buckets"},
     "s3fs": {"store.buckets"},
-    "pyarrow": {"store.tables", "store.storage"},
+    "pyarrow": {"store.tables", "store.item_files", "store.storage"},
     "torch.distributed": {"collectives"},
     "torchvision": {"data.sources"},
     "PIL": {"data.images", "demo.photographs"},

@@ -9,6 +9,7 @@ Not covered: whether the numbers are good enough (`gate` decides), the method on
 (`evaluation`).
 """
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from namr.model.distances import Side
 from namr.nightly import tuning
 from namr.release import held_out
 from namr.search.answers import Answer, SearchOptions
+from namr.search.items import Items
 from namr.search.searcher import Searcher
-from namr.store.tables import SampleTable
 
 _K = 10
 _SIDES: tuple[Side, ...] = ("none", "scale", "query", "both")
@@ -91,12 +92,14 @@ class Assessment:
 
 def held_out_keys(searcher: Searcher, num: int, *, seed: int) -> list[str]:
     """Keys of the items that the template was not trained on, about `num`; of any where that leaves none."""
-    items = searcher.release.items()
     share = held_out.share(num, searcher.manifest.counts.num_samples)
-    rows = np.flatnonzero(held_out.mask(items.ids, share=share, seed=seed))
-    if not len(rows):
-        rows = np.arange(min(num, len(items)))
-    return [items.keys[row] for row in rows.tolist()]
+    keys: list[str] = []
+    for file in searcher.items.files:
+        rows = np.flatnonzero(held_out.mask(file.ids, share=share, seed=seed))
+        keys += [file.key(row) for row in rows.tolist()]
+    if keys:
+        return keys
+    return [item.key for item in itertools.islice(searcher.items, num)]
 
 
 def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) -> Assessment:
@@ -120,7 +123,7 @@ def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) ->
         max_depth=_MOST_DEEPER * config.depth if searcher.index.is_compressed else config.depth,
     )
     nprobe, depth, recall = points[-1]
-    labels = _Labels.of(searcher.release.items(), keys)
+    labels = _Labels.of(searcher.items, keys)
     return Assessment(
         num_queries=len(keys),
         num_labelled=len(labels.by_query),
@@ -141,10 +144,12 @@ class _Labels(NamedTuple):
     by_query: dict[int, str]
 
     @classmethod
-    def of(cls, items: SampleTable, keys: Sequence[str]) -> "_Labels":
-        num = Counter(items.labels)
-        label_of = dict(zip(items.keys, items.labels, strict=True))
-        labels = ((at, label_of[key]) for at, key in enumerate(keys))
+    def of(cls, items: Items, keys: Sequence[str]) -> "_Labels":
+        num: Counter[str] = Counter()
+        for file in items.files:
+            num.update(file.label_counts())
+        found = ((at, items.by_key(key)) for at, key in enumerate(keys))
+        labels = ((at, item.label) for at, item in found if item)
         return cls({at: label for at, label in labels if label is not None and num[label] > 1})
 
     def recall_at_1(self, answers: Sequence[Answer]) -> float | None:

@@ -18,7 +18,7 @@ from namr.nightly import release_report
 from namr.nightly.release_report import ReleaseReport
 from namr.release import takedowns
 from namr.release.releases import Release
-from namr.store import tables
+from namr.store import item_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,7 @@ def check(
 
 def lost_keys(draft: Release, dataset: Dataset, *, current: Release) -> list[str]:
     """Keys of the current release that the draft lacks and nobody took out."""
-    lacking = tables.rows_without_key_in(
-        current.read(current.manifest.items), draft.read(draft.manifest.items)
-    )
+    lacking = item_files.rows_without_key_in(current.items(), draft.items())
     gone_uri = current.manifest.dataset_uri
     taken_out = shards.among(lacking.ids, takedowns.taken_down(current.releases_uri, gone_uri))
     if gone_uri == dataset.uri:

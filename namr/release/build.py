@@ -1,7 +1,7 @@
 """The embeddings of a dataset version into one segment, built in parts by Ray tasks.
 
     sample of all embeddings -> template -> parts, in parallel -> segment (merged, reconciled)
-    embeddings -> re-rank vectors, in the order of the segment's lists;  sample indexes -> item table
+    embeddings -> re-rank vectors, in the order of the segment's lists;  sample indexes -> files of items
 
 Parts are equal ranges of the embedded rows, whatever the sizes of the shards. Tombstoned rows are left out
 everywhere. What comes out is what a release lists: objects under their digests, written once.
@@ -17,7 +17,7 @@ queries), GPU training, and deleting work that is done with.
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,8 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from namr import checks, progress, ray_connection
-from namr.data.datasets import Dataset
-from namr.data.shards import row_of
+from namr.data.datasets import Dataset, ShardEntry
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile, SetManifest
 from namr.errors import ManifestError
@@ -38,6 +37,7 @@ from namr.model.distances import Metric
 from namr.release import build_steps, held_out, places, releases, vector_steps
 from namr.release.build_steps import (
     HeldOut,
+    ItemsTask,
     MergeTask,
     PartTask,
     RowRange,
@@ -47,11 +47,12 @@ from namr.release.build_steps import (
 )
 from namr.release.releases import Counts, Segment, StoredVectors
 from namr.release.vector_steps import PlaceTask, ShardVectors, SortTask
-from namr.store import storage, tables
+from namr.store import storage
 from namr.store.manifests import StoredObject
-from namr.store.tables import SampleTable
 
 _FILES_PER_SAMPLE_TASK = 16
+_ITEMS_PER_FILE = 1 << 18
+"""few files to map, and about 150 MB in the task that writes one"""
 _LARGEST_SEED = (1 << 31) - 1
 """FAISS takes no larger one"""
 
@@ -97,7 +98,7 @@ class BuildReport:
     counts: Counts
     segments: tuple[Segment, ...]
     vectors: StoredVectors
-    items: StoredObject
+    items: tuple[StoredObject, ...]
     num_parts: int
     imbalance: float
     """1 for lists of equal length; a search takes about that many times as long"""
@@ -150,7 +151,9 @@ def build(
     (segment,) = _in_order("merging parts", build_steps.merge, [MergeTask(template, parts, work, root)])
     vectors, shards = _vectors(dataset, source, described, segment.stored, work, root)
     counts = _reconcile(dataset, segment.info, shards)
-    items = releases.store(root, "items.parquet", tables.encode_samples(_items(dataset, shards)))
+    indexed = [(entry, shard.indexed) for entry, shard in zip(dataset.shards, shards, strict=True)]
+    item_tasks = [ItemsTask(dataset.uri, some, root) for some in items_cut(indexed)]
+    items = _in_order("storing items", build_steps.store_items, item_tasks)
     return BuildReport(
         model_digest=model_digest,
         dataset=dataset,
@@ -162,7 +165,7 @@ def build(
         counts=counts,
         segments=(Segment(file=segment.stored, num_entries=segment.info.num_vectors),),
         vectors=vectors,
-        items=items,
+        items=tuple(items),
         num_parts=len(parts),
         imbalance=segment.info.imbalance,
         seconds=time.monotonic() - started,
@@ -183,6 +186,19 @@ def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[RowRange]]:
         ]
         parts.append([rows for rows in ranges if rows.start < rows.stop])
     return parts
+
+
+def items_cut(indexed: Iterable[tuple[ShardEntry, Ids]]) -> list[list[tuple[ShardEntry, Ids]]]:
+    """Shards, each with its ids in the index, as the files of items: whole shards, not many items a file."""
+    files: list[list[tuple[ShardEntry, Ids]]] = []
+    room = 0
+    for entry, ids in indexed:
+        if len(ids) > room or not files:
+            files.append([])
+            room = _ITEMS_PER_FILE
+        files[-1].append((entry, ids))
+        room -= len(ids)
+    return files
 
 
 def _in_order(what: str, function: Callable[[A], R], tasks: Sequence[A]) -> list[R]:
@@ -308,18 +324,3 @@ def _reconcile(dataset: Dataset, segment: IndexInfo, shards: list[ShardVectors])
     if counts.num_samples != counts.num_indexed + counts.num_refused + counts.num_tombstoned:
         raise ManifestError(f"the counts of the index don't add up: {counts}")
     return counts
-
-
-def _items(dataset: Dataset, shards: list[ShardVectors]) -> SampleTable:
-    """The rows of the sample indexes that are in the segment, by ascending id."""
-    indexed = [
-        (table, row_of(shard.indexed)) for table, shard in zip(dataset.all_samples(), shards, strict=True)
-    ]
-    return SampleTable(
-        ids=np.concatenate([table.ids[rows] for table, rows in indexed]),
-        keys=[table.keys[row] for table, rows in indexed for row in rows],
-        labels=[table.labels[row] for table, rows in indexed for row in rows],
-        fields=[table.fields[row] for table, rows in indexed for row in rows],
-        offsets=np.concatenate([table.offsets[rows] for table, rows in indexed]),
-        sizes=np.concatenate([table.sizes[rows] for table, rows in indexed]),
-    )

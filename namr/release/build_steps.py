@@ -1,4 +1,4 @@
-"""The steps of an index build, each the work of one task: sample, train, part, merge.
+"""The steps of an index build, each the work of one task: sample, train, part, merge, items.
 
 A part and the segment are remembered by a record written last, in the work folder, which is named by all that
 decides them; what is recorded is not made again. Everything else is written under its own digest. So any
@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from namr.data import shards
+from namr.data import datasets, shards
+from namr.data.datasets import ShardEntry
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile
 from namr.errors import ManifestError
@@ -27,7 +28,7 @@ from namr.index.ivf import IndexInfo, Template
 from namr.model import distances
 from namr.model.distances import Metric
 from namr.release import held_out, releases
-from namr.store import manifests, scratch, storage
+from namr.store import item_files, manifests, scratch, storage, tables
 from namr.store.manifests import StoredObject
 
 _MOST_TRAINING_THREADS = 8
@@ -190,3 +191,21 @@ def fetched(root_uri: str, stored: StoredObject, folder: Path) -> Path:
     if not path.is_file() or manifests.describe_object(stored.name, path) != stored:
         raise ManifestError(f"{uri} is missing or damaged; delete {root_uri} and build again")
     return path
+
+
+class ItemsTask(NamedTuple):
+    """The items of one file: shards by ascending number, each with its ids in the index."""
+
+    dataset_uri: str
+    indexed: list[tuple[ShardEntry, Ids]]
+    releases_uri: str
+
+
+def store_items(task: ItemsTask) -> StoredObject:
+    """Store what a release says of the items of some shards."""
+    samples = datasets.read_samples(task.dataset_uri, [entry for entry, _ in task.indexed])
+    live = (
+        tables.rows_of(table, shards.row_of(ids))
+        for table, (_, ids) in zip(samples, task.indexed, strict=True)
+    )
+    return releases.store(task.releases_uri, "items.arrow", item_files.encode(live))

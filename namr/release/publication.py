@@ -16,11 +16,11 @@ from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
-import numpy.typing as npt
 
 from namr.data import datasets
 from namr.errors import ConfigError, Conflict, ManifestError, ObjectMissing
 from namr.release import releases, takedowns
+from namr.release.places import Places
 from namr.release.releases import Release, ReleaseManifest
 from namr.store import manifests, storage
 from namr.store.manifests import Pin, Pointer, StoredObject
@@ -136,7 +136,6 @@ def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
     if manifest.report_json is None or manifest.report_html is None:
         raise ManifestError(f"{what}: it was not measured, so it has no report")
     counts, dead = manifest.counts, Release(releases_uri, manifest).tombstones()
-    items = Release(releases_uri, manifest).items()
     went = {"indexed": counts.num_indexed, "refused": counts.num_refused, "tombstoned": counts.num_tombstoned}
     _reconcile(what, "samples of its dataset", counts.num_samples, went)
     num_entries = sum(segment.num_entries for segment in manifest.segments)
@@ -145,10 +144,8 @@ def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
     )
     num_rows = manifest.vectors.num_rows
     _reconcile(what, "rows of its re-rank vectors", num_rows, {"entries of its segments": num_entries})
-    _reconcile(what, "items", len(items), {"indexed": counts.num_indexed})
-    if (np.diff(items.ids) <= 0).any():
-        raise ManifestError(f"{what}: the ids of its items don't ascend")
-    _check_vectors(what, Release(releases_uri, manifest), items.ids)
+    release = Release(releases_uri, manifest)
+    _check_items(what, release, _checked_places(what, release))
     if manifest.nprobe < 1 or manifest.depth < 1 or manifest.gallery_min_structure <= 0:
         raise ManifestError(
             f"{what}: nprobe {manifest.nprobe} and depth {manifest.depth} have to be at least 1, and the "
@@ -165,8 +162,8 @@ def _reconcile(what: str, name: str, whole: int, parts: dict[str, int]) -> None:
         )
 
 
-def _check_vectors(what: str, release: Release, item_ids: npt.NDArray[np.int64]) -> None:
-    """Every row is one sample's, every item has one, and the files are as long as their rows."""
+def _checked_places(what: str, release: Release) -> Places:
+    """Where the vectors lie: every row is one sample's, and the files are as long as their rows."""
     vectors, dim = release.manifest.vectors, release.manifest.embedding_dim
     for each in vectors.files:
         header = each.file.size_bytes - 2 * 2 * each.num_rows * dim
@@ -185,9 +182,22 @@ def _check_vectors(what: str, release: Release, item_ids: npt.NDArray[np.int64])
             f"{what}: {len(rows)} samples have a place among {vectors.num_rows} re-rank vectors, and not "
             "each one of its own"
         )
-    lacking = item_ids[places.of(item_ids) < 0]
-    if len(lacking):
-        raise ManifestError(f"{what}: item {lacking[0]} has no re-rank vector, and {len(lacking) - 1} others")
+    return places
+
+
+def _check_items(what: str, release: Release, places: Places) -> None:
+    """File by file: as many as are indexed, ids that ascend, and a re-rank vector for each."""
+    num_items, last_id = 0, np.empty(0, np.int64)
+    for file in release.items():
+        if (np.diff(file.ids, prepend=last_id) <= 0).any():
+            raise ManifestError(f"{what}: the ids of its items don't ascend")
+        lacking = file.ids[places.of(file.ids) < 0]
+        if len(lacking):
+            raise ManifestError(
+                f"{what}: item {lacking[0]} has no re-rank vector, and {len(lacking) - 1} others"
+            )
+        num_items, last_id = num_items + len(file), file.ids[-1:].copy() if len(file) else last_id
+    _reconcile(what, "items", num_items, {"indexed": release.manifest.counts.num_indexed})
 
 
 def _check_object(releases_uri: str, stored: StoredObject) -> None:

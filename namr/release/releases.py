@@ -28,10 +28,10 @@ from namr.index import ivf
 from namr.model.distances import Metric, Side
 from namr.release import arrays, places, takedowns
 from namr.release.places import Places
-from namr.store import manifests, scratch, storage, tables
+from namr.store import item_files, manifests, scratch, storage
 from namr.store.cache import Cache
+from namr.store.item_files import ItemFile
 from namr.store.manifests import Pointer, StoredObject
-from namr.store.tables import SampleTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,8 @@ class ReleaseManifest:
     tombstones: StoredObject | None
     """ids that segments hold and nobody may find: int64 .npy, ascending; None where there are none"""
     vectors: StoredVectors
-    items: StoredObject
-    """a SampleTable of what can be found, ascending ids"""
+    items: tuple[StoredObject, ...]
+    """files of what can be found (`item_files`), ids ascending over all of them"""
     report_json: StoredObject | None
     """None only in a draft, which is measured before it is published; so for report_html"""
     report_html: StoredObject | None
@@ -146,7 +146,7 @@ class ReleaseManifest:
 
     def objects(self) -> Iterator[StoredObject]:
         """Everything that has to be there for the release to work."""
-        yield from (self.template, self.items)
+        yield from (self.template, *self.items)
         yield from (segment.file for segment in self.segments)
         yield from filter(None, (self.tombstones, self.report_json, self.report_html))
         yield from self.vectors.objects()
@@ -180,9 +180,9 @@ class Release:
                 raise
             raise ManifestError(f"{error}; restore it or build again") from error
 
-    def items(self) -> SampleTable:
-        """What can be found, by ascending id."""
-        return tables.decode_samples(self.read(self.manifest.items))
+    def items(self) -> Iterator[ItemFile]:
+        """What can be found, by ascending id: one file after the other, verified and held in memory."""
+        return (item_files.decode(self.read(stored)) for stored in self.manifest.items)
 
     def places(self) -> Places:
         """Which row of the re-rank vectors an id has."""
@@ -263,7 +263,8 @@ def export(release: Release, out_path: Path) -> ivf.IndexInfo:
     """
     manifest = release.manifest
     hidden = takedowns.taken_down(release.releases_uri, manifest.dataset_uri)
-    num_hidden = len(release.tombstones()) + int(shards.among(hidden, release.items().ids).sum())
+    num_found = (int(shards.among(hidden, file.ids).sum()) for file in release.items())
+    num_hidden = len(release.tombstones()) + sum(num_found)
     if num_hidden:
         raise ConfigError(
             f"release {manifest.release_id} hides {num_hidden} dead entries that plain FAISS would find; "

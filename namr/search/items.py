@@ -1,10 +1,9 @@
 """The items of a release: what an id or a user's key stands for, and where the picture lies.
 
-Held in memory, about 300 bytes an item; keys are hashed when the first one is asked for.
+They stay in the files of the release, mapped into memory; Python objects are made of what is shown.
 """
 
-import functools
-import json
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from namr.data.shards import among
 from namr.search.answers import Item
-from namr.store.tables import SampleTable
+from namr.store.item_files import ItemFile
 
 Ids = npt.NDArray[np.int64]
 
@@ -25,70 +24,80 @@ class PictureRange(NamedTuple):
 
 
 class Items:
-    """Items by id and by key; of a table with ascending ids."""
+    """Items by id and by key; of files whose ids ascend over all of them."""
 
-    def __init__(self, table: SampleTable) -> None:
-        self._rows = _Rows(table)
+    def __init__(self, files: Sequence[ItemFile]) -> None:
+        self.files = [file for file in files if len(file)]
+        self._last_ids = np.array([file.ids[-1] for file in self.files], np.int64)
+        self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
         self._hidden = np.empty(0, np.int64)
 
     def without(self, hidden_ids: Ids) -> "Items":
-        """All items of the table but these, which are then as unknown as any id that never was."""
-        fewer = Items.__new__(Items)
-        fewer._rows = self._rows
-        known = among(hidden_ids, self._rows.table.ids)
-        fewer._hidden = np.unique(hidden_ids[known])
+        """All items of the files but these, which are then as unknown as any id that never was."""
+        fewer = Items(self.files)
+        known = [among(hidden_ids, file.ids) for file in self.files]
+        fewer._hidden = np.unique(hidden_ids[np.any(known, axis=0)]) if known else fewer._hidden
         return fewer
 
     def __len__(self) -> int:
-        return len(self._rows.table) - len(self._hidden)
+        return int(self._ends[-1]) - len(self._hidden) if self.files else 0
+
+    def __iter__(self) -> Iterator[Item]:
+        """All items, by ascending id."""
+        for file in self.files:
+            for row in np.flatnonzero(~among(file.ids, self._hidden)).tolist():
+                yield _item(file, row)
 
     def by_id(self, item_id: int) -> Item | None:
         """The item with this id, None if there is none."""
-        row = self._row_of_id(item_id)
-        return None if row is None else self._rows.item(row)
+        place = self._place_of_id(item_id)
+        return None if place is None else _item(*place)
 
     def by_key(self, key: str) -> Item | None:
         """The item with this key, None if there is none."""
-        row = self._rows.of_key.get(key)
-        return None if row is None or self._is_hidden(row) else self._rows.item(row)
+        for file in self.files:
+            row = file.row_of_key(key)
+            if row is not None and not self._is_hidden(file.ids[row]):
+                return _item(file, row)
+        return None
 
     def place(self, item_id: int) -> PictureRange | None:
         """Where the picture of the item with this id lies, None if there is no such item."""
-        row, table = self._row_of_id(item_id), self._rows.table
-        return None if row is None else PictureRange(int(table.offsets[row]), int(table.sizes[row]))
+        place = self._place_of_id(item_id)
+        if place is None:
+            return None
+        file, row = place
+        return PictureRange(int(file.offsets[row]), int(file.sizes[row]))
 
     def draw(self, num: int, *, seed: int) -> list[Item]:
         """Up to `num` different items at random, in random order."""
-        drawn = np.random.default_rng(seed).choice(len(self), min(num, len(self)), False)
-        rows = self._shown_rows[drawn] if len(self._hidden) else drawn
-        return [self._rows.item(row) for row in rows.tolist()]
+        total = len(self) + len(self._hidden)
+        drawn = np.random.default_rng(seed).choice(total, min(num + len(self._hidden), total), False)
+        items = []
+        for place in drawn.tolist():
+            at = int(np.searchsorted(self._ends, place, side="right"))
+            file = self.files[at]
+            row = place - int(self._ends[at]) + len(file)
+            if not self._is_hidden(file.ids[row]):
+                items.append(_item(file, row))
+            if len(items) == num:
+                break
+        return items
 
-    @functools.cached_property
-    def _shown_rows(self) -> Ids:
-        return np.flatnonzero(~among(self._rows.table.ids, self._hidden))
-
-    def _row_of_id(self, item_id: int) -> int | None:
+    def _place_of_id(self, item_id: int) -> tuple[ItemFile, int] | None:
         if not 0 <= item_id < 2**63:
             return None
-        ids = self._rows.table.ids
-        row = int(np.searchsorted(ids, item_id))
-        known = row < len(ids) and ids[row] == item_id
-        return row if known and not self._is_hidden(row) else None
+        at = int(np.searchsorted(self._last_ids, item_id))
+        if at == len(self.files):
+            return None
+        file = self.files[at]
+        row = int(np.searchsorted(file.ids, item_id))
+        known = file.ids[row] == item_id and not self._is_hidden(file.ids[row])
+        return (file, row) if known else None
 
-    def _is_hidden(self, row: int) -> bool:
-        return bool(among(self._rows.table.ids[row], self._hidden))
+    def _is_hidden(self, item_id: np.int64) -> bool:
+        return bool(among(np.asarray(item_id), self._hidden))
 
 
-class _Rows:
-    """A table, and its rows by key; shared by all views of it."""
-
-    def __init__(self, table: SampleTable) -> None:
-        self.table = table
-
-    @functools.cached_property
-    def of_key(self) -> dict[str, int]:
-        return {key: row for row, key in enumerate(self.table.keys)}
-
-    def item(self, row: int) -> Item:
-        table = self.table
-        return Item(int(table.ids[row]), table.keys[row], table.labels[row], json.loads(table.fields[row]))
+def _item(file: ItemFile, row: int) -> Item:
+    return Item(int(file.ids[row]), file.key(row), file.label(row), file.fields(row))

@@ -38,6 +38,7 @@ from namr.search.rerank import Stop, go_on
 from namr.search.stages import Neighbours, Plan, Stages
 from namr.search.vectors import GalleryVectors
 from namr.sides import Side
+from namr.store import item_files
 from namr.store.cache import Cache
 
 Floats = npt.NDArray[np.float32]
@@ -137,7 +138,7 @@ class Searcher:
             release,
             index=index,
             vectors=GalleryVectors(paths, places, dim=manifest.embedding_dim),
-            items=Items(release.items()),
+            items=Items([item_files.open_file(release.path(stored, cache)) for stored in manifest.items]),
             dead=release.tombstones(),
             query_model=query_model,
             device=device,

@@ -1,7 +1,7 @@
 """Tables on disk: Parquet files with fixed schemas, memory-mapped columns, and the tables that users bring.
 
-Three schemas exist: the samples of a shard, the embeddings of a shard, the items of a release. User fields
-travel as JSON text, one object a row, so that shards of different years need no common schema.
+Two schemas exist: the samples of a shard and the embeddings of a shard. User fields travel as JSON text, one
+object a row, so that shards of different years need no common schema. Items of a release: `item_files`.
 """
 
 import io
@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ _SAMPLES = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTable:
-    """The samples of one shard, in row order; also, sorted by id, the items of a release.
+    """The samples of one shard, in row order.
 
     `offsets` and `sizes` are those of the image's bytes in the tar; size 0 marks an erased row.
     """
@@ -128,20 +128,16 @@ def decode_samples(data: bytes) -> SampleTable:
     )
 
 
-class KeyedIds(NamedTuple):
-    """Some rows of a sample table."""
-
-    ids: Ids
-    """(n,)"""
-    keys: list[str]
-
-
-def rows_without_key_in(data: bytes, other: bytes) -> KeyedIds:
-    """The samples in one Parquet file whose keys the other lacks; only these become Python objects."""
-    ours = _decode(data, ["id", "key"], only=["id", "key"])
-    theirs = _decode(other, ["key"], only=["key"])
-    lacking = ours.filter(pc.invert(pc.is_in(ours["key"], value_set=theirs["key"])))
-    return KeyedIds(_numbers(lacking, "id"), lacking["key"].to_pylist())
+def rows_of(table: SampleTable, rows: Ids) -> SampleTable:
+    """Some rows of a sample table, in the order of `rows`."""
+    return SampleTable(
+        ids=table.ids[rows],
+        keys=[table.keys[row] for row in rows],
+        labels=[table.labels[row] for row in rows],
+        fields=[table.fields[row] for row in rows],
+        offsets=table.offsets[rows],
+        sizes=table.sizes[rows],
+    )
 
 
 def encode_embeddings(table: EmbeddingTable) -> bytes:
@@ -251,9 +247,9 @@ def _encode(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _decode(data: bytes, names: Sequence[str], *, only: list[str] | None = None) -> pa.Table:
+def _decode(data: bytes, names: Sequence[str]) -> pa.Table:
     try:
-        table = pq.read_table(io.BytesIO(data), columns=only)
+        table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"not a Parquet file that can be read ({len(data)} bytes): {error}") from error
     missing = set(names) - set(table.column_names)

@@ -29,9 +29,7 @@ from namr.search.answers import SearchOptions
 from namr.search.items import Items
 from namr.search.searcher import Searcher
 from namr.search.vectors import GalleryVectors
-from namr.store import tables
 from namr.store.cache import Cache
-from namr.store.tables import SampleTable
 from tests import small_release
 
 TARGET = 0.9
@@ -183,7 +181,7 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
         release,
         index=ivf.open_index(path, num_threads=options.threads),
         vectors=GalleryVectors(paths, release.places(), dim=options.dim),
-        items=Items(nothing()),
+        items=Items([]),
         dead=np.empty(0, np.int64),
         query_model=None,
         device="cpu",
@@ -217,11 +215,6 @@ def pairs(sizes: Sequence[int], dim: int) -> Iterator[tuple[np.ndarray, np.ndarr
         yield (number << 32) + np.arange(size), np.stack(drawn, axis=1).astype(np.float16)
 
 
-def nothing() -> SampleTable:
-    none = np.empty(0, np.int64)
-    return SampleTable(ids=none, keys=[], labels=[], fields=[], offsets=none, sizes=none)
-
-
 def describe(
     uri: str, key: str, template: ivf.Template, dim: int, vectors: StoredVectors, num: int
 ) -> ReleaseManifest:
@@ -245,7 +238,7 @@ def describe(
         segments=(Segment(file=empty, num_entries=num),),
         tombstones=None,
         vectors=vectors,
-        items=releases.store(uri, "items.parquet", tables.encode_samples(nothing())),
+        items=(),
         report_json=empty,
         report_html=empty,
         nprobe=1,

@@ -9,7 +9,6 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from namr.search.answers import SearchOptions
-from namr.search.items import Items
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
 from namr.serve.limits import Limits
@@ -198,10 +197,10 @@ def test_a_dropped_picture_is_searched(page: Page) -> None:
 def test_keys_and_labels_are_text_and_never_markup(browser: Browser, tmp_path: Path) -> None:
     small_release.publish(tmp_path, small_release.Recipe(num_shards=1))
     nasty = Searcher.open(str(tmp_path / "releases"), cache=Cache(tmp_path / "cache", 10**9))
-    table = nasty.release.items()
+    table = small_release.table_of(nasty.release)
     keys_of_markup = [f"{NASTY}{row}" for row in range(len(table))]
     nasty = small_release.with_items(
-        nasty, Items(replace(table, keys=keys_of_markup, labels=[NASTY] * len(table)))
+        nasty, small_release.as_items(replace(table, keys=keys_of_markup, labels=[NASTY] * len(table)))
     )
     context = browser.new_context()
     with running(create_app(nasty)) as url:

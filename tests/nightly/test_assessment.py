@@ -90,7 +90,7 @@ def test_re_ranking_everything_is_exact_and_a_few_candidates_are_not(flat: Searc
 
 
 def test_recall_at_1_is_that_of_labelled_queries_and_never_finds_itself(flat: Searcher) -> None:
-    items = flat.release.items()
+    items = small_release.table_of(flat.release)
     x = (
         np.concatenate(
             [small_release.random_vectors(ROWS, DIM, seed=number).embeddings for number in range(NUM_SHARDS)]

@@ -17,7 +17,7 @@ from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.release import releases, takedowns
 from namr.release.releases import Counts, Release
-from namr.store import manifests, tables
+from namr.store import manifests
 from namr.store.tables import SampleTable
 from tests import small_release
 from tests.small_release import NOW, Recipe
@@ -73,7 +73,7 @@ def holding(like: Release, name: str, keys: dict[int, str], *, dataset: Dataset 
             like.manifest,
             release_id=name,
             dataset_uri=dataset.uri if dataset else like.manifest.dataset_uri,
-            items=releases.store(uri, "items.parquet", tables.encode_samples(items_of(keys))),
+            items=small_release.store_items(uri, items_of(keys)),
             counts=Counts(num_samples=100, num_indexed=len(keys), num_refused=0, num_tombstoned=0),
         ),
     )
@@ -85,7 +85,8 @@ def current(tmp_path: Path) -> Release:
     made = small_release.publish(tmp_path, Recipe(num_shards=2, rows_per_shard=50))
     report = releases.store(made.releases_uri, "report.json", manifests.encode_manifest(a_report()))
     release = Release(made.releases_uri, replace(made.manifest, report_json=report))
-    assert dict(zip(release.items().ids.tolist(), release.items().keys, strict=True)) == KEYS
+    items = small_release.table_of(release)
+    assert dict(zip(items.ids.tolist(), items.keys, strict=True)) == KEYS
     return release
 
 

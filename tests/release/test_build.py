@@ -18,7 +18,7 @@ from namr.model import distances
 from namr.release import build, build_steps, vector_steps
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.places import Places
-from namr.store import manifests, storage, tables
+from namr.store import item_files, manifests, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.tables import EmbeddingTable
 from tests import small_release
@@ -126,6 +126,19 @@ def test_parts_are_even_ranges_whatever_the_shards_are() -> None:
     assert sum(len(part) for part in build.cut(files[2:3], 3)) == 1
 
 
+def test_files_of_items_are_whole_shards_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_ITEMS_PER_FILE", 100)
+
+    def sizes(*of_shards: int) -> list[list[int]]:
+        cut = build.items_cut((None, np.arange(num)) for num in of_shards)
+        return [[len(ids) for _, ids in file] for file in cut]
+
+    assert sizes(60, 40, 1, 99) == [[60, 40], [1, 99]]
+    assert sizes(60, 41, 0, 250, 0, 3) == [[60], [41, 0], [250], [0, 3]]
+    assert sizes(0, 0) == [[0, 0]]
+    assert sizes() == []
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize(
@@ -184,11 +197,13 @@ def test_vectors_and_items_are_those_of_live_samples(
     assert 0.5 <= stored.min_structure == both[:, 1].min() < 1
     work = next((tmp_path / "building").iterdir())
     assert not [path for path in work.glob("vectors-*") if path.suffix != ".json"]
-    items = tables.decode_samples((tmp_path / report.items.name).read_bytes())
+    (of_items,) = report.items
+    items = item_files.open_file(tmp_path / of_items.name)
     assert items.ids.tolist() == ids.tolist()
     samples = [report.dataset.samples(entry) for entry in report.dataset.shards]
     key_of = {i: key for table in samples for i, key in zip(table.ids.tolist(), table.keys, strict=True)}
-    assert items.keys == [key_of[i] for i in ids.tolist()]
+    assert [items.key(row) for row in range(len(ids))] == [key_of[i] for i in ids.tolist()]
+    assert {items.label(row) for row in range(len(ids))} == set("0123456")
 
 
 @pytest.mark.ray

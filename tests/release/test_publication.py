@@ -59,7 +59,7 @@ def test_items_are_held_against_the_counts_and_the_vectors(
 ) -> None:
     uri, manifest = fresh
     release = Release(uri, manifest)
-    ids, rows = release.items().ids, release.places().rows
+    ids, rows = np.concatenate([file.ids for file in release.items()]), release.places().rows
     for harm, message in (
         (swap(rows, release, ids[5], -1), "116 samples have a place among 117 re-rank vectors, and not each"),
         (
@@ -83,10 +83,15 @@ def test_items_are_held_against_the_counts_and_the_vectors(
         publication.publish(uri, replace(manifest, embedding_dim=17), expected=None)
     assert releases.current(uri) is None
     other = small_release.make_manifest(tmp_path / "other", Recipe(num_shards=1))
-    data = storage.read(storage.join(str(tmp_path / "other" / "releases"), other.items.name))
-    foreign = replace(manifest, items=releases.store(uri, "items.parquet", data))
-    with pytest.raises(ManifestError, match="40 items against 116 indexed"):
+    data = storage.read(storage.join(str(tmp_path / "other" / "releases"), other.items[0].name))
+    foreign = replace(manifest, items=(releases.store(uri, "items.arrow", data),))
+    with pytest.raises(ManifestError, match="item 3 has no re-rank vector, and 0 others"):
         publication.publish(uri, foreign, expected=None)
+    with pytest.raises(ManifestError, match="0 items against 116 indexed"):
+        publication.publish(uri, replace(manifest, items=()), expected=None)
+    twice = replace(manifest, items=manifest.items * 2)
+    with pytest.raises(ManifestError, match="the ids of its items don't ascend"):
+        publication.publish(uri, twice, expected=None)
 
 
 def test_a_missing_or_shortened_object_stops_the_publication(fresh: tuple[str, ReleaseManifest]) -> None:
@@ -155,9 +160,9 @@ def test_rolling_back_goes_to_the_one_before_and_again(three: str) -> None:
 def test_rolling_back_to_a_release_that_is_gone_changes_nothing(three: str) -> None:
     with pytest.raises(ManifestError, match=r"nosuch.*missing"):
         publication.roll_back(three, to="nosuch", now=NOW)
-    lost = releases.open_release(three, "second").manifest.items
+    lost = releases.open_release(three, "second").manifest.items[0]
     Path(three, lost.name).unlink()
-    with pytest.raises(ManifestError, match=r"items\.parquet is missing"):
+    with pytest.raises(ManifestError, match=r"items\.arrow is missing"):
         publication.roll_back(three, now=NOW)
     assert current_id(three) == "third"
 
@@ -224,8 +229,9 @@ def test_what_the_dataset_has_taken_out_stays_out_after_a_roll_back(tmp_path: Pa
     out = [3, make_id(1, 2)]
     recipe = Recipe(num_shards=2, rows_per_shard=10, tombstoned=out)
     second = small_release.publish(tmp_path, recipe, release_id="second")
-    assert len(second.items()) == 18
+    assert len(small_release.table_of(second)) == 18
     assert takedowns.taken_down(uri, dataset_uri).tolist() == out
     back = publication.roll_back(uri, now=NOW)
-    assert set(out) <= set(back.items().ids.tolist())  # it is immutable: the list is what hides them
+    # it is immutable: the list is what hides them
+    assert set(out) <= set(small_release.table_of(back).ids.tolist())
     assert takedowns.taken_down(uri, dataset_uri).tolist() == out

@@ -8,7 +8,9 @@ import pytest
 from namr.data import shards
 from namr.search import items
 from namr.search.items import Items
+from namr.store import tables
 from namr.store.tables import SampleTable
+from tests import small_release
 
 IDS = np.array([3, 5, 8, (1 << 32) + 2])
 
@@ -24,8 +26,15 @@ def table(ids: np.ndarray) -> SampleTable:
     )
 
 
-def test_items_are_found_by_id_and_key() -> None:
-    of = Items(table(IDS))
+def in_files(of: SampleTable, *, cut: int = 2) -> Items:
+    """In two files, the first of `cut` rows."""
+    rows = np.arange(len(of))
+    return small_release.as_items(tables.rows_of(of, rows[:cut]), tables.rows_of(of, rows[cut:]))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 4])
+def test_items_are_found_by_id_and_key(cut: int) -> None:
+    of = in_files(table(IDS), cut=cut)
     item = of.by_id(5)
     assert item is not None
     assert item == of.by_key("key/5")
@@ -36,20 +45,20 @@ def test_items_are_found_by_id_and_key() -> None:
 
 @pytest.mark.parametrize("item_id", [0, 4, 6, (1 << 32) + 3, -1, 2**63, 2**70])
 def test_an_id_of_no_item_is_none(item_id: int) -> None:
-    of = Items(table(IDS))
+    of = in_files(table(IDS))
     assert of.by_id(item_id) is None
     assert of.place(item_id) is None
     assert of.by_key(f"key/{item_id}") is None
 
 
 def test_of_no_items_none_is_found() -> None:
-    of = Items(table(IDS[:0]))
+    of = in_files(table(IDS[:0]))
     assert (len(of), of.by_id(3), of.draw(5, seed=0)) == (0, None, [])
     assert len(of.without(IDS)) == 0
 
 
 def test_items_are_drawn_by_seed() -> None:
-    of = Items(table(np.arange(100)))
+    of = in_files(table(np.arange(100)), cut=70)
     drawn = of.draw(20, seed=1)
     assert len({item.id for item in drawn}) == 20
     assert drawn == of.draw(20, seed=1) != of.draw(20, seed=2)
@@ -57,13 +66,14 @@ def test_items_are_drawn_by_seed() -> None:
 
 
 def test_hidden_items_are_as_unknown_as_any() -> None:
-    whole = Items(table(IDS))
+    whole = in_files(table(IDS))
     left = whole.without(np.array([5, 77, (1 << 32) + 2, 5]))
     assert len(left) == 2
     for gone in (5, (1 << 32) + 2):
         assert (left.by_id(gone), left.by_key(f"key/{gone}"), left.place(gone)) == (None, None, None)
         assert whole.by_id(gone) is not None
     assert [item.id for item in left.draw(10, seed=0)] in ([3, 8], [8, 3])
+    assert [item.id for item in left] == [3, 8]
     assert left.by_key("key/8") == whole.by_key("key/8")
     assert len(left.without(np.array([3]))) == 3  # of all items, not of those that were left
 

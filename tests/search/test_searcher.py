@@ -18,7 +18,6 @@ from namr.model.distances import for_search
 from namr.release import releases, takedowns
 from namr.search import vectors
 from namr.search.answers import SearchOptions
-from namr.search.items import Items
 from namr.search.searcher import Searcher
 from namr.sides import SIDES, Metric, Side
 from namr.store import storage
@@ -385,8 +384,8 @@ def test_a_search_that_is_stopped_ends_with_what_stop_raises(
 
 def test_an_item_without_a_place_in_the_table_is_damage(tmp_path: Path) -> None:
     whole = open_release(tmp_path, Recipe(num_shards=1))
-    table = replace(whole.release.items(), ids=np.arange(1, 41))
-    searcher = small_release.with_items(whole, Items(table))
+    table = replace(small_release.table_of(whole.release), ids=np.arange(1, 41))
+    searcher = small_release.with_items(whole, small_release.as_items(table))
     with pytest.raises(ManifestError, match="id 0 is in the index and no item"):
         searcher.search(keys=["digit/4"], options=SearchOptions(k=39))
 

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +55,15 @@ def test_embedding_tables_read_back_equal(num: int, num_refused: int, dtype: typ
     assert_equal(table, tables.decode_embeddings(tables.encode_embeddings(table)))
 
 
-def test_rows_whose_key_another_table_lacks() -> None:
-    table = sample_table(4)
-    fewer = replace(sample_table(3), keys=["schlüssel-2", "new", "schlüssel-0"])
-    ids, keys = tables.rows_without_key_in(tables.encode_samples(table), tables.encode_samples(fewer))
-    assert (ids.tolist(), keys) == ([(7 << 32) + 1, (7 << 32) + 3], ["schlüssel-1", "schlüssel-3"])
-    nothing = tables.encode_samples(sample_table(0))
-    assert tables.rows_without_key_in(nothing, nothing).keys == []
-    assert tables.rows_without_key_in(tables.encode_samples(table), nothing).keys == table.keys
+def test_rows_of_a_table_are_those_asked_for_in_that_order() -> None:
+    some = tables.rows_of(sample_table(5), np.array([3, 1]))
+    assert (some.ids.tolist(), some.keys) == ([(7 << 32) + 3, (7 << 32) + 1], ["schlüssel-3", "schlüssel-1"])
+    assert (some.labels, some.offsets.tolist(), some.sizes.tolist()) == (
+        [None, None],
+        [1536, 512],
+        [100, 100],
+    )
+    assert some.fields == [sample_table(5).fields[3], sample_table(5).fields[1]]
 
 
 def test_the_same_table_has_the_same_bytes() -> None:
