@@ -204,6 +204,14 @@ def merge_parts(template: Template, part_paths: Sequence[Path], out_path: Path) 
     return merged
 
 
+class Selector:
+    """Ids that a search may find; made once for all its blocks of queries."""
+
+    def __init__(self, ids: Ids) -> None:
+        self._ids = np.ascontiguousarray(ids)
+        self.of_faiss = faiss.IDSelectorBatch(self._ids)
+
+
 class Index:
     """One or more segments of one template, searched as one index. Made by `open_index`."""
 
@@ -222,9 +230,12 @@ class Index:
         """Whether its distances are those of codes, so that candidates are worth refining."""
         return not self.key.endswith("Flat")
 
-    def search(self, queries: Floats, k: int, nprobe: int = 1) -> tuple[Floats, Ids]:
+    def search(
+        self, queries: Floats, k: int, nprobe: int = 1, *, allowed: Selector | None = None
+    ) -> tuple[Floats, Ids]:
         """Squared L2 distances (Q, k) float32, ascending, and ids (Q, k) of the nearest among nprobe lists.
 
+        allowed: no others are found, None: all are.
         Where fewer than k vectors were found the row is filled up with distance inf and id -1. nprobe
         above the number of lists means all lists, and Flat has none to choose from.
         """
@@ -233,10 +244,11 @@ class Index:
             raise ConfigError(f"k and nprobe have to be at least 1, got k={k} and nprobe={nprobe}")
         faiss.omp_set_num_threads(self._num_threads)
         queries = np.ascontiguousarray(queries)
-        how = None
-        if self.num_lists:
-            how = faiss.SearchParametersIVF()
+        how = faiss.SearchParametersIVF() if self.num_lists else faiss.SearchParameters()
+        if isinstance(how, faiss.SearchParametersIVF):
             how.nprobe = min(nprobe, self.num_lists)
+        if allowed:
+            how.sel = allowed.of_faiss
         distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         # Not `search`: other libraries import faiss.contrib.torch_utils, whose own takes no params.
         outputs = faiss.swig_ptr(distances), faiss.swig_ptr(ids)
