@@ -198,3 +198,8 @@ def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any]) -> None:
             file.write(codes.data)
         for _, ids in lists:
             file.write(ids.data)
+
+
+def selector(ids: npt.NDArray[np.int64]) -> Any:
+    """FAISS's selector of ids (n,), which it copies; one serves any number of searches."""
+    return faiss.IDSelectorBatch(np.ascontiguousarray(ids))

@@ -204,14 +204,6 @@ def merge_parts(template: Template, part_paths: Sequence[Path], out_path: Path) 
     return merged
 
 
-class Selector:
-    """Ids that a search may find; made once for all its blocks of queries."""
-
-    def __init__(self, ids: Ids) -> None:
-        self._ids = np.ascontiguousarray(ids)
-        self.of_faiss = faiss.IDSelectorBatch(self._ids)
-
-
 class Index:
     """One or more segments of one template, searched as one index. Made by `open_index`."""
 
@@ -230,12 +222,10 @@ class Index:
         """Whether its distances are those of codes, so that candidates are worth refining."""
         return not self.key.endswith("Flat")
 
-    def search(
-        self, queries: Floats, k: int, nprobe: int = 1, *, allowed: Selector | None = None
-    ) -> tuple[Floats, Ids]:
+    def search(self, queries: Floats, k: int, nprobe: int = 1, *, allowed: Any = None) -> tuple[Floats, Ids]:
         """Squared L2 distances (Q, k) float32, ascending, and ids (Q, k) of the nearest among nprobe lists.
 
-        allowed: no others are found, None: all are.
+        allowed: a selector of ids (`index_files`); no others are found, None: all are.
         Where fewer than k vectors were found the row is filled up with distance inf and id -1. nprobe
         above the number of lists means all lists, and Flat has none to choose from.
         """
@@ -247,8 +237,8 @@ class Index:
         how = faiss.SearchParametersIVF() if self.num_lists else faiss.SearchParameters()
         if isinstance(how, faiss.SearchParametersIVF):
             how.nprobe = min(nprobe, self.num_lists)
-        if allowed:
-            how.sel = allowed.of_faiss
+        if allowed is not None:
+            how.sel = allowed
         distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         # Not `search`: other libraries import faiss.contrib.torch_utils, whose own takes no params.
         outputs = faiss.swig_ptr(distances), faiss.swig_ptr(ids)

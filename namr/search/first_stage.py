@@ -7,11 +7,12 @@ Legend: Q queries, M candidates of a query.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from namr.data.shards import among
-from namr.index import ivf
+from namr.index import index_files, ivf
 from namr.index.ivf import Floats, Ids
 from namr.search.rerank import Ranked, Stop, go_on
 
@@ -47,7 +48,7 @@ def candidates(
     """
     depth, selector = num + min(num, len(hidden)), None
     if allowed is not None and len(allowed) * _FEW_OF <= index.num_vectors:
-        depth, selector = num, ivf.Selector(allowed)
+        depth, selector = num, index_files.selector(allowed)
     elif allowed is not None:
         depth = num * _FEW_OF
     stage = _Stage(index, num, nprobe, hidden, allowed, selector, stop)
@@ -66,7 +67,7 @@ class _Stage:
     nprobe: int
     hidden: Ids
     allowed: Ids | None
-    selector: ivf.Selector | None
+    selector: Any
     stop: Stop
 
     def nearest(self, q: Floats, own_ids: Ids | None, depth: int) -> tuple[Floats, Ids]:
