@@ -203,3 +203,18 @@ def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any]) -> None:
             file.write(codes.data)
         for _, ids in lists:
             file.write(ids.data)
+
+
+def selector(ids: npt.NDArray[np.int64]) -> Any:
+    """FAISS's selector of ids (n,), which it copies; one serves any number of searches."""
+    return faiss.IDSelectorBatch(np.ascontiguousarray(ids))
+
+
+def how_to_search(nprobe: int, allowed: Any = None) -> Any:
+    """FAISS's parameters of a search: how many lists it looks at (0: there are none), a selector of ids."""
+    how: Any = faiss.SearchParametersIVF() if nprobe else faiss.SearchParameters()
+    if nprobe:
+        how.nprobe = nprobe
+    if allowed is not None:
+        how.sel = allowed
+    return how

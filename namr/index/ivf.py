@@ -217,16 +217,17 @@ class Index:
         self.dim = int(index.d)
         self.num_vectors = int(index.ntotal)
         self.num_lists = int(index.nlist) if self.key != "Flat" else 0
-        self._how = functools.lru_cache(maxsize=64)(_probing)
+        self._how = functools.lru_cache(maxsize=64)(index_files.how_to_search)
 
     @property
     def is_compressed(self) -> bool:
         """Whether its distances are those of codes, so that candidates are worth refining."""
         return not self.key.endswith("Flat")
 
-    def search(self, queries: Floats, k: int, nprobe: int = 1) -> tuple[Floats, Ids]:
+    def search(self, queries: Floats, k: int, nprobe: int = 1, *, allowed: Any = None) -> tuple[Floats, Ids]:
         """Squared L2 distances (Q, k) float32, ascending, and ids (Q, k) of the nearest among nprobe lists.
 
+        allowed: a selector of ids (`index_files`); no others are found, None: all are.
         Where fewer than k vectors were found the row is filled up with distance inf and id -1. nprobe
         above the number of lists means all lists, and Flat has none to choose from.
         """
@@ -235,7 +236,8 @@ class Index:
             raise ConfigError(f"k and nprobe have to be at least 1, got k={k} and nprobe={nprobe}")
         faiss.omp_set_num_threads(self._num_threads)
         queries = np.ascontiguousarray(queries)
-        how = self._how(min(nprobe, self.num_lists)) if self.num_lists else None
+        nprobe = min(nprobe, self.num_lists)
+        how = self._how(nprobe) if allowed is None else index_files.how_to_search(nprobe, allowed)
         distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         # Not `search`: other libraries import faiss.contrib.torch_utils, whose own takes no params.
         outputs = faiss.swig_ptr(distances), faiss.swig_ptr(ids)
@@ -273,12 +275,6 @@ def open_index(paths: Path | Sequence[Path], *, mmap: bool = True, num_threads: 
     whole.replace_invlists(stacked, False)
     whole.ntotal = sum(int(index.ntotal) for index in indexes)
     return Index(whole, [*indexes, stacked], template_hash=hashes[0], num_threads=num_threads)
-
-
-def _probing(nprobe: int) -> Any:
-    how = faiss.SearchParametersIVF()
-    how.nprobe = nprobe
-    return how
 
 
 def _check_vectors(x: Floats, what: str, *, dim: int | None = None) -> None:

@@ -40,11 +40,22 @@ class SearchOptions:
     )
     nprobe: int | None = field(
         default=None,
-        metadata={"description": "Lists of the index that are searched. Default: the release's."},
+        metadata={
+            "description": "Lists of the index that are searched. Default: the release's, and more where few "
+            "items match the filter."
+        },
     )
     exact: bool = field(
         default=False,
         metadata={"description": "Compare with every item, in one stage; for small galleries."},
+    )
+    filter: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "description": "Which items may be found, as conditions by label and field that all hold: "
+            '{"label": "cat", "price": {"min": 1, "max": 5}, "brand": {"in": ["x", "y"]}, "note": null}. '
+            "In a form: as JSON text. Default: all."
+        },
     )
 
     def __post_init__(self) -> None:

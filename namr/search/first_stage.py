@@ -1,4 +1,4 @@
-"""The first stage: the nearest entries of the index, without those that nobody may find.
+"""The first stage: the nearest entries of the index, without those that may not be found.
 
 Hidden entries stay in the index until it is built anew, so a search goes deeper where they crowd out the
 others. Arrays only: no model, no items.
@@ -7,11 +7,12 @@ Legend: Q queries, M candidates of a query.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from namr.data.shards import among
-from namr.index import ivf
+from namr.index import index_files, ivf
 from namr.index.ivf import Floats, Ids
 from namr.search.rerank import Ranked, Stop, go_on
 
@@ -19,6 +20,8 @@ _PRODUCTS = 1 << 33
 """multiplications between two looks at `stop`: about a second of one core"""
 _CELLS = 1 << 22
 """neighbours that are asked for at once: 50 MB"""
+_FEW_OF = 4
+"""allowed ids are few where they are less than one of so many"""
 _NO_ID = np.iinfo(np.int64).max
 
 
@@ -35,11 +38,21 @@ def candidates(
     nprobe: int,
     hidden: Ids,
     own_ids: Ids | None = None,
+    allowed: Ids | None = None,
     stop: Stop = go_on,
 ) -> Ranked:
-    """(Q, num) nearest entries, without hidden ones (ids, ascending) and without each query's own (Q,)."""
-    stage = _Stage(index, num, nprobe, hidden, stop)
-    depth = num + (own_ids is not None) + min(num, len(hidden))
+    """(Q, num) nearest entries, without hidden ones (ids, ascending) and without each query's own (Q,).
+
+    allowed: ids, ascending, of which none is hidden; no others are found. Where they are many the index is
+    searched deeper and the others are dropped, since FAISS's own selection hashes every id for each search.
+    """
+    depth, selector = num + min(num, len(hidden)), None
+    if allowed is not None and len(allowed) * _FEW_OF <= index.num_vectors:
+        depth, selector = num, index_files.selector(allowed)
+    elif allowed is not None:
+        depth = num * _FEW_OF
+    stage = _Stage(index, num, nprobe, hidden, allowed, selector, stop)
+    depth += own_ids is not None
     squared, ids = stage.nearest(q, own_ids, depth)
     wide = squared.astype(np.float64)
     return Ranked(ids, wide, wide)
@@ -53,6 +66,8 @@ class _Stage:
     num: int
     nprobe: int
     hidden: Ids
+    allowed: Ids | None
+    selector: Any
     stop: Stop
 
     def nearest(self, q: Floats, own_ids: Ids | None, depth: int) -> tuple[Floats, Ids]:
@@ -75,11 +90,11 @@ class _Stage:
 
     def _at_once(self, q: Floats, own_ids: Ids | None, depth: int) -> tuple[Floats, Ids]:
         total = max(1, self.index.num_vectors)
-        squared, ids = self.index.search(q, min(depth, total), self.nprobe)
+        squared, ids = self.index.search(q, min(depth, total), self.nprobe, allowed=self.selector)
         is_last = (depth >= total) | (ids[:, -1] < 0)  # a deeper search would bring nothing more
         hides = False
-        if len(self.hidden) or own_ids is not None:
-            is_hidden = among(ids, self.hidden)
+        if len(self.hidden) or own_ids is not None or self.allowed is not None:
+            is_hidden = among(ids, self.hidden) if self.allowed is None else ~among(ids, self.allowed)
             if own_ids is not None:
                 is_hidden |= ids == own_ids[:, None]
             squared[is_hidden], ids[is_hidden] = np.inf, -1

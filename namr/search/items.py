@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from namr.data.shards import among
 from namr.search.answers import Item
+from namr.search.filters import LABEL, Filter
+from namr.store import item_files
 from namr.store.item_files import ItemFile
 
 Ids = npt.NDArray[np.int64]
@@ -31,6 +33,8 @@ class Items:
         self._last_ids = np.array([file.ids[-1] for file in self.files], np.int64)
         self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
         self._hidden = np.empty(0, np.int64)
+        self.kinds = item_files.joined_kinds(self.files)
+        """what kind of values each field of the user's holds"""
 
     def without(self, hidden_ids: Ids) -> "Items":
         """All items of the files but these, which are then as unknown as any id that never was."""
@@ -68,6 +72,17 @@ class Items:
             return None
         file, row = place
         return PictureRange(int(file.offsets[row]), int(file.sizes[row]))
+
+    def matching(self, wanted: Filter) -> Ids:
+        """(n,) ids of the items that a filter lets through, ascending."""
+        ids = [np.empty(0, np.int64)]
+        for file in self.files:
+            mask = np.ones(len(file), np.bool_)
+            for name, condition in wanted.items():
+                mask &= file.mask(None if name == LABEL else name, condition)
+            ids.append(file.ids[mask])
+        found = np.concatenate(ids)
+        return found[~among(found, self._hidden)]
 
     def draw(self, num: int, *, seed: int) -> list[Item]:
         """Up to `num` different items at random, in random order."""

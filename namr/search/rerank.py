@@ -99,17 +99,18 @@ def nearest_exact(
     side: Side,
     hidden: Ids,
     own_ids: Ids | None = None,
+    allowed: Ids | None = None,
     stop: Stop = go_on,
 ) -> Ranked:
     """The k nearest of the whole gallery by the adaptive distance of `side`, in one stage and float64.
 
     Reads every vector: for small galleries, and as the reference of what re-ranking misses. hidden: ids,
-    ascending, that must not be found; own_ids (Q,): one id that each query must not find. Raises
-    ManifestError for a vector that is damaged.
+    ascending, that must not be found; own_ids (Q,): one id that each query must not find; allowed: ids,
+    ascending, and no other vector is read. Raises ManifestError for a vector that is damaged.
     """
     q64, s64 = q.double(), None if s_q is None else s_q.double()
     best = _nothing(len(q), 0)
-    for ids, x, s in vectors.blocks():
+    for ids, x, s in vectors.blocks() if allowed is None else _blocks_of(allowed, vectors):
         stop()
         kept = ~np.isin(ids, hidden)
         if not kept.any():
@@ -124,6 +125,13 @@ def nearest_exact(
             squared[block_ids == own_ids[:, None]] = np.inf
         best = _nearest(_joined(best, Ranked(block_ids, squared, plain)), k)
     return _filled(best, k)
+
+
+def _blocks_of(ids: Ids, vectors: GalleryVectors) -> Iterator[tuple[Ids, Tensor, Tensor]]:
+    step = max(1, _GATHERED_VALUES // (2 * vectors.dim))
+    for start in range(0, len(ids), step):
+        some = ids[start : start + step]
+        yield some, *vectors.both(some)
 
 
 def _own_squared(

@@ -8,7 +8,7 @@ An answer is **proved** when no other item of the release can belong to it: what
 vectors, or for side "none" those of an index that isn't compressed. That takes an exact first stage: index
 key Flat, or IVF<n>,Flat with all lists probed. Items at the same distance may stand for each other.
 
-Not covered: filters on labels or fields, and approximate search over several machines.
+Not covered: what a filter may say (`filters`), and approximate search over several machines.
 """
 
 import threading
@@ -30,12 +30,12 @@ from namr.model.model import NamrModel
 from namr.release import releases, takedowns
 from namr.release.places import Places
 from namr.release.releases import Release
-from namr.search import queries
+from namr.search import filters, queries, stages
 from namr.search.answers import Answer, Hit, ReleaseInfo, SearchOptions, Timings
 from namr.search.items import Items
 from namr.search.queries import Queries
 from namr.search.rerank import Stop, go_on
-from namr.search.stages import Neighbours, Plan, Stages
+from namr.search.stages import Neighbours, Stages
 from namr.search.vectors import GalleryVectors
 from namr.sides import Side
 from namr.store import item_files
@@ -189,7 +189,7 @@ class Searcher:
         images: encoded pictures; the item of a picture that is in the gallery is found like any other.
         embeddings, structures (Q, D): as the model returns them. keys: items of the gallery, which are left
         out of their own answer. stop: see `search_arrays`. Raises ImageRefused for bytes that are no picture,
-        ConfigError for an unknown key, and what `search_arrays` raises.
+        ConfigError for an unknown key or a filter that is none, and what `search_arrays` raises.
         """
         given = {"images": images, "embeddings": embeddings, "keys": keys}
         names = [name for name, it in given.items() if it is not None]
@@ -197,7 +197,8 @@ class Searcher:
             raise ConfigError(
                 f"a search takes one of {', '.join(given)}; got {' and '.join(names) or 'none'}"
             )
-        plan, shown = self._plan(options), self._shown
+        plan, shown = stages.plan_of(options, self.manifest), self._shown
+        allowed = self._allowed(options, shown.items)
         began = time.perf_counter()
         own_ids = None if keys is None else self._ids_of(keys, shown.items)
         if images is not None:
@@ -209,7 +210,7 @@ class Searcher:
             else self._given(embeddings, structures)
         )
         neighbours, timings = self._stages.search(
-            asked, plan, hidden=shown.hidden, num_items=len(shown.items), stop=stop
+            asked, plan, hidden=shown.hidden, num_items=len(shown.items), allowed=allowed, stop=stop
         )
         timings = replace(timings, embed_ms=embedded_ms)
         return [
@@ -233,7 +234,12 @@ class Searcher:
         """
         shown, asked = self._shown, self._given(embeddings, structures)
         return self._stages.search(
-            asked, self._plan(options), hidden=shown.hidden, num_items=len(shown.items), stop=stop
+            asked,
+            stages.plan_of(options, self.manifest),
+            hidden=shown.hidden,
+            num_items=len(shown.items),
+            allowed=self._allowed(options, shown.items),
+            stop=stop,
         )[0]
 
     def embed(self, pictures: Sequence[bytes], *, stop: Stop = go_on) -> tuple[Floats, Floats]:
@@ -262,15 +268,11 @@ class Searcher:
         manifest = self.manifest
         return queries.given(embeddings, structures, dim=manifest.embedding_dim, metric=manifest.metric)
 
-    def _plan(self, options: SearchOptions) -> Plan:
-        own = self.manifest
-        return Plan(
-            k=options.k,
-            side=own.structure_side if options.side is None else options.side,
-            depth=own.depth if options.depth is None else options.depth,
-            nprobe=own.nprobe if options.nprobe is None else options.nprobe,
-            exact=options.exact,
-        )
+    def _allowed(self, options: SearchOptions, items: Items) -> Ids | None:
+        """Ids of the items that the filter lets through, ascending; None where there is no filter."""
+        if options.filter is None:
+            return None
+        return items.matching(filters.parse(options.filter, items.kinds))
 
     def _ids_of(self, keys: Sequence[str], items: Items) -> Ids:
         if not keys:

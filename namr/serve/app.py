@@ -1,7 +1,7 @@
 """The HTTP service: search by picture, vector and key, the pictures themselves, and the search page.
 
 Every error is JSON: {"error": {"type": ..., "message": ...}}. Not covered: who may ask (put a proxy that
-knows in front), TLS, filters.
+knows in front), TLS.
 """
 
 import logging

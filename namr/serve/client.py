@@ -9,6 +9,7 @@ Busy says after how many seconds to ask again. A connection that can't be made i
 was sent is not.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -61,8 +62,10 @@ class Client:
 
     def search_image(self, image: bytes, options: SearchOptions = _DEFAULTS) -> Answer:
         """The items that look most like an encoded picture."""
-        files = {"image": ("image", image)}
-        return _answer(self._post("/search/image", files=files, data=_given(asdict(options))))
+        files, given = {"image": ("image", image)}, _given(asdict(options))
+        if options.filter is not None:
+            given["filter"] = json.dumps(options.filter)
+        return _answer(self._post("/search/image", files=files, data=given))
 
     def search_key(self, key: str, options: SearchOptions = _DEFAULTS) -> Answer:
         """The items that look most like one of the gallery, itself left out; ObjectMissing if unknown."""

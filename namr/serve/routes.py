@@ -7,6 +7,7 @@ option or query has is refused.
 import dataclasses
 import difflib
 import inspect
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -211,11 +212,16 @@ def add_state(app: FastAPI, live: Live) -> None:
 
 def _of_form(**given: Any) -> Options:
     """The options among the fields of a form; its signature, below, is what FastAPI reads."""
+    if given["filter"] is not None:
+        try:
+            given["filter"] = json.loads(given["filter"])
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"filter is no JSON ({error}); expected {{...}} as text") from error
     return Options(**given)
 
 
 def _form_signature() -> inspect.Signature:
-    hints = get_type_hints(Options)
+    hints = {**get_type_hints(Options), "filter": str | None}  # a form has no objects
     parameters = [
         inspect.Parameter(
             option.name,

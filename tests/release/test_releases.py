@@ -145,6 +145,13 @@ def test_a_manifest_of_an_earlier_namr_opens_if_its_layout_is_the_same(three: st
         releases.open_release(three, "second")
 
 
+def test_a_release_with_one_table_of_items_is_refused_with_the_version_that_is_read(three: str) -> None:
+    path = Path(three, "second", "manifest.json")
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(ManifestError, match="format version 1, and this namr reads 2 of namr-release"):
+        releases.open_release(three, "second")
+
+
 @pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("key", ["Flat", "IVF4,Flat"])
 def test_an_exported_file_is_one_that_plain_faiss_searches_alike(

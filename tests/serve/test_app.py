@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import json
 import os
 import re
 import threading
@@ -95,6 +96,38 @@ def test_vectors_are_answered_in_their_order(http: httpx.Client, searcher: Searc
     np.testing.assert_allclose(
         [[hit["distance"] for hit in answer["hits"]] for answer in plain], neighbours.distances, rtol=1e-6
     )
+
+
+def test_a_filter_is_taken_as_json_and_as_text_of_a_form(http: httpx.Client) -> None:
+    wanted = {"row": {"min": 10, "max": 12}, "label": {"in": ["0", "1", "2", None]}}
+    by_key = http.post("/search/key", json={"key": "digit/17", "filter": wanted}).json()
+    by_image = upload(http, small_release.digit(17), filter=json.dumps(wanted)).json()
+    x = {"embeddings": [[0.1] * 16], "side": "none", "filter": wanted}
+    (by_vector,) = http.post("/search/vector", json=x).json()["answers"]
+    for answer in (by_key, by_image, by_vector):
+        assert sorted(hit["fields"]["row"] for hit in answer["hits"]) == [10, 11, 12]
+    none = http.post("/search/key", json={"key": "digit/17", "filter": {"row": -1}})
+    assert (none.status_code, none.json()["hits"]) == (200, [])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"rov": 1}, "no item of this release has a field 'rov': perhaps you meant 'row'"),
+        ({"row": "x"}, "filter: row is 'x'; expected a finite number"),
+        ({"row": {"above": 3}}, "filter: row is {'above': 3}; expected a value, null, "),
+    ],
+)
+def test_what_is_no_filter_is_the_callers_to_mend(http: httpx.Client, wanted: object, message: str) -> None:
+    for reply in (
+        http.post("/search/key", json={"key": "digit/17", "filter": wanted}),
+        upload(http, small_release.digit(17), filter=json.dumps(wanted)),
+    ):
+        status, kind, said = error_of(reply)
+        assert (status, kind) == (422, "ConfigError")
+        assert message in said
+    assert "filter is no JSON" in error_of(upload(http, small_release.digit(17), filter="{row: 1}"))[2]
+    assert "filter: " in error_of(http.post("/search/key", json={"key": "digit/17", "filter": [1]}))[2]
 
 
 def test_a_key_is_searched_without_itself(http: httpx.Client) -> None:
@@ -389,7 +422,7 @@ def test_queries_that_leave_float32_are_refused_and_no_answer_has_nulls(http: ht
         (
             "/search/key",
             {"key": "digit/1", "structures": []},
-            "no field 'structures': expected depth, exact, k",
+            "no field 'structures': expected depth, exact, filter, k",
         ),
         ("/search/vector", {"embedings": [[1.0]]}, "no field 'embedings': perhaps you meant embeddings"),
         (

@@ -61,6 +61,15 @@ def test_numpy_vectors_are_taken(client: Client, searcher: Searcher) -> None:
     assert [[hit.id for hit in answer.hits] for answer in plain] == neighbours.ids.tolist()
 
 
+def test_filters_are_sent_with_every_way_of_searching(client: Client) -> None:
+    options = SearchOptions(side="none", filter={"row": {"max": 1}, "label": {"in": ["0", "1"]}})
+    answers = [client.search_image(small_release.digit(3), options), client.search_key("digit/3", options)]
+    answers += client.search_vectors([[0.0] * 16], options=options)
+    assert [{hit.key for hit in answer.hits} for answer in answers] == [{"digit/0", "digit/1"}] * 3
+    with pytest.raises(ConfigError, match="perhaps you meant 'row'"):
+        client.search_key("digit/3", SearchOptions(filter={"raw": 1}))
+
+
 def test_items_pictures_and_the_release(client: Client) -> None:
     item = client.item(make_id(1, 1))
     assert (item.key, item.label, item.fields) == ("digit/41", "4", {"row": 41})
