@@ -257,7 +257,7 @@ def _report(
     header, *rows = comparison.ways_table()
     ways = report.Table(title=comparison.title, columns=header, rows=rows)
     recalls = {
-        row.name: {column: 100 * found.recall_at_1 for column, found in row.by_column.items()}
+        row.name: {way: 100 * row.by_column[way].recall_at_1 for way in COLUMNS if way in row.by_column}
         for row in comparison.rows
     }
     runs_registry = registry.connect(tracking_uri)
