@@ -186,9 +186,7 @@ def difference(one: RetrievalMetrics, other: RetrievalMetrics) -> Difference:
     The standard error is that of a mean over clusters (classes), N queries in C classes:
     sqrt(C / (C - 1) sum_c (sum_{q in c} (d_q - mean))^2) / N; infinite for one class. (Liang and Zeger, 1986)
     """
-    if not np.array_equal(one.classes, other.classes):
-        raise ShapeError(f"{one.num_queries} and {other.num_queries} queries; expected the same ones")
-    gains = one.scores - other.scores
+    gains = _gains(one, other)
     mean = float(gains.mean())
     names, numbers = np.unique(one.classes, return_inverse=True)
     if len(names) < 2:
@@ -206,10 +204,8 @@ def interval(
     Whole classes are drawn with replacement, 2,000 times, by `seed`; percentiles of their mean gains. None
     for one class. (Field and Welsh, "Bootstrapping clustered data", JRSS B 2007)
     """
-    if not np.array_equal(one.classes, other.classes):
-        raise ShapeError(f"{one.num_queries} and {other.num_queries} queries; expected the same ones")
     numbers = np.unique(one.classes, return_inverse=True)[1]
-    gains = np.bincount(numbers, weights=one.scores - other.scores)
+    gains = np.bincount(numbers, weights=_gains(one, other))
     if len(gains) < 2:
         return None
     found = scipy.stats.bootstrap(
@@ -222,6 +218,14 @@ def interval(
         rng=seed,
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def _gains(one: RetrievalMetrics, other: RetrievalMetrics) -> NDArray[np.float64]:
+    """(num_queries,) by how much each query's score is higher; ShapeError for other queries."""
+    if not np.array_equal(one.classes, other.classes):
+        raise ShapeError(f"{one.num_queries} and {other.num_queries} queries; expected the same ones")
+    gains: NDArray[np.float64] = one.scores - other.scores
+    return gains
 
 
 def sum_over_ranks(sums: RetrievalSums) -> RetrievalSums:

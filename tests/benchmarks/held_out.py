@@ -10,17 +10,13 @@ both with its standard error over classes. Last, the same for the unseen classes
 validation should have said.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from namr.measure import metrics, validation
 from namr.measure.metrics import RetrievalMetrics
 from namr.measure.protocols import Split
-from namr.model.model import ModelConfig
 from tests.benchmarks import method
 from tests.benchmarks.method import Choice, Labelled, Setting
 
@@ -31,16 +27,7 @@ WAYS = validation.ways("cosine")[:2]
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(options.threads)
-    config = ModelConfig(
-        backbone="tf_efficientnet_lite0",
-        weights=str(options.weights),
-        embedding_dim=options.dim,
-        image_size_px=128,
-    )
-    train, test = (
-        method.cached_features(options.data / part, config, options.cache) for part in ("train", "test")
-    )
+    config, (train, test) = method.frozen(options, "train", "test")
     everything = Split(queries=np.arange(len(test.y)), gallery=np.arange(len(test.y)))
     for base in options.losses:
         rows = method.settings(base, config, options)
@@ -96,10 +83,9 @@ def told(of_splits: list[list[RetrievalMetrics]]) -> str:
 
 
 def parse() -> Any:
-    parser = method.parser_of(__doc__ or "", cache=Path("/tmp/namr-method-features"))
+    parser = method.frozen_parser(__doc__ or "")
     parser.add_argument("--losses", nargs="+", default=["triplet", "contrastive"], choices=method.BASES)
     parser.add_argument("--splits", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     return method.parsed(parser)
 
 

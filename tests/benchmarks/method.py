@@ -87,15 +87,7 @@ class Labelled:
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(options.threads)
-    config = ModelConfig(
-        backbone="tf_efficientnet_lite0",
-        weights=str(options.weights),
-        embedding_dim=options.dim,
-        image_size_px=128,
-    )
-    train = cached_features(options.data / "train", config, options.cache)
-    test = cached_features(options.data / "test", config, options.cache)
+    config, (train, test) = frozen(options, "train", "test")
     learnt, held_out = split(train)
     set_name = f"{options.data.name} test"
     print(f"{options.data.name}: {len(train.y)} images to train on, {len(test.y)} of unseen classes")
@@ -142,11 +134,29 @@ def main() -> None:
 
 
 def parse() -> Any:
-    parser = parser_of(__doc__ or "", cache=Path("/tmp/namr-method-features"))
+    parser = frozen_parser(__doc__ or "")
     parser.add_argument("--losses", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     return parsed(parser)
+
+
+def frozen_parser(description: str) -> argparse.ArgumentParser:
+    """The options of the benchmarks on frozen features."""
+    parser = parser_of(description, cache=Path("/tmp/namr-method-features"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    return parser
+
+
+def frozen(options: Any, *parts: str) -> tuple[ModelConfig, list[Labelled]]:
+    """The network of these benchmarks, on so many threads, and its features of these parts of the data."""
+    torch.set_num_threads(options.threads)
+    config = ModelConfig(
+        backbone="tf_efficientnet_lite0",
+        weights=str(options.weights),
+        embedding_dim=options.dim,
+        image_size_px=128,
+    )
+    return config, [cached_features(options.data / part, config, options.cache) for part in parts]
 
 
 def parser_of(description: str, *, cache: Path) -> argparse.ArgumentParser:

@@ -9,17 +9,13 @@ classes, every image against all others. A line for each seed, then for each sid
 no line is a target.
 """
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from namr.measure import structure
 from namr.measure.structure import Hubs
-from namr.model.model import ModelConfig
 from namr.sides import Side
 from tests.benchmarks import method
 from tests.benchmarks.method import Choice, Labelled
@@ -31,16 +27,7 @@ SIDES: tuple[Side, ...] = ("both", "query", "scale")
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(options.threads)
-    config = ModelConfig(
-        backbone="tf_efficientnet_lite0",
-        weights=str(options.weights),
-        embedding_dim=options.dim,
-        image_size_px=128,
-    )
-    train, test = (
-        method.cached_features(options.data / part, config, options.cache) for part in ("train", "test")
-    )
+    config, (train, test) = method.frozen(options, "train", "test")
     trained_by_both = method.settings("triplet", config, options)[-1]
     print(f"{options.data.name}: {len(train.y)} images to train on, {len(test.y)} of unseen classes")
     for seed in range(options.seeds):
@@ -50,9 +37,8 @@ def main() -> None:
 
 
 def parse() -> Any:
-    parser = method.parser_of(__doc__ or "", cache=Path("/tmp/namr-method-features"))
+    parser = method.frozen_parser(__doc__ or "")
     parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     return method.parsed(parser)
 
 

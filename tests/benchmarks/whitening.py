@@ -8,17 +8,12 @@ Recall@1 / MAP@R in per cent on the held-out ones, mean over the splits; no unse
 last line names the power with the best mean of both by cosine.
 """
 
-import argparse
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from namr.measure import validation
 from namr.model import whitening
-from namr.model.model import ModelConfig
 from tests.benchmarks import method
 from tests.benchmarks.method import Labelled
 
@@ -29,14 +24,7 @@ Scores = np.ndarray
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(options.threads)
-    config = ModelConfig(
-        backbone="tf_efficientnet_lite0",
-        weights=str(options.weights),
-        embedding_dim=options.dim,
-        image_size_px=128,
-    )
-    train = method.cached_features(options.data / "train", config, options.cache)
+    _, (train,) = method.frozen(options, "train")
     rows = {"untouched": np.zeros((2, 2))} | {f"{power:g}": np.zeros((2, 2)) for power in options.powers}
     for seed in range(options.splits):
         learnt, held_out = method.split(train, seed=seed)
@@ -57,10 +45,9 @@ def scores(x: np.ndarray, held_out: Labelled) -> Scores:
 
 
 def parse() -> Any:
-    parser: argparse.ArgumentParser = method.parser_of(__doc__ or "", cache=Path("/tmp/namr-method-features"))
+    parser = method.frozen_parser(__doc__ or "")
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--powers", type=float, nargs="+", default=[0, 0.125, 0.25, 0.375, 0.5])
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     return method.parsed(parser)
 
 
