@@ -72,6 +72,11 @@ class ObjectStore:
                 client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
+    def delete_bucket(self, name: str) -> None:
+        """Remove the bucket and all that is in it, and so free the volumes that it held."""
+        with closing(self.client()) as client:
+            client.delete_bucket(Bucket=name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlflowServer:
@@ -129,6 +134,8 @@ def object_store(
         "-admin.ui=false",
         "-webdav=false",
         "-master.telemetry=false",
+        # Each bucket takes a volume of its own, of at most free disk / this size in all; 1 GiB unless said.
+        "-master.volumeSizeLimitMB=64",
         *(f"-{name}.port={port}" for name, port in zip(names, store_ports, strict=False)),
         *(f"-{name}.port.grpc={port}" for name, port in zip(names[:4], store_ports[5:], strict=True)),
     ]

@@ -40,9 +40,11 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.
 
 
 @pytest.fixture
-def s3(object_store: services.ObjectStore) -> str:
+def s3(object_store: services.ObjectStore) -> Iterator[str]:
     """The URI of a bucket that is empty and this test's alone."""
-    return object_store.create_bucket(f"test-{uuid.uuid4().hex}")
+    name = f"test-{uuid.uuid4().hex}"
+    yield object_store.create_bucket(name)
+    object_store.delete_bucket(name)
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,17 @@ def test_the_object_store_keeps_its_objects_over_a_restart(tmp_path: Path) -> No
 
 
 @pytest.mark.s3
+def test_a_bucket_goes_with_all_that_is_in_it(object_store: services.ObjectStore) -> None:
+    object_store.create_bucket("gone")
+    with closing(object_store.client()) as client:
+        client.put_object(Bucket="gone", Key="night", Body=b"1")
+        object_store.delete_bucket("gone")
+        object_store.create_bucket("gone")
+        assert client.list_objects_v2(Bucket="gone")["KeyCount"] == 0
+    object_store.delete_bucket("gone")
+
+
+@pytest.mark.s3
 def test_the_object_store_refuses_other_keys(object_store: services.ObjectStore) -> None:
     stranger = services.ObjectStore(
         endpoint=object_store.endpoint, access_key=object_store.access_key, secret_key="wrong"
