@@ -103,7 +103,9 @@ def searcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("few_allowed", [0, 8192])
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("wanted", "matches"), FILTERS, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(
+    ("wanted", "matches"), FILTERS, ids=lambda each: str(each) if isinstance(each, dict) else "rows"
+)
 def test_a_filtered_search_is_brute_force_over_what_matches(
     searcher: Searcher,
     wanted: dict[str, Any],
