@@ -132,7 +132,7 @@ def _conclude(config: SweepConfig, run: SweepRun, runs: Registry) -> SweepResult
         training_gain=finding.training_gain,
         beat_start=finding.best.best.step > 0,
         words=sweep_report.words(finding, results),
-        table=sweep_report.table(results),
+        table=f"{sweep_report.table(results)}\n{sweep_report.rivals_table(finding)}",
         settings=tuple(sweep_report.in_order(results)),
     )
     files = {
@@ -190,8 +190,8 @@ def _alone(cache_folder: Path) -> Iterator[None]:
 
 
 def _trial(setting: Setting) -> Trial:
-    """Base losses alone compete among themselves: the comparison needs one that is trained to its end."""
-    return Trial(setting.name, "plain" if setting.is_plain else "ranked")
+    """A base loss competes with itself, alone and with ranking loss apart, so that one of each ends."""
+    return Trial(setting.name, f"{setting.base}, {'plain' if setting.is_plain else 'ranked'}")
 
 
 def _point(examination: Examination) -> Point:

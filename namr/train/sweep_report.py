@@ -18,6 +18,15 @@ from namr.train.settings import Setting, SweepConfig
 from namr.train.sweep_run import Gain, Scores, SettingResult
 
 
+class Rivals(NamedTuple):
+    """The best setting without ranking loss and the best with it; None where all such settings failed."""
+
+    plain: SettingResult | None
+    ranked: SettingResult | None
+    gain: Gain | None
+    """of the second over the first"""
+
+
 class Finding(NamedTuple):
     """What is best, and by how much."""
 
@@ -30,6 +39,8 @@ class Finding(NamedTuple):
     """`ranked` over `plain`."""
     training_gain: Gain
     """`best` over the model before its first step."""
+    of_bases: dict[str, Rivals]
+    """Those of each base loss, by its name."""
 
 
 def in_order(results: Sequence[SettingResult]) -> list[SettingResult]:
@@ -51,18 +62,28 @@ def find(results: Sequence[SettingResult], scores_of: Callable[[Setting], Scores
             f"all {len(results)} settings failed, {first.setting.name}: {first.reason}; lower the rates, or "
             "choose other settings under another sweep_name"
         )
-    plain = next((result for result in good if result.setting.is_plain), None)
-    ranked = next((result for result in good if not result.setting.is_plain), None)
-    of_best = scores_of(good[0].setting)
+    of_best, of_all = scores_of(good[0].setting), _rivals(good, scores_of)
+    bases = sorted({result.setting.base for result in good})
     return Finding(
         best=good[0],
-        plain=plain,
-        ranked=ranked,
-        ranking_gain=_gain(scores_of(ranked.setting).best, scores_of(plain.setting).best)
-        if plain and ranked
-        else None,
+        plain=of_all.plain,
+        ranked=of_all.ranked,
+        ranking_gain=of_all.gain,
         training_gain=_gain(of_best.best, of_best.start),
+        of_bases={
+            base: _rivals([result for result in good if result.setting.base == base], scores_of)
+            for base in bases
+        },
     )
+
+
+def _rivals(good: Sequence[SettingResult], scores_of: Callable[[Setting], Scores]) -> Rivals:
+    plain = next((result for result in good if result.setting.is_plain), None)
+    ranked = next((result for result in good if not result.setting.is_plain), None)
+    gain = None
+    if plain and ranked:
+        gain = _gain(scores_of(ranked.setting).best, scores_of(plain.setting).best)
+    return Rivals(plain, ranked, gain)
 
 
 def words(finding: Finding, results: Sequence[SettingResult]) -> str:
@@ -98,8 +119,20 @@ def table(results: Sequence[SettingResult]) -> str:
     """Markdown that reads as plain text too; best first."""
     head = ("loss", "lambda", "C", "side", "rate", "backbone rate", "score %", "Recall@1 %", "MAP@R %",
             "gain", "searched by", "at step", "of", "ended")  # fmt: skip
-    rows = [head, *(_row(result) for result in in_order(results))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return _markdown([head, *(_row(result) for result in in_order(results))])
+
+
+def rivals_table(finding: Finding) -> str:
+    """Markdown: what the ranking loss brings to each base loss."""
+    rows = [("loss", "best without, score %", "best with, score %", "gain in points (95 %)")]
+    for base, (plain, ranked, gain) in finding.of_bases.items():
+        told = (_told(each) if each else "failed" for each in (plain, ranked))
+        rows.append((base, *told, "-" if gain is None else _in_points(gain)))
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     rule = " | ".join("-" * width for width in widths)
     return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:])) + "\n"

@@ -1,5 +1,6 @@
 """What is best, what the ranking loss brings, and how it is told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,20 @@ def test_the_table_is_aligned_markdown_best_first() -> None:
     assert cells[2] == ["margin", "1", "4", "both", "0.001", "0", "70.0", "70.0", "70.0", "+20.0", "cosine",
                         "10", "10", "stopped"]  # fmt: skip
     assert cells[3][:5] == ["margin", "0", "-", "-", "0.001"]
+
+
+def test_each_base_loss_is_held_against_itself() -> None:
+    triplet = [replace(each, setting=replace(each.setting, base="triplet")) for each in
+               (result(0, [0.5, 0.52]), result(1, [0.5, 0.55]))]  # fmt: skip
+    results = [result(0, [0.5, 0.7]), result(1, [0.5, 0.6]), *triplet]
+    finding = sweep_report.find(results, scores_of(results))
+    gains = {base: rivals.gain.mean for base, rivals in finding.of_bases.items() if rivals.gain}
+    assert gains == pytest.approx({"margin": -0.1, "triplet": 0.03})
+    rows = sweep_report.rivals_table(finding).splitlines()
+    assert [cell.strip() for cell in rows[2].split("|")][1:4] == ["margin", "70.0 %", "60.0 %"]
+    failed = [result(0, [], state="failed"), result(1, [0.5, 0.55])]
+    lonely = sweep_report.rivals_table(sweep_report.find(failed, scores_of(failed)))
+    assert [cell.strip() for cell in lonely.splitlines()[2].split("|")][2:5] == ["failed", "55.0 %", "-"]
 
 
 def test_the_plot_shows_each_base_loss_before_training_and_with_and_without_ranking_loss() -> None:
