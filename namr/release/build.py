@@ -67,7 +67,9 @@ class BuildConfig:
     """How to build an index."""
 
     index_key: str = "auto"
-    """auto, or Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<pieces>x4fs, IVF<lists>,PQ<bytes>x8"""
+    """auto: Flat for few images, else IVF<lists>,PQ<pieces>x4fs with the most exact codes that fit
+    max_index_bytes (SQ8 where the dimension has no even pieces). Or by name Flat, IVF<lists>,Flat,
+    IVF<lists>,SQ8, IVF<lists>,PQ<pieces>x4fs; or IVF<lists>,PQ<bytes>x8, which is slower than all of them"""
     num_parts: int = 4
     """parts to build side by side; large indexes take more"""
     max_index_bytes: int = 16 << 30
