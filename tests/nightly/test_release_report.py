@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from namr.index import planning
+from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Section
 from namr.nightly import assessment, release_report, structure_section
@@ -23,7 +25,10 @@ def searcher_of(root: Path, index_key: str) -> Searcher:
 
 
 def page_of(
-    searcher: Searcher, num_queries: int, sections: Sequence[Section] = ()
+    searcher: Searcher,
+    num_queries: int,
+    sections: Sequence[Section] = (),
+    considered: Sequence[Considered] = (),
 ) -> release_report.ReportPage:
     keys = assessment.held_out_keys(searcher, num_queries, seed=0)
     measured = ReleaseReport(
@@ -33,6 +38,7 @@ def page_of(
         imbalance=1.0,
         build_s=1.0,
         assessment=assessment.assess(searcher, keys, AssessmentConfig(depth=30)),
+        considered=tuple(considered),
     )
     return release_report.page("a release", searcher.manifest, measured, [], sections)
 
@@ -82,3 +88,22 @@ def test_the_queries_shown_probe_as_many_lists_as_the_release_will(tmp_path: Pat
     )
     assert all_lists == pytest.approx(true, rel=1e-2)
     assert few != all_lists
+
+
+def test_the_page_says_what_else_was_considered_and_what_it_would_have_taken(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "IVF4,SQ8")
+    considered = planning.considered(120, 16, chosen="IVF4,SQ8", key="IVF4,SQ8", max_index_bytes=1 << 30)
+    page = page_of(searcher, 24, considered=considered)
+    (table,) = [table for table in page.tables if table.title.startswith("Which index, and why")]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["IVF4,SQ8 (chosen)"][2] == "named by build.index_key"
+    assert rows["Flat"][1] == f"{120 * 64 / 1e6:,.2f}"
+    assert [row[0] for row in table.rows] == [
+        *("Flat", "IVF4,Flat", "IVF4,SQ8 (chosen)", "IVF4,PQ8x4fs", "IVF4,PQ4x4fs", "IVF4,PQ2x4fs")
+    ]
+    assert "named by build.index_key" in report.render(page)
+
+
+def test_a_report_of_before_has_nothing_considered_and_no_such_table(tmp_path: Path) -> None:
+    page = page_of(searcher_of(tmp_path, "Flat"), 24)
+    assert [table.title for table in page.tables if "why" in table.title] == []
