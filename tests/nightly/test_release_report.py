@@ -1,5 +1,6 @@
 """What a release is measured by, and the page that shows it: real answers of a small release."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
+from namr.store import manifests
 from namr.store.cache import Cache
 from tests import small_release
 from tests.small_release import Recipe
@@ -107,3 +109,21 @@ def test_the_page_says_what_else_was_considered_and_what_it_would_have_taken(tmp
 def test_a_report_of_before_has_nothing_considered_and_no_such_table(tmp_path: Path) -> None:
     page = page_of(searcher_of(tmp_path, "Flat"), 24)
     assert [table.title for table in page.tables if "why" in table.title] == []
+
+
+def test_what_was_considered_is_read_back_as_it_was_stored(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "Flat")
+    considered = tuple(planning.considered(120, 16, chosen="Flat", max_index_bytes=1 << 30))
+    measured = ReleaseReport(
+        counts=searcher.manifest.counts,
+        index_key="Flat",
+        num_parts=1,
+        imbalance=1.0,
+        build_s=1.0,
+        assessment=assessment.assess(searcher, ["digit/3"], AssessmentConfig()),
+        considered=considered,
+    )
+    data = manifests.encode_manifest(measured)
+    assert manifests.decode_manifest(data, ReleaseReport, "here") == measured
+    before = {name: value for name, value in json.loads(data).items() if name != "considered"}
+    assert manifests.decode_manifest(json.dumps(before).encode(), ReleaseReport, "here").considered == ()
