@@ -128,6 +128,8 @@ def _measure(folder: Path, num: int, dim: int, today: date) -> Constants:
         / (_QUERIES * num * dim)
         for side in _SIDES
     )
+    fast = opened[f"PQ{axes[0]}" if axes else "SQ8"]
+    of_one_list = _least(lambda: fast.search(queries, _DEPTH, 1)) / _QUERIES
     of_codecs = {"Flat": "Flat", "SQ8": "SQ8"} | ({"PQ": f"PQ{axes[0]}"} if axes else {})
     return Constants(
         machine=_machine(),
@@ -150,6 +152,7 @@ def _measure(folder: Path, num: int, dim: int, today: date) -> Constants:
         exact_s_per_axis=plain,
         exact_adaptive_s_per_axis=adaptive,
         compare_s_per_byte=compare / (_QUERIES * _DEPTH * 4 * dim),
+        query_s=max(of_one_list - num_lists * dim * assign, 0.0),
         imbalance=flat.imbalance,
         by_lists=tuple(by_lists),
         by_depth=by_depth,

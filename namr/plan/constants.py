@@ -68,6 +68,8 @@ class Constants:
     """by both structures"""
     compare_s_per_byte: float
     """of candidates' stored vectors, by both structures, in memory"""
+    query_s: float
+    """of a query beside finding lists, scanning and comparing: keeping the candidates in order, in batches"""
     imbalance: float
     by_lists: tuple[Found, ...]
     """with exact codes, ascending"""

@@ -130,7 +130,8 @@ def estimate(config: PlanConfig, constants: Constants) -> Estimate:
     scanned = int(min(share, 1.0) * num * key.code_bytes)
     codec = key.codec if key.codec in constants.codes else "SQ8"
     query_s = (
-        key.num_lists * dim * constants.assign_s_per_distance_axis
+        constants.query_s
+        + key.num_lists * dim * constants.assign_s_per_distance_axis
         + scanned * constants.codes[codec].scan_s_per_byte
         + depth * 4 * dim * constants.compare_s_per_byte
     )
