@@ -4,6 +4,7 @@ namr demo                       the whole chain on one machine, then a search pa
 namr submit train --config ...  a job of jobs/ on a running Ray cluster
 namr releases list|export       what was published; a release as one plain FAISS file
 namr releases pin|unpin         keep the current release current; let the night publish again
+namr plan --num-vectors 1e9 ... what an index will take: type, memory, disk, time, cost of a query
 namr takedown                   take images out of all answers, now and for every release
 namr promote                    make a model version the champion
 namr rollback                   make an earlier release current again, and pin it
@@ -22,6 +23,8 @@ from namr import config
 from namr.demo import demo
 from namr.demo.demo import DemoConfig
 from namr.errors import ConfigError
+from namr.plan import calibration, constants, estimate, wording
+from namr.plan.estimate import PlanConfig
 from namr.registry import registry
 from namr.release import publication, releases, takedowns
 from namr.store.manifests import Pin
@@ -170,6 +173,15 @@ def _export(command: ExportCommand) -> None:
     print(f"wrote {command.out}: {release.manifest.release_id}, {info.num_vectors} vectors")
 
 
+def _plan(command: PlanConfig) -> None:
+    if command.calibrate:
+        path = command.constants or constants.DEFAULT_PATH
+        constants.check_writable(path)
+        constants.write(path, calibration.calibrate(command.dim, today=_now().date()))
+    known = constants.find(command.constants)
+    print(wording.text(command, estimate.estimate(command, known.constants), known))
+
+
 def _promote(command: PromoteCommand) -> None:
     version = registry.connect(command.tracking_uri).promote(command.model_name, version=command.version)
     print(f"{version.name} {version.version} is the champion")
@@ -210,6 +222,7 @@ _COMMANDS = (
     _Command(("releases", "export"), ExportCommand, _export),
     _Command(("releases", "pin"), PinCommand, _pin),
     _Command(("releases", "unpin"), UnpinCommand, _unpin),
+    _Command(("plan",), PlanConfig, _plan),
     _Command(("takedown",), TakedownCommand, _takedown),
     _Command(("promote",), PromoteCommand, _promote),
     _Command(("rollback",), RollbackCommand, _rollback),

@@ -75,6 +75,20 @@ def test_a_release_is_exported_as_plain_faiss(tmp_path: Path, capsys: pytest.Cap
     assert f"{release.manifest.counts.num_indexed} vectors" in capsys.readouterr().out
 
 
+def test_an_index_is_planned_with_numbers_as_people_write_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--num-vectors", "1e9", "--dim", "256", "--memory-gb-per-node", "64", "--recall-at-10", "0.95"]
+    cli.run(["plan", *words])
+    said = capsys.readouterr().out
+    assert "IVF65536,PQ32x4fs" in said and "Constants: those that come with namr" in said
+    with pytest.raises(ConfigError, match="no such file"):
+        cli.run(["plan", *words, "--constants", "nowhere.json"])
+    with pytest.raises(ConfigError, match="can't be written"):
+        cli.run(["plan", *words, "--calibrate", "--constants", "no folder/x.json"])
+
+
 @pytest.mark.slow
 def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -93,7 +107,7 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("words", "error", "expected"),
     [
-        (["relases"], ConfigError, "'relases' is no command of namr; expected one of: demo, promote"),
+        (["relases"], ConfigError, "'relases' is no command of namr; expected one of: demo, plan, promote"),
         (["releases"], ConfigError, "releases export, releases list, releases pin, releases unpin"),
         (["submit", "fly"], ConfigError, "namr submit fly: expected one of build_index, evaluate"),
         (["submit"], ConfigError, "expected one of build_index"),
@@ -104,6 +118,8 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
             "no current release",
         ),
         (["releases", "pin", "--releases-uri", "x"], ConfigError, "reason"),
+        (["plan", "--num-vectors", "nan", "--dim", "8"], ConfigError, "num_vectors is nan; expected 1 to"),
+        (["plan", "--num-vectors", "many", "--dim", "8"], ConfigError, "num-vectors"),
         (["rollback", "--release-uri", "x"], ConfigError, "Perhaps you meant|required"),
     ],
 )

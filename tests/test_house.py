@@ -18,7 +18,7 @@ HOUSE = (  # from the top down; a module of namr/ itself is named by itself
     ("cli",),
     ("demo",),
     ("nightly",),
-    ("serve", "train"),
+    ("plan", "serve", "train"),
     ("search",),
     ("measure", "release"),
     ("registry",),

@@ -29,9 +29,11 @@ MAX_PIECE_DIM = 15
 """of a product quantiser's piece, where a vector's code has to depend on it alone: FAISS encodes longer ones
 by matrix products"""
 _REFUSED = {
+    "Panorama": "FAISS merges it without an error and loses the vectors",
     "fs": "namr merges fast-scan indexes of PQ<pieces>x4fs alone",
     "HNSW": "a graph can't be merged",
     "NSG": "a graph can't be merged",
+    "FastScan": "namr keeps the plain 4-bit codes in files, and packs them when it opens one",
     "RFlat": "an index that refines its own results can't be merged, and namr re-ranks by itself",
 }
 
@@ -68,7 +70,7 @@ def parse_key(text: str, *, dim: int) -> IndexKey:
         return IndexKey(text, 0, "Flat", 4 * dim)
     matched = re.fullmatch(r"IVF([1-9]\d*),(Flat|SQ8|PQ([1-9]\d*)x(8|4fs))", text)
     if matched is None:
-        reason = next((why for word, why in _REFUSED.items() if word in text), "namr has no such index")
+        reason = _refusal_of(text) or "namr has no such index"
         raise ConfigError(f"index key {text!r} is not offered: {reason}; choose one of {OFFERED}")
     lists, codec = int(matched[1]), matched[2]
     if matched[3] is None:
@@ -84,6 +86,11 @@ def parse_key(text: str, *, dim: int) -> IndexKey:
             f"them, each of {MAX_PIECE_DIM} or fewer"
         )
     return IndexKey(text, lists, "PQ", pieces // 2, 16)
+
+
+def _refusal_of(name: str) -> str | None:
+    """Why namr has no index of this key or class."""
+    return next((why for word, why in _REFUSED.items() if word in name), None)
 
 
 def open_file(path: Path, *, mmap: bool, for_search: bool = False) -> Any:
@@ -106,7 +113,10 @@ def first_line(error: RuntimeError) -> str:
 
 
 def key_of(index: Any, what: str) -> str:
-    """The key of an index, from what it is; ManifestError for one that namr doesn't make."""
+    """The key of an index, from what it is; ManifestError for one that namr doesn't make.
+
+    Only what this names is merged: FAISS merges some of the others without an error, and wrongly.
+    """
     if index.metric_type != faiss.METRIC_L2:
         raise ManifestError(f"{what} has FAISS metric {index.metric_type}; namr's indexes are all squared L2")
     if type(index) is faiss.IndexIDMap and type(faiss.downcast_index(index.index)) is faiss.IndexFlatL2:
@@ -119,7 +129,15 @@ def key_of(index: Any, what: str) -> str:
     elif type(index) is faiss.IndexIVFPQ:
         codec = {8: f"PQ{index.pq.M}x8", 4: f"PQ{index.pq.M}x4fs"}.get(index.pq.nbits)
     if codec is None:
-        raise ManifestError(f"{what} is a {type(index).__name__}; expected one of {OFFERED}")
+        name = type(index).__name__
+        reason = _refusal_of(name)
+        raise ManifestError(f"{what} is a {name}; expected one of {OFFERED}{f': {reason}' if reason else ''}")
+    quantizer = faiss.downcast_index(index.quantizer)
+    if type(quantizer) not in (faiss.IndexFlat, faiss.IndexFlatL2):
+        raise ManifestError(
+            f"{what} finds its lists by a {type(quantizer).__name__}; expected an IVF index with plain "
+            "centroids, as namr trains them: build it again from namr's template"
+        )
     if index.direct_map.type != faiss.DirectMap.NoMap:  # type: ignore[attr-defined]
         raise ManifestError(f"{what} has a direct map, which FAISS can't merge: build it without")
     return f"IVF{index.nlist},{codec}"

@@ -256,13 +256,14 @@ def open_index(paths: Path | Sequence[Path], *, mmap: bool = True, num_threads: 
     if not paths:
         raise ConfigError("no segment to open: a release has at least one")
     indexes = [index_files.open_file(path, mmap=mmap, for_search=True) for path in paths]
+    keys = [index_files.key_of(index, str(path)) for path, index in zip(paths, indexes, strict=True)]
     hashes = [hashlib.sha256(index_files.emptied(index)).hexdigest() for index in indexes]
     for path, other in zip(paths, hashes, strict=True):
         if other != hashes[0]:
             raise ManifestError(f"{path} is of template {other[:12]}, {paths[0]} of {hashes[0][:12]}")
     if len(indexes) == 1:
         return Index(indexes[0], [], template_hash=hashes[0], num_threads=num_threads)
-    if not index_files.parse_key(index_files.key_of(indexes[0], str(paths[0])), dim=indexes[0].d).is_mapped:
+    if not index_files.parse_key(keys[0], dim=indexes[0].d).is_mapped:
         whole: Any = index_files.open_file(paths[0], mmap=False, for_search=True)
         for path in paths[1:]:
             whole.merge_from(index_files.open_file(path, mmap=False), 0)

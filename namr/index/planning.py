@@ -9,11 +9,14 @@ Rules of thumb, on purpose: what an index really finds is measured on held-out q
     sample      SAMPLE_PER_LIST vectors a list; FAISS asks for 39 and uses no more than 256
     parts       enough that none holds more than PART_BYTES, and at least as many as asked for
 
-Not covered: time (it depends on the machine), and a split over several serving nodes.
+`considered` says what else there is, and why it was not taken. Not covered: time (`namr.plan`), and a split
+over several serving nodes.
 """
 
 import math
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from namr.errors import ConfigError
 from namr.index import index_files
@@ -21,7 +24,8 @@ from namr.index import index_files
 FLAT_BELOW = 20_000
 SAMPLE_PER_LIST = 64
 PART_BYTES = 1 << 30
-_AXES_PER_PIECE = (2, 4, 8)
+AXES_PER_PIECE = (2, 4, 8)
+"""of the codes that "auto" takes, from the most exact on"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,17 @@ class IndexPlan:
     """of the re-rank vectors, both embeddings in float16"""
     build_bytes: int
     """memory that the largest step takes in one process: training the template, or building a part"""
+
+
+class Considered(NamedTuple):
+    """An index that could be built, and why it is, or is not."""
+
+    key: str
+    index_bytes: int
+    scanned_bytes_per_vector: int
+    """what a query reads of each vector in the lists that it probes, without the id"""
+    is_chosen: bool
+    why: str
 
 
 def plan(
@@ -68,6 +83,63 @@ def plan(
     )
 
 
+def considered(
+    num_vectors: int, dim: int, *, chosen: str, key: str = "auto", max_index_bytes: int
+) -> list[Considered]:
+    """All that `plan` could have taken, from the most exact on, beside the key that was `chosen`.
+
+    key and max_index_bytes as for `plan`; a key that was asked for is the reason of itself.
+    """
+    lists = index_files.parse_key(chosen, dim=dim).num_lists or lists_of(num_vectors)
+    codecs = ["Flat", "SQ8", *(key.partition(",")[2] for key in _codes_of(lists, dim))]
+    keys = ["Flat", *(f"IVF{lists},{codec}" for codec in dict.fromkeys(codecs))]
+    rows = []
+    for each in keys if chosen in keys else [*keys, chosen]:
+        parsed = index_files.parse_key(each, dim=dim)
+        size = _index_bytes(num_vectors, dim, parsed)
+        if each == chosen:
+            why = _why_chosen(each) if key == "auto" else "named by build.index_key"
+        elif size > max_index_bytes:
+            why = f"takes more than max_index_bytes {max_index_bytes}"
+        else:
+            why = _why_not(each, chosen)
+        rows.append(Considered(each, size, parsed.code_bytes, each == chosen, why))
+    return rows
+
+
+def _why_chosen(key: str) -> str:
+    if key == "Flat":
+        return f"fewer than {FLAT_BELOW} vectors, which are compared exactly in no time"
+    if key.endswith("SQ8"):
+        return "the dimension has no even pieces, which faster codes need"
+    return "the most exact of the codes that are scanned fast, in the bytes that the index may take"
+
+
+def _why_not(key: str, chosen: str) -> str:
+    if key == "Flat":
+        return "compares every vector with every query"
+    if chosen == "Flat":
+        return "probes some lists only, and so few vectors need none"
+    if key.endswith("fs"):
+        more = int(key.rpartition("PQ")[2].removesuffix("x4fs"))
+        of_chosen = re.search(r"PQ(\d+)x4fs$", chosen)
+        if of_chosen and more < int(of_chosen[1]):
+            return "smaller codes, with which more candidates have to be compared by their stored vectors"
+        return "codes are scanned faster, and their candidates compared by the stored vectors"
+    return "reads more bytes of each vector; fast-scan codes with refinement find as much sooner"
+
+
+def lists_of(num_vectors: int) -> int:
+    """How many lists so many vectors get."""
+    return int(2 ** round(math.log2(2 * math.sqrt(max(num_vectors, 1)))))
+
+
+def _codes_of(lists: int, dim: int) -> list[str]:
+    """Keys of the codes that "auto" takes, from the most exact on."""
+    codecs = [f"PQ{dim // n}x4fs" for n in AXES_PER_PIECE if dim % (2 * n) == 0] or ["SQ8"]
+    return [f"IVF{lists},{codec}" for codec in codecs]
+
+
 def _choose(num_vectors: int, dim: int, max_index_bytes: int) -> str:
     """The most exact key that fits; of a dimension that doesn't come in even pieces, SQ8."""
     if (
@@ -75,10 +147,8 @@ def _choose(num_vectors: int, dim: int, max_index_bytes: int) -> str:
         and _index_bytes(num_vectors, dim, index_files.parse_key("Flat", dim=dim)) <= max_index_bytes
     ):
         return "Flat"
-    lists = 2 ** round(math.log2(2 * math.sqrt(max(num_vectors, 1))))
-    codecs = [f"PQ{dim // n}x4fs" for n in _AXES_PER_PIECE if dim % (2 * n) == 0] or ["SQ8"]
-    sizes = {f"IVF{lists},{codec}": 0 for codec in codecs}
-    for key in sizes:
+    sizes: dict[str, int] = {}
+    for key in _codes_of(lists_of(num_vectors), dim):
         sizes[key] = _index_bytes(num_vectors, dim, index_files.parse_key(key, dim=dim))
         if sizes[key] <= max_index_bytes:
             return key

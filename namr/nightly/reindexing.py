@@ -197,6 +197,7 @@ def _measured(
         imbalance=built.imbalance,
         build_s=built.seconds,
         assessment=assessed,
+        considered=built.considered,
     )
     manifest = replace(
         draft, nprobe=assessed.nprobe, depth=assessed.depth, recall_at_10=assessed.recall_at_10

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from namr.data.reading import Pictures
+from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
 from namr.nightly.assessment import Assessment
@@ -34,6 +35,8 @@ class ReleaseReport:
     """1 for lists of equal length"""
     build_s: float
     assessment: Assessment
+    considered: tuple[Considered, ...] = ()
+    """what else could have been built, and why it was not; empty where an earlier namr built it"""
 
 
 def read(release: Release) -> ReleaseReport:
@@ -111,12 +114,28 @@ def page(
                 title=f"Held-out queries: {assessed.num_queries}, re-ranked: the first {assessed.depth}",
                 columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)", "proved (%)"],
                 rows=rows,
-            )
+            ),
+            *_choice(measured),
         ],
         plots=plots,
         grids=grids,
         sections=sections,
     )
+
+
+def _choice(measured: ReleaseReport) -> list[Table]:
+    """Which index, and why no other: each with what a query would read of it, probing as large a share."""
+    assessed = measured.assessment
+    share = assessed.nprobe / assessed.num_lists if assessed.num_lists else 1.0
+    rows = []
+    for each in measured.considered:
+        read = (1.0 if each.key == "Flat" else share) * assessed.num_items * each.scanned_bytes_per_vector
+        key = f"{each.key} (chosen)" if each.is_chosen else each.key
+        rows.append([key, f"{each.index_bytes / 1e6:,.1f}", f"{read / 1e6:,.2f}", each.why])
+    if not rows:
+        return []
+    title = f"Which index, and why: what a query would read of each ({assessed.probed})"
+    return [Table(title=title, columns=["index", "size (MB)", "read by a query (MB)", "why"], rows=rows)]
 
 
 def retrieval_grid(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = None) -> Grid:

@@ -32,7 +32,7 @@ from namr.errors import ManifestError
 from namr.index import ivf, planning
 from namr.index.index_files import sum_of_ids
 from namr.index.ivf import IndexInfo, Template
-from namr.index.planning import IndexPlan
+from namr.index.planning import Considered, IndexPlan
 from namr.model.distances import Metric
 from namr.release import build_steps, held_out, places, releases, vector_steps
 from namr.release.build_steps import (
@@ -67,7 +67,9 @@ class BuildConfig:
     """How to build an index."""
 
     index_key: str = "auto"
-    """auto, or Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<pieces>x4fs, IVF<lists>,PQ<bytes>x8"""
+    """auto: Flat for few images, else IVF<lists>,PQ<pieces>x4fs with the most exact codes that fit
+    max_index_bytes (SQ8 where the dimension has no even pieces). Or by name Flat, IVF<lists>,Flat,
+    IVF<lists>,SQ8, IVF<lists>,PQ<pieces>x4fs; or IVF<lists>,PQ<bytes>x8, which is slower than all of them"""
     num_parts: int = 4
     """parts to build side by side; large indexes take more"""
     max_index_bytes: int = 16 << 30
@@ -102,6 +104,8 @@ class BuildReport:
     num_parts: int
     imbalance: float
     """1 for lists of equal length; a search takes about that many times as long"""
+    considered: tuple[Considered, ...]
+    """what else could have been built, and why it was not"""
     seconds: float
 
 
@@ -168,6 +172,15 @@ def build(
         items=tuple(items),
         num_parts=len(parts),
         imbalance=segment.info.imbalance,
+        considered=tuple(
+            planning.considered(
+                described.num_embedded,
+                described.embedding_dim,
+                chosen=plan.key,
+                key=config.index_key,
+                max_index_bytes=config.max_index_bytes,
+            )
+        ),
         seconds=time.monotonic() - started,
     )
 

@@ -90,6 +90,11 @@ def test_another_metric_and_a_direct_map_are_refused() -> None:
         index_files.key_of(index, "it")
 
 
+def test_lists_that_are_found_by_a_graph_are_refused() -> None:
+    with pytest.raises(ManifestError, match="it finds its lists by a IndexHNSWFlat; expected an IVF index"):
+        index_files.key_of(faiss.index_factory(DIM, "IVF4_HNSW8,Flat"), "it")
+
+
 @pytest.mark.parametrize("data", [b"", b"IxF2", b"no index at all"])
 def test_a_file_that_is_no_index_is_named(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.faiss"

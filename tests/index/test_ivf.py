@@ -283,13 +283,47 @@ def test_indexes_that_can_not_be_merged_are_refused(
         (inner, "metric"),
         (faiss.IndexHNSWFlat(DIM, 8), "IndexHNSWFlat; expected one of"),
         (faiss.index_factory(DIM, "IVF4,PQ8x4fs"), "FastScan; expected"),
-        (faiss.index_factory(DIM, "IVF4,FlatPanorama4"), "Panorama; expected"),
+        (faiss.index_factory(DIM, "IVF4_HNSW8,Flat"), "finds its lists by a IndexHNSWFlat"),
         (faiss.IndexFlatL2(DIM), "IndexFlatL2; expected"),
         (wider, "of dimension 33"),
     ):
         faiss.write_index(index, str(tmp_path / "part"))
         with pytest.raises(ManifestError, match=message):
             ivf.merge_parts(templates["IVF16,SQ8"], [tmp_path / "part"], tmp_path / "merged")
+
+
+def test_panorama_parts_which_faiss_merges_into_nothing_are_refused(
+    templates: dict[str, ivf.Template], tmp_path: Path
+) -> None:
+    """faiss #5607: the merged index counts all vectors and finds none."""
+    paths = [tmp_path / "0.part", tmp_path / "1.part"]
+    empty = faiss.index_factory(DIM, "IVF16,FlatPanorama4")
+    empty.train(GALLERY)
+    trained = faiss.serialize_index(empty)
+    for number, path in enumerate(paths):
+        part = faiss.deserialize_index(trained)
+        rows = slice(600 * number, 600 * number + 600)
+        part.add_with_ids(GALLERY[rows], IDS[rows])
+        faiss.write_index(part, str(path))
+        assert (part.search(GALLERY[rows], 1)[1][:, 0] == IDS[rows]).mean() > 0.5
+        empty.merge_from(part, 0)
+    assert empty.ntotal == 1200
+    assert (empty.search(GALLERY, 1)[1][:, 0] == IDS).mean() < 0.05
+    for template in (templates["IVF16,Flat"], templates["Flat"]):
+        with pytest.raises(ManifestError, match=r"0\.part is a IndexIVFFlatPanorama; .* loses the vectors"):
+            ivf.merge_parts(template, paths, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("other", ["IVF16,FlatPanorama4", "HNSW8", "IVF4,PQ8x4fs", "OPQ8,IVF4,PQ8x4"])
+def test_a_segment_of_a_kind_that_namr_has_not_is_named(
+    other: str, templates: dict[str, ivf.Template], tmp_path: Path
+) -> None:
+    (first,) = build(templates["IVF16,Flat"], tmp_path, [0, 100])
+    faiss.write_index(faiss.index_factory(DIM, other), str(tmp_path / "other"))
+    for paths in ([tmp_path / "other"], [first, tmp_path / "other"]):
+        with pytest.raises(ManifestError, match=r"other is a Index\w+; expected one of Flat"):
+            ivf.open_index(paths)
 
 
 def test_a_truncated_part_is_refused(templates: dict[str, ivf.Template], tmp_path: Path) -> None:
@@ -306,6 +340,7 @@ def test_a_truncated_part_is_refused(templates: dict[str, ivf.Template], tmp_pat
     [
         ("IVF16,PQ16x4", "no such index"),
         ("IVF16,RaBitQfs", "of PQ<pieces>x4fs alone"),
+        ("IVF16,FlatPanorama4", "without an error and loses the vectors"),
         ("IVF16,PQ5x4fs", "divide the dimension 32"),
         ("IVF16,PQ1x4fs", "an even number of them, each of 15 or fewer"),
         ("IVF16,PQ2x4fs", "2 pieces of 16 dimensions"),

@@ -50,6 +50,13 @@ def test_a_dimension_that_has_no_even_pieces_gets_eight_bits_an_axis() -> None:
     assert planning.plan(20_000, 33).key == "IVF256,SQ8"
 
 
+@pytest.mark.parametrize("dim", [1, 33, 96, 250, 256, 2048])
+def test_auto_never_takes_eight_bit_pieces(dim: int) -> None:
+    """PQ<bytes>x8 is scanned slower than Flat codes at the same number of lists."""
+    for num_vectors in (20_000, 1_000_000, 100_000_000):
+        assert "x8" not in planning.plan(num_vectors, dim, max_index_bytes=1 << 50).key
+
+
 def test_the_sample_trains_every_list_and_is_never_more_than_there_is() -> None:
     assert planning.plan(1_000_000, 128).num_training_vectors == 2048 * 64
     assert planning.plan(1000, 32, key="IVF64,Flat").num_training_vectors == 1000
@@ -76,3 +83,32 @@ def test_wrong_numbers_are_named(name: str, value: int) -> None:
 def test_a_key_that_is_not_offered_is_refused() -> None:
     with pytest.raises(ConfigError, match="choose one of Flat"):
         planning.plan(10, 32, key="LSH")
+
+
+def test_what_was_considered_says_why_it_was_not_taken() -> None:
+    plan = planning.plan(1_000_000, 128, max_index_bytes=30 << 20)
+    rows = planning.considered(1_000_000, 128, chosen=plan.key, max_index_bytes=30 << 20)
+    assert [row.key.partition(",")[2] or row.key for row in rows] == [
+        *("Flat", "Flat", "SQ8", "PQ64x4fs", "PQ32x4fs", "PQ16x4fs")
+    ]
+    (chosen,) = [row for row in rows if row.is_chosen]
+    assert (chosen.key, chosen.index_bytes) == (plan.key, plan.index_bytes) == ("IVF2048,PQ32x4fs", chosen[1])
+    assert all("more than max_index_bytes 31457280" in row.why for row in rows[:4])
+    assert rows[5].why.startswith("smaller codes")
+    assert [row.scanned_bytes_per_vector for row in rows] == [512, 512, 128, 32, 16, 8]
+
+
+@pytest.mark.parametrize(("num_vectors", "dim"), [(1000, 32), (1_000_000, 33), (1_000_000, 96)])
+def test_the_chosen_is_among_the_considered_and_the_others_have_reasons(num_vectors: int, dim: int) -> None:
+    plan = planning.plan(num_vectors, dim)
+    rows = planning.considered(num_vectors, dim, chosen=plan.key, max_index_bytes=1 << 50)
+    assert [row.key for row in rows if row.is_chosen] == [plan.key]
+    assert len({row.key for row in rows}) == len(rows)
+    assert all("max_index_bytes" not in row.why and len(row.why) > 20 for row in rows)
+
+
+def test_a_key_that_was_named_is_its_own_reason() -> None:
+    rows = planning.considered(50_000, 32, chosen="IVF64,PQ8x8", key="IVF64,PQ8x8", max_index_bytes=1 << 40)
+    (chosen,) = [row for row in rows if row.is_chosen]
+    assert (chosen.key, chosen.why) == ("IVF64,PQ8x8", "named by build.index_key")
+    assert all(row.key.startswith("IVF64,") for row in rows[1:])

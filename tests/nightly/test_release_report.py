@@ -1,10 +1,13 @@
 """What a release is measured by, and the page that shows it: real answers of a small release."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from namr.index import planning
+from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Section
 from namr.nightly import assessment, release_report, structure_section
@@ -12,6 +15,7 @@ from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
+from namr.store import manifests
 from namr.store.cache import Cache
 from tests import small_release
 from tests.small_release import Recipe
@@ -23,7 +27,10 @@ def searcher_of(root: Path, index_key: str) -> Searcher:
 
 
 def page_of(
-    searcher: Searcher, num_queries: int, sections: Sequence[Section] = ()
+    searcher: Searcher,
+    num_queries: int,
+    sections: Sequence[Section] = (),
+    considered: Sequence[Considered] = (),
 ) -> release_report.ReportPage:
     keys = assessment.held_out_keys(searcher, num_queries, seed=0)
     measured = ReleaseReport(
@@ -33,6 +40,7 @@ def page_of(
         imbalance=1.0,
         build_s=1.0,
         assessment=assessment.assess(searcher, keys, AssessmentConfig(depth=30)),
+        considered=tuple(considered),
     )
     return release_report.page("a release", searcher.manifest, measured, [], sections)
 
@@ -82,3 +90,40 @@ def test_the_queries_shown_probe_as_many_lists_as_the_release_will(tmp_path: Pat
     )
     assert all_lists == pytest.approx(true, rel=1e-2)
     assert few != all_lists
+
+
+def test_the_page_says_what_else_was_considered_and_what_it_would_have_taken(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "IVF4,SQ8")
+    considered = planning.considered(120, 16, chosen="IVF4,SQ8", key="IVF4,SQ8", max_index_bytes=1 << 30)
+    page = page_of(searcher, 24, considered=considered)
+    (table,) = [table for table in page.tables if table.title.startswith("Which index, and why")]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["IVF4,SQ8 (chosen)"][2] == "named by build.index_key"
+    assert rows["Flat"][1] == f"{120 * 64 / 1e6:,.2f}"
+    assert [row[0] for row in table.rows] == [
+        *("Flat", "IVF4,Flat", "IVF4,SQ8 (chosen)", "IVF4,PQ8x4fs", "IVF4,PQ4x4fs", "IVF4,PQ2x4fs")
+    ]
+    assert "named by build.index_key" in report.render(page)
+
+
+def test_a_report_of_before_has_nothing_considered_and_no_such_table(tmp_path: Path) -> None:
+    page = page_of(searcher_of(tmp_path, "Flat"), 24)
+    assert [table.title for table in page.tables if "why" in table.title] == []
+
+
+def test_what_was_considered_is_read_back_as_it_was_stored(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "Flat")
+    considered = tuple(planning.considered(120, 16, chosen="Flat", max_index_bytes=1 << 30))
+    measured = ReleaseReport(
+        counts=searcher.manifest.counts,
+        index_key="Flat",
+        num_parts=1,
+        imbalance=1.0,
+        build_s=1.0,
+        assessment=assessment.assess(searcher, ["digit/3"], AssessmentConfig()),
+        considered=considered,
+    )
+    data = manifests.encode_manifest(measured)
+    assert manifests.decode_manifest(data, ReleaseReport, "here") == measured
+    before = {name: value for name, value in json.loads(data).items() if name != "considered"}
+    assert manifests.decode_manifest(json.dumps(before).encode(), ReleaseReport, "here").considered == ()

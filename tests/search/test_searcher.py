@@ -396,6 +396,9 @@ def test_an_index_of_another_release_is_damage(tmp_path: Path) -> None:
     wrong = replace(release, manifest=replace(release.manifest, template_hash="f" * 64))
     with pytest.raises(ManifestError, match="template ffffffffffff; its segments hold 120 in Flat"):
         Searcher.of(wrong, cache=Cache(tmp_path / "cache", 10**9), query_model=None)
+    other_kind = replace(release, manifest=replace(release.manifest, index_key="IVF4,SQ8"))
+    with pytest.raises(ManifestError, match=r"in IVF4,SQ8, .*its segments hold 120 in Flat"):
+        Searcher.of(other_kind, cache=Cache(tmp_path / "cache", 10**9), query_model=None)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,124 @@
+"""What `namr plan` says a build and its queries take, against what they take: seconds of one core.
+
+    python -m tests.benchmarks.planning [--vectors 200000] [--dim 128] [--constants namr-plan.json]
+
+The constants are those of a file or, without one, measured first. The build is that of `namr.plan.rehearsal`,
+by the very steps of a real one, in one process, with the index that the plan chose; queries find the nprobe
+and the depth that reach recall@10 of 0.95 against exact search, and are timed as planned, in a batch of 256.
+The ratio is that of the worst stage, the smaller number by the larger; what takes less than half a second is
+shown and doesn't count.
+"""
+
+import argparse
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from namr.index import ivf
+from namr.nightly import tuning
+from namr.plan import calibration, constants, estimate, rehearsal
+from namr.plan.estimate import PlanConfig
+from namr.plan.rehearsal import timed
+from namr.search import rerank
+from tests.benchmarks.search import share_found
+
+TARGET = 0.5
+QUERIES, K = 256, 10
+LEAST_S = 0.5
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    if options.constants:
+        known = constants.find(options.constants).constants
+    else:
+        known = calibration.calibrate(options.dim, today=datetime.now(UTC).date())
+    config = PlanConfig(num_vectors=options.vectors, dim=options.dim)
+    told = estimate.estimate(config, known)
+    print(f"{options.vectors} x {options.dim}, {told.key}; constants of {known.num_vectors} x {known.dim}")
+    with tempfile.TemporaryDirectory(prefix="namr-planning-") as folder:
+        made = rehearsal.prepare(Path(folder), num_vectors=options.vectors, dim=options.dim)
+        built = rehearsal.build_index(made, told.key, num_parts=told.num_parts)
+        sides = rehearsal.store_sides(made, built.segment)
+        measured = {
+            "sample": built.seconds["sample"],
+            "train": built.seconds["train"],
+            "build parts": built.seconds["parts"],
+            "merge": built.seconds["merge"],
+            "vectors": sides.vectors_s,
+            "items": sides.items_s,
+        }
+        ratios = {}
+        for stage in told.stages:
+            if stage.name in measured:
+                ratios[stage.name] = show(stage.name, stage.core_s, measured[stage.name], "s")
+        show("index", told.index_bytes / 1e6, built.index_bytes / 1e6, "MB")
+        exact_s = QUERIES * options.vectors * options.dim * known.exact_s_per_axis
+        queries(made, built, sides, told, planned_exact_s=exact_s)
+        counted = [ratio for name, ratio in ratios.items() if measured[name] >= LEAST_S]
+        print(f"planning ratio {min(counted):.2f} target {TARGET}")
+
+
+def show(name: str, planned: float, measured: float, unit: str) -> float:
+    print(
+        f"{name:12} planned {planned:8.3g} {unit}, measured {measured:8.3g} {unit}: "
+        f"{100 * (planned / measured - 1):+.0f} %",
+        flush=True,
+    )
+    return min(planned / measured, measured / planned)
+
+
+def queries(
+    made: rehearsal.Materials,
+    built: rehearsal.Rehearsal,
+    sides: rehearsal.StoredSides,
+    told: estimate.Estimate,
+    *,
+    planned_exact_s: float,
+) -> None:
+    index = ivf.open_index(built.index_path)
+    x = rehearsal.draw(QUERIES, made.dim, seed=10**6 + 1)
+    q, s_q = torch.from_numpy(x), torch.ones(x.shape)
+    nobody = np.empty(0, np.int64)
+    exact, exact_s = timed(
+        lambda: rerank.nearest_exact(q, s_q, sides.vectors, k=K, side="none", hidden=nobody)
+    )
+    show("exact, plain", planned_exact_s, exact_s, "s")
+
+    def search(nprobe: int, depth: int, side: str) -> np.ndarray:
+        ids = index.search(x, depth, nprobe)[1]
+        return rerank.rerank(q, s_q, ids, sides.vectors, k=K, side=side).ids  # type: ignore[arg-type]
+
+    best = tuning.tuned(
+        lambda nprobe, depth: share_found(search(nprobe, depth, "none"), exact.ids),
+        num_lists=index.num_lists,
+        target=0.95,
+        depth=100,
+        max_depth=1600,
+    )[-1]
+    show("nprobe", told.nprobe, best.nprobe, "")
+    show("depth", told.depth, best.depth, "")
+    planned = share_found(search(told.nprobe, told.depth, "none"), exact.ids)
+    print(
+        f"recall@10 at the planned nprobe and depth {planned:.3f}, at those that were found {best.recall:.3f}"
+    )
+    took = min(timed(lambda: search(told.nprobe, told.depth, "both"))[1] for _ in range(5))
+    show("a query", told.query_ms, 1e3 * took / QUERIES, "ms")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--vectors", type=int, default=200_000)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--constants", type=Path, default=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
