@@ -10,6 +10,7 @@ Not covered: memory that processes share, and calls that start processes of thei
 import functools
 import gc
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -102,6 +103,7 @@ def anonymous_bytes(pid: int) -> int:
 
 @functools.cache
 def _context() -> ForkServerContext:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait spin else, and their time counts
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     return context

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from namr import ray_connection
-from namr.data import datasets, sample_index
+from namr.data import datasets, packing, sample_index
 from namr.data.datasets import Dataset, ShardEntry
+from namr.data.packing import PackingConfig
 from namr.data.shards import make_id
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile
@@ -125,6 +126,23 @@ def _make_shard(
         dtype="float16",
     )
     return ShardEntry(number=number, tar=tar, index=index, num_samples=num), file
+
+
+def plan_packing(gallery: Gallery) -> None:
+    """What the driver of a packing run does before any task: a table of images is listed and cut into shards.
+
+    The table names one file over and over, so that nothing has to be there but a table.
+    """
+    picture = gallery.folder / "picture.jpg"
+    picture.write_bytes(bytes(18_000))
+    with (gallery.folder / "images.csv").open("w") as table:
+        table.write("path,key,label\n")
+        for row in range(gallery.num_samples):
+            table.write(f"{picture},new/{row:09d},class-{row // PER_CLASS}\n")
+    ray_connection.connect, ray_connection.total_cpus = lambda: None, lambda: 2
+    config = PackingConfig(source=str(table.name), dataset_uri=gallery.dataset_uri)
+    work = packing._own_work(config, datasets.head(gallery.dataset_uri))
+    assert sum(len(plan.images) for plan in work.plans) == gallery.num_samples
 
 
 def open_dataset(gallery: Gallery) -> None:
