@@ -138,11 +138,11 @@ def told(stages: Sequence[Stage], sizes: Sequence[int]) -> str:
     by_name = {stage.name: stage for stage in stages}
     of_service = slope(by_name["open the service"].held_bytes, sizes)
     lines.append(
-        f"service: {of_service:.1f} bytes of anonymous memory an item, target at most {SERVICE_BYTES}"
+        f"service: {of_service:z.1f} bytes of anonymous memory an item, target at most {SERVICE_BYTES}"
     )
     for name in ("build: driver", "pack: driver"):
         grows = slope(by_name[name].peak_bytes, sizes)
-        lines.append(f"{name}: {grows:.1f} bytes a sample, target at most {DRIVER_BYTES}")
+        lines.append(f"{name}: {grows:z.1f} bytes a sample, target at most {DRIVER_BYTES}")
     lines.append(f"worst: {worst[0]}, {worst[1]:.2f}")
     lines.append(f"scale ratio {MOST / worst[1] if worst[1] else float('inf'):.2f} target 1.0")
     return "\n".join(lines)
