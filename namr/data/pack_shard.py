@@ -17,8 +17,8 @@ from typing import BinaryIO, ClassVar, NamedTuple, cast
 from namr.data import images, shards
 from namr.data.datasets import ShardEntry
 from namr.data.leftovers import PassedOver, RefusedImage
+from namr.data.offered import SourceImage
 from namr.data.shards import Sample, TarIndex
-from namr.data.sources import SourceImage
 from namr.errors import ImageRefused, ObjectMissing
 from namr.store import manifests, read_ahead, scratch, storage, tables
 from namr.store.manifests import StoredObject

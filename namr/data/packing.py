@@ -16,13 +16,13 @@ are. On a cluster every node must see the source under the same path or URI.
 """
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,9 @@ from namr import checks, progress, ray_connection
 from namr.data import datasets, files
 from namr.data.datasets import Head, ShardEntry, SourceRecord
 from namr.data.leftovers import PassedOver, RefusedImage, Tally
+from namr.data.offered import Offered, Order, SourceImage
 from namr.data.pack_shard import Receipt, ShardPlan, run_plan
-from namr.data.sources import Classes, SourceImage, open_source
+from namr.data.sources import Classes, open_source
 from namr.errors import ConfigError, ImageRefused, ManifestError, ObjectMissing
 from namr.store import storage
 from namr.store.manifests import StoredObject
@@ -57,7 +58,7 @@ class PackingConfig:
     """the dataset that the images are brought into: a folder or s3://bucket/name; made if it isn't there"""
     classes: Classes = "all"
     """all, or one half of the sorted labels, for a test on classes that training never saw"""
-    order: Literal["class", "shuffled"] = "class"
+    order: Order = "class"
     """class: the images of a class lie together, which random reads by class like; shuffled: all mixed"""
     shard_bytes: int = 256 << 20
     """most bytes of a shard; a small data set is cut into smaller ones, so that every core has some to do"""
@@ -103,7 +104,9 @@ class PackReport:
 class _Work(NamedTuple):
     """What a run is to do."""
 
-    plans: list[ShardPlan]
+    plans: Iterable[ShardPlan]
+    """each made when it is its turn"""
+    num_plans: int
     num_known: int
     num_found: int | None
     """None where only reading the shards will tell"""
@@ -172,28 +175,33 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
 
 def _own_work(config: PackingConfig, before: Head) -> _Work:
     source = open_source(config.source, classes=config.classes, download_folder=config.download_folder)
-    known = before.dataset.find([image.key for image in source.images]) if before.dataset else {}
-    new = _with_sizes([image for image in source.images if image.key not in known], config.seed)
-    plans = [
+    new = source.images
+    num_found = len(new) + len(source.refused)
+    known = before.dataset.all_samples() if before.dataset else ()
+    num_known = sum(new.remove(table.keys) for table in known)
+    _guess_sizes(new, config.seed)
+    shard_bytes = _shard_bytes(new, config)
+    plans = (
         ShardPlan(dataset_uri=before.uri, number=before.next_shard_number + place, images=images)
-        for place, images in enumerate(cut(new, config, shard_bytes=_shard_bytes(new, config)))
-    ]
+        for place, images in enumerate(cut(new, config, shard_bytes=shard_bytes))
+    )
+    num_plans = sum(1 for _ in cut(new, config, shard_bytes=shard_bytes))
     passed_over = Tally()
     passed_over.add_all(source.passed_over)
-    num_found = len(source.images) + len(source.refused)
-    return _Work(plans, len(known), num_found, source.refused, passed_over)
+    return _Work(plans, num_plans, num_known, num_found, source.refused, passed_over)
 
 
-def _shard_bytes(new: Sequence[SourceImage], config: PackingConfig) -> int:
+def _shard_bytes(new: Offered, config: PackingConfig) -> int:
     """Small enough that every core of the Ray that packs has some shards to make.
 
     A power of two times the smallest, so that a run that goes on for one that was killed cuts alike even
     where the cluster has meanwhile grown a little.
     """
-    if not new:
+    if not len(new):
         return config.shard_bytes
     ray_connection.connect()
-    wanted = sum(map(_tar_bytes, new)) // (_SHARDS_PER_CORE * max(1, ray_connection.total_cpus()))
+    num_bytes = new.num_bytes + len(new) * _TAR_BYTES_PER_SAMPLE
+    wanted = num_bytes // (_SHARDS_PER_CORE * max(1, ray_connection.total_cpus()))
     doublings = max(0, (wanted // _SMALLEST_SHARD_BYTES).bit_length() - 1)
     return min(config.shard_bytes, _SMALLEST_SHARD_BYTES << doublings)
 
@@ -222,7 +230,7 @@ def _foreign_work(config: PackingConfig, before: Head) -> _Work:
                 "an indexed shard must not change: restore it, or put new images in new shards"
             )
     num_known = sum(known[uri].num_samples for uri in tars if uri in known)
-    return _Work(plans, num_known, None, (), passed_over)
+    return _Work(plans, len(plans), num_known, None, (), passed_over)
 
 
 def _files_of(folder: str, passed_over: Tally) -> list[str]:
@@ -231,50 +239,37 @@ def _files_of(folder: str, passed_over: Tally) -> list[str]:
     return sorted(files.below(folder, passed_over))
 
 
-def cut(
-    offered: Sequence[SourceImage], config: PackingConfig, *, shard_bytes: int
-) -> list[list[SourceImage]]:
+def cut(offered: Offered, config: PackingConfig, *, shard_bytes: int) -> Iterator[list[SourceImage]]:
     """The images of each shard, in order: a seeded shuffle, by class or of all, cut near `shard_bytes`.
 
     By class, a class is cut only if it is larger than a shard, so that its images are one range. Images
     without a label count as one class, the last. The order doesn't depend on where it is cut.
     """
-    rng = np.random.default_rng(config.seed)
-    by_class: dict[str | None, list[SourceImage]] = defaultdict(list)
-    for image in offered:
-        by_class[image.label if config.order == "class" else None].append(image)
-    unlabelled = by_class.pop(None, [])
-    labels = sorted(label for label in by_class if label is not None)
-    groups = [by_class[labels[place]] for place in rng.permutation(len(labels))] + [unlabelled]
-    parts: list[list[SourceImage]] = [[]]
-    filled = 0
-    for group in groups:
-        sizes = [_tar_bytes(image) for image in group]
-        if filled + sum(sizes) > shard_bytes >= sum(sizes):
-            parts.append([])
-            filled = 0
-        for place in rng.permutation(len(group)):
-            if filled + sizes[place] > shard_bytes:
-                parts.append([])
-                filled = 0
-            parts[-1].append(group[place])
-            filled += sizes[place]
-    return [part for part in parts if part]
+    part: list[SourceImage] = []
+    filled, last = 0, None
+    placed = offered.in_order(config.order, seed=config.seed, more_bytes=_TAR_BYTES_PER_SAMPLE)
+    for image, group, group_bytes in placed:
+        size = (image.num_bytes or 0) + _TAR_BYTES_PER_SAMPLE
+        begins = not part or group != last
+        wanted = group_bytes if begins and group_bytes <= shard_bytes else size
+        if part and filled + wanted > shard_bytes:
+            yield part
+            part, filled = [], 0
+        part.append(image)
+        filled, last = filled + size, group
+    if part:
+        yield part
 
 
-def _tar_bytes(image: SourceImage) -> int:
-    """What an image takes in a shard; 0 of its own where its size is not known yet."""
-    return (image.num_bytes or 0) + _TAR_BYTES_PER_SAMPLE
-
-
-def _with_sizes(offered: list[SourceImage], seed: int) -> list[SourceImage]:
+def _guess_sizes(offered: Offered, seed: int) -> None:
     """The size of remote images, which none is known of yet: the mean of a seeded sample."""
-    remote = [image.location for image in offered if image.num_bytes is None]
-    asked = np.random.default_rng(seed).permutation(len(remote))[:_NUM_SIZES_ASKED]
+    num_remote = sum(1 for _ in offered.of_unknown_size())
+    places = np.random.default_rng(seed).integers(max(1, num_remote), size=_NUM_SIZES_ASKED)
+    asked = set(places.tolist())
+    remote = [location for place, location in enumerate(offered.of_unknown_size()) if place in asked]
     with ThreadPoolExecutor(_NUM_READERS) as readers:
-        sizes = list(readers.map(_size_or_zero, [remote[place] for place in asked]))
-    mean = sum(sizes) // max(1, len(sizes))
-    return [image if image.num_bytes is not None else replace(image, num_bytes=mean) for image in offered]
+        sizes = list(readers.map(_size_or_zero, remote))
+    offered.set_unknown_sizes(sum(sizes) // max(1, len(sizes)))
 
 
 def _size_or_zero(uri: str) -> int:
@@ -286,19 +281,19 @@ def _size_or_zero(uri: str) -> int:
 
 def _run(work: _Work, max_bad_fraction: float) -> list[Receipt]:
     """The receipts in plan order; ends early once too many images are refused."""
-    if not work.plans:
+    if not work.num_plans:
         return []
     ray_connection.connect()
     receipts: dict[int, Receipt] = {}
     refused = list(work.refused)
-    with progress.shown("packing shards", len(work.plans)) as show:
+    with progress.shown("packing shards", work.num_plans) as show:
         for place, receipt in ray_connection.map_tasks(run_plan, work.plans):
             receipts[place] = receipt
             refused += receipt.refused
             if work.num_found:
                 _check_refused(refused, work.num_found, max_bad_fraction)
             show(len(receipts), f"({len(refused)} images refused)" if refused else "")
-    return [receipts[place] for place in range(len(work.plans))]
+    return [receipts[place] for place in range(work.num_plans)]
 
 
 def _check_refused(refused: Sequence[RefusedImage], num_found: int, max_bad_fraction: float) -> None:

@@ -20,7 +20,7 @@ foreign shards.
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ import torchvision.datasets
 
 from namr.data import benchmarks, files, images
 from namr.data.leftovers import PassedOver, RefusedImage, Tally, printable
+from namr.data.offered import Offered, SourceImage
 from namr.data.shards import EXTENSIONS, Scalar
 from namr.errors import ConfigError, ImageRefused, ManifestError, StorageError
 from namr.store import scratch, storage, tables
@@ -41,26 +42,11 @@ _TORCHVISION_SPLITS = ("train", "val", "test", "trainval")
 _DIGIT_ENLARGEMENT = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceImage:
-    """An image that is offered: who it is, and where its bytes are."""
-
-    key: str
-    location: str
-    """path or URI; of images that a library holds in memory, a name for messages"""
-    label: str | None = None
-    fields: Mapping[str, Scalar] = field(default_factory=dict)
-    num_bytes: int | None = None
-    """None where it would take a request to know"""
-    data: bytes | None = None
-    """the bytes, where they are not to be read from `location`"""
-
-
 @dataclass(frozen=True)
 class Source:
     """All that a source offers."""
 
-    images: list[SourceImage]
+    images: Offered
     """by ascending key"""
     refused: tuple[RefusedImage, ...]
     """of all classes"""
@@ -85,41 +71,34 @@ def open_source(source: str, *, classes: Classes, download_folder: Path) -> Sour
     """
     kind, _, rest = source.partition(":")
     leftovers = _Leftovers()
+    found: Iterable[SourceImage]
     if source == "digits":
-        offered = list(_digits())
+        found = _digits()
     elif kind == "torchvision":
-        offered = list(_torchvision(rest, download_folder))
+        found = _torchvision(rest, download_folder)
     elif benchmarks.is_one(source):
-        offered = _benchmark(source, leftovers)
+        found = _benchmark(source, leftovers)
     elif PurePosixPath(source).suffix.lower() in (".csv", ".parquet", ".pq"):
-        offered = list(_table(source, leftovers))
+        found = _table(source, leftovers)
     else:
-        offered = list(_folder(source, leftovers))
+        found = _folder(source, leftovers)
+    offered = Offered.of(found, source=source)
     passed_over = leftovers.tally.total()
-    if not offered and not leftovers.refused:
+    if not len(offered) and not leftovers.refused:
         others = f", but {', '.join(map(str, passed_over))}" if passed_over else ""
         raise ConfigError(f"{source} has no images (.{', .'.join(EXTENSIONS)}){others}; check the path")
-    by_key: dict[str, SourceImage] = {}
-    for image in offered:
-        if image.key in by_key:
-            raise ConfigError(
-                f"{source}: {by_key[image.key].location} and {image.location} have the same key "
-                f"{image.key!r}; a key is one image's identity, rename one"
-            )
-        by_key[image.key] = image
-    chosen = [by_key[key] for key in sorted(_of_half(by_key, classes))]
-    return Source(chosen, tuple(leftovers.refused), passed_over)
+    if classes != "all":
+        _keep_half(offered, classes)
+    return Source(offered, tuple(leftovers.refused), passed_over)
 
 
-def _of_half(by_key: Mapping[str, SourceImage], classes: Classes) -> Iterable[str]:
-    if classes == "all":
-        return by_key
-    labels = sorted({image.label for image in by_key.values() if image.label is not None})
+def _keep_half(offered: Offered, classes: Classes) -> None:
+    labels = list(offered.labels())
     middle = (len(labels) + 1) // 2
-    chosen = set(labels[:middle] if classes == "first_half" else labels[middle:])
+    chosen = labels[:middle] if classes == "first_half" else labels[middle:]
     if not chosen:
         raise ConfigError(f"classes is {classes}, and there are {len(labels)} classes; expected at least 2")
-    return (key for key, image in by_key.items() if image.label in chosen)
+    offered.keep_labels(chosen[0], chosen[-1])
 
 
 def _folder(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
@@ -151,7 +130,16 @@ def _folder(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
 
 
 def _table(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
-    columns = _columns(source)
+    num_before = 0
+    for columns in _columns(source):
+        yield from _rows(source, columns, num_before, leftovers)
+        num_before += len(next(iter(columns.values()), []))
+
+
+def _rows(
+    source: str, columns: Mapping[str, list[Any]], num_before: int, leftovers: _Leftovers
+) -> Iterator[SourceImage]:
+    """Of some rows of a table, with `num_before` before them."""
     place = "path" if "path" in columns else "uri"
     if place not in columns:
         raise ConfigError(f"{source} has the columns {list(columns)}; expected one called path or uri")
@@ -169,10 +157,10 @@ def _table(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
         name = _without_extension(path) if key is None else str(key)
         try:
             if not path or not name:
-                raise ImageRefused(f"row {row + 1} has no {'key' if path else place}")
+                raise ImageRefused(f"row {num_before + row + 1} has no {'key' if path else place}")
             num_bytes = files.size_of(location)
         except ImageRefused as refusal:
-            leftovers.refuse(name, location or f"{source}, row {row + 1}", refusal.reason)
+            leftovers.refuse(name, location or f"{source}, row {num_before + row + 1}", refusal.reason)
             continue
         label = _value(columns, "label", row)
         yield SourceImage(
@@ -204,15 +192,16 @@ def _benchmark(source: str, leftovers: _Leftovers) -> list[SourceImage]:
     return offered
 
 
-def _columns(source: str) -> dict[str, list[Any]]:
+def _columns(source: str) -> Iterator[dict[str, list[Any]]]:
     uri = storage.absolute(source)
     try:
         if storage.is_local(uri):
-            return tables.read_rows(Path(uri))
+            yield from tables.read_rows(Path(uri))
+            return
         with scratch.folder("table-") as folder:
             path = Path(folder) / PurePosixPath(uri).name
             storage.download(uri, path)
-            return tables.read_rows(path)
+            yield from tables.read_rows(path)
     except UnicodeDecodeError as error:
         raise ManifestError(f"{source} holds text that is not UTF-8: {error}; write it anew") from error
 

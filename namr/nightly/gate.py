@@ -1,24 +1,17 @@
 """Whether a release may replace the one that serves: images, recall, and what structure does to Recall@1.
 
-Images are compared by key, so that as many new ones don't hide those that were lost, and a dataset that was
-packed anew elsewhere is held against the old one. What somebody took out is not lost.
-
-Not covered: the measuring (`assessment`), and counts that don't add up (publishing refuses those).
+Not covered: which images were lost (`losses`), the measuring (`assessment`), and counts that don't add up
+(publishing refuses those).
 """
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from namr import checks
-from namr.data import shards
 from namr.data.datasets import Dataset
 from namr.errors import NamrError
-from namr.nightly import release_report
+from namr.nightly import losses, release_report
 from namr.nightly.release_report import ReleaseReport
-from namr.release import takedowns
 from namr.release.releases import Release
-from namr.store import item_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,29 +51,14 @@ def check(
         )
 
 
-def lost_keys(draft: Release, dataset: Dataset, *, current: Release) -> list[str]:
-    """Keys of the current release that the draft lacks and nobody took out."""
-    lacking = item_files.rows_without_key_in(current.items(), draft.items())
-    gone_uri = current.manifest.dataset_uri
-    taken_out = shards.among(lacking.ids, takedowns.taken_down(current.releases_uri, gone_uri))
-    if gone_uri == dataset.uri:
-        taken_out |= shards.among(lacking.ids, dataset.tombstones)
-        return [lacking.keys[row] for row in np.flatnonzero(~taken_out)]
-    # the same key has another id in another dataset
-    keys = [lacking.keys[row] for row in np.flatnonzero(~taken_out)]
-    tombstoned = set(dataset.version.tombstones)
-    id_of = dataset.find(keys)
-    return [key for key in keys if id_of.get(key) not in tombstoned]
-
-
 def _lost_images(config: GateConfig, draft: Release, dataset: Dataset, current: Release) -> list[str]:
     before = current.manifest.counts.num_indexed
-    lost = lost_keys(draft, dataset, current=current)
-    if len(lost) <= config.max_lost_share * before:
+    lost = losses.lost_images(draft, dataset, current=current)
+    if lost.num <= config.max_lost_share * before:
         return []
     return [
-        f"{len(lost)} of the {before} images of release {current.manifest.release_id} are gone and nobody "
-        f"took them out, for one {lost[0]!r}: look at the refused ones"
+        f"{lost.num} of the {before} images of release {current.manifest.release_id} are gone and nobody "
+        f"took them out, for one {lost.keys[0]!r}: look at the refused ones"
     ]
 
 

@@ -14,10 +14,11 @@ Not covered: adding a small segment to what is there, measuring recall (the rele
 queries), GPU training, and deleting work that is done with.
 """
 
+import bisect
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,12 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from namr import checks, progress, ray_connection
-from namr.data.datasets import Dataset, ShardEntry
+from namr.data.datasets import Dataset
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile, SetManifest
 from namr.errors import ManifestError
 from namr.index import ivf, planning
-from namr.index.index_files import sum_of_ids
 from namr.index.ivf import IndexInfo, Template
 from namr.index.planning import Considered, IndexPlan
 from namr.model.distances import Metric
@@ -42,11 +42,12 @@ from namr.release.build_steps import (
     PartTask,
     RowRange,
     SampleTask,
+    StoreSampleTask,
     TrainTask,
     VectorSource,
 )
 from namr.release.releases import Counts, Segment, StoredVectors
-from namr.release.vector_steps import PlaceTask, ShardVectors, SortTask
+from namr.release.vector_steps import Placed, PlaceTask, ShardVectors, SortTask
 from namr.store import storage
 from namr.store.manifests import StoredObject
 
@@ -153,10 +154,10 @@ def build(
     ]
     parts = _in_order("building parts", build_steps.build_part, part_tasks)
     (segment,) = _in_order("merging parts", build_steps.merge, [MergeTask(template, parts, work, root)])
-    vectors, shards = _vectors(dataset, source, described, segment.stored, work, root)
+    placed = _placed(dataset, segment.stored, work, root)
+    vectors, shards = _vectors(dataset, source, described, placed, work, root)
     counts = _reconcile(dataset, segment.info, shards)
-    indexed = [(entry, shard.indexed) for entry, shard in zip(dataset.shards, shards, strict=True)]
-    item_tasks = [ItemsTask(dataset.uri, some, root) for some in items_cut(indexed)]
+    item_tasks = _items_tasks(dataset, placed, shards, root)
     items = _in_order("storing items", build_steps.store_items, item_tasks)
     return BuildReport(
         model_digest=model_digest,
@@ -192,26 +193,28 @@ def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[RowRange]]:
     starts = np.cumsum([0, *(file.num_embedded for file in files)]).tolist()
     parts: list[list[RowRange]] = []
     for lower, upper in itertools.pairwise(bounds):
-        placed = zip(files, starts, strict=False)
+        some = range(bisect.bisect_right(starts, lower) - 1, bisect.bisect_left(starts, upper))
         ranges = [
-            RowRange(file, max(lower - start, 0), min(upper - start, file.num_embedded))
-            for file, start in placed
+            RowRange(files[at], max(lower - starts[at], 0), min(upper - starts[at], files[at].num_embedded))
+            for at in some
         ]
         parts.append([rows for rows in ranges if rows.start < rows.stop])
     return parts
 
 
-def items_cut(indexed: Iterable[tuple[ShardEntry, Ids]]) -> list[list[tuple[ShardEntry, Ids]]]:
-    """Shards, each with its ids in the index, as the files of items: whole shards, not many items a file."""
-    files: list[list[tuple[ShardEntry, Ids]]] = []
-    room = 0
-    for entry, ids in indexed:
-        if len(ids) > room or not files:
-            files.append([])
-            room = _ITEMS_PER_FILE
-        files[-1].append((entry, ids))
-        room -= len(ids)
-    return files
+def _items_tasks(
+    dataset: Dataset, placed: Placed, shards: Sequence[ShardVectors], releases_uri: str
+) -> list[ItemsTask]:
+    """One for each file of items: whole shards, and not many items a file."""
+    tasks, first = [], 0
+    num_samples = dataset.version.num_samples
+    for start, stop in groups([shard.num_indexed for shard in shards], _ITEMS_PER_FILE):
+        entries = list(dataset.shards[start:stop])
+        num = sum(entry.num_samples for entry in entries)
+        rows = placed.span(first, num, of=num_samples, root_uri=releases_uri)
+        tasks.append(ItemsTask(dataset.uri, entries, rows, placed.num_rows, releases_uri))
+        first += num
+    return tasks
 
 
 def _in_order(what: str, function: Callable[[A], R], tasks: Sequence[A]) -> list[R]:
@@ -234,47 +237,66 @@ def _template(
     """The template in the work folder, trained now if there is none."""
     uri, files = storage.join(work, "template.faiss"), described.files
     if not storage.exists(uri):
-        total = sum(file.num_embedded for file in files)
-        chosen = np.random.default_rng(seed).choice(
-            total, min(plan.num_training_vectors, total), replace=False, shuffle=False
-        )
-        chosen.sort()
-        starts = np.cumsum([0, *(file.num_embedded for file in files)])
-        cuts = np.searchsorted(chosen, starts)
-        picks = [
-            (file, chosen[cuts[at] : cuts[at + 1]] - starts[at])
-            for at, file in enumerate(files)
-            if cuts[at] < cuts[at + 1]
-        ]
+        picks = picked(files, plan.num_training_vectors, seed=seed)
         batches = [
             picks[start : start + _FILES_PER_SAMPLE_TASK]
             for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
         ]
-        tasks = [SampleTask(source.of(file for file, _ in some), held, some) for some in batches]
-        nothing = np.empty((0, described.embedding_dim), np.float32)
-        sample = np.concatenate([nothing, *_in_order("sampling embeddings", build_steps.sample, tasks)])
-        (trained,) = _in_order("training", build_steps.train, [TrainTask(sample, plan.key, seed)])
+        tasks = [
+            StoreSampleTask(SampleTask(source.of(file for file, _ in some), held, some), work, number)
+            for number, some in enumerate(batches)
+        ]
+        samples = _in_order("sampling embeddings", build_steps.store_sample, tasks)
+        training = TrainTask(samples, described.embedding_dim, plan.key, seed, work)
+        (trained,) = _in_order("training", build_steps.train, [training])
         storage.write_if_absent(uri, trained.data)
+        for stored in samples:
+            storage.delete(storage.join(work, stored.name))
     return ivf.load_template(storage.read(uri))
+
+
+def picked(files: Sequence[EmbeddingFile], num: int, *, seed: int) -> list[tuple[EmbeddingFile, Ids]]:
+    """`num` embedded rows (all where there are fewer), ascending: of each file its share, at random."""
+    sizes = [file.num_embedded for file in files]
+    shares = np.diff(np.cumsum([0, *sizes]) * min(num, sum(sizes)) // max(1, sum(sizes))).tolist()
+    rng = np.random.default_rng(seed)
+    return [
+        (file, np.sort(rng.choice(file.num_embedded, share, replace=False, shuffle=False)))
+        for file, share in zip(files, shares, strict=True)
+        if share
+    ]
+
+
+def _placed(dataset: Dataset, segment: StoredObject, work: str, releases_uri: str) -> Placed:
+    """Which row each sample has in the order of the segment's lists."""
+    sizes = _sizes(dataset)
+    (placed,) = _in_order(
+        "placing re-rank vectors", vector_steps.place, [PlaceTask(segment, sizes, work, releases_uri)]
+    )
+    return placed
+
+
+def _sizes(dataset: Dataset) -> Ids:
+    """(S, 2) number and how many samples of each shard."""
+    return np.array([(entry.number, entry.num_samples) for entry in dataset.shards], np.int64).reshape(-1, 2)
 
 
 def _vectors(
     dataset: Dataset,
     source: VectorSource,
     described: SetManifest,
-    segment: StoredObject,
+    placed: Placed,
     work: str,
     releases_uri: str,
 ) -> tuple[StoredVectors, list[ShardVectors]]:
     """The re-rank vectors in the order of the segment's lists, and what each shard brought."""
-    sizes = np.array([(entry.number, entry.num_samples) for entry in dataset.shards], np.int64).reshape(-1, 2)
-    (placed,) = _in_order(
-        "placing re-rank vectors", vector_steps.place, [PlaceTask(segment, sizes, work, releases_uri)]
-    )
+    sizes = _sizes(dataset)
     files, starts, row_bytes = described.files, places.starts_of(sizes), 4 * described.embedding_dim
     rows_per_file = max(1, vector_steps.FILE_BYTES // row_bytes)
     tasks = []
-    for number, (start, stop) in enumerate(groups(sizes[:, 1], vector_steps.PIECE_BYTES // row_bytes)):
+    for number, (start, stop) in enumerate(
+        groups(sizes[:, 1].tolist(), vector_steps.PIECE_BYTES // row_bytes)
+    ):
         span = placed.span(
             int(starts[start]),
             int(sizes[start:stop, 1].sum()),
@@ -308,11 +330,11 @@ def _vectors(
     return stored, [shard for piece in pieces for shard in piece.shards]
 
 
-def groups(sizes: Ids, most: int) -> list[tuple[int, int]]:
+def groups(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
     """Start and stop of neighbours whose sizes add up to no more than `most`, or that are alone."""
     bounds: list[int] = []
     total = 0
-    for at, size in enumerate(sizes.tolist()):
+    for at, size in enumerate(sizes):
         if not bounds or total + size > most:
             bounds.append(at)
             total = 0
@@ -324,11 +346,11 @@ def _reconcile(dataset: Dataset, segment: IndexInfo, shards: list[ShardVectors])
     """Every sample went somewhere, and what is in the segment are the ids that live embeddings have."""
     counts = Counts(
         num_samples=dataset.version.num_samples,
-        num_indexed=sum(len(shard.indexed) for shard in shards),
+        num_indexed=sum(shard.num_indexed for shard in shards),
         num_refused=sum(shard.num_refused for shard in shards),
         num_tombstoned=len(dataset.tombstones),
     )
-    ids_sum = sum(sum_of_ids(shard.indexed) for shard in shards) % 2**64
+    ids_sum = sum(shard.ids_sum for shard in shards) % 2**64
     if (segment.num_vectors, segment.ids_sum) != (counts.num_indexed, ids_sum):
         raise ManifestError(
             f"the segment holds {segment.num_vectors} vectors, {counts.num_indexed} are embedded and live, "

@@ -27,9 +27,10 @@ from namr.index import ivf
 from namr.index.ivf import IndexInfo, Template
 from namr.model import distances
 from namr.model.distances import Metric
-from namr.release import held_out, releases
+from namr.release import arrays, held_out, places, releases
 from namr.store import item_files, manifests, scratch, storage, tables
 from namr.store.manifests import StoredObject
+from namr.store.storage import Range
 
 _MOST_TRAINING_THREADS = 8
 
@@ -111,18 +112,39 @@ def sample(task: SampleTask) -> Floats:
     return np.concatenate(taught)
 
 
+class StoreSampleTask(NamedTuple):
+    """A sample on its way to the training: it goes by the work folder, and not through the driver."""
+
+    sample: SampleTask
+    work_uri: str
+    number: int
+
+
+def store_sample(task: StoreSampleTask) -> StoredObject:
+    """Store what `sample` gives in the work folder."""
+    data = arrays.encode_array(sample(task.sample))
+    name = f"sample-{task.number:05d}-{storage.sha256(data)[:12]}.npy"
+    return manifests.write_object(task.work_uri, name, data)
+
+
 class TrainTask(NamedTuple):
     """A template to be trained."""
 
-    sample: Floats
+    samples: list[StoredObject]
+    """of the work folder"""
+    dim: int
     key: str
     seed: int
+    work_uri: str
 
 
 def train(task: TrainTask) -> Template:
     """The template; the same for any number of threads, so it takes what the node has."""
+    nothing = np.empty((0, task.dim), np.float32)
+    stored = (manifests.read_object(task.work_uri, each) for each in task.samples)
+    x = np.concatenate([nothing, *(arrays.decode_array(data, np.float32) for data in stored)])
     num_threads = min(_MOST_TRAINING_THREADS, len(os.sched_getaffinity(0)))
-    return ivf.train_template(task.sample, task.key, seed=task.seed, num_threads=num_threads)
+    return ivf.train_template(x, task.key, seed=task.seed, num_threads=num_threads)
 
 
 class PartTask(NamedTuple):
@@ -194,18 +216,25 @@ def fetched(root_uri: str, stored: StoredObject, folder: Path) -> Path:
 
 
 class ItemsTask(NamedTuple):
-    """The items of one file: shards by ascending number, each with its ids in the index."""
+    """The items of one file: those samples of some shards, by ascending number, that are in the index."""
 
     dataset_uri: str
-    indexed: list[tuple[ShardEntry, Ids]]
+    entries: list[ShardEntry]
+    rows: Range
+    """of these shards, in the table of rows (`places`), which says what is in the index"""
+    num_rows: int
+    """of the whole index"""
     releases_uri: str
 
 
 def store_items(task: ItemsTask) -> StoredObject:
     """Store what a release says of the items of some shards."""
-    samples = datasets.read_samples(task.dataset_uri, [entry for entry, _ in task.indexed])
-    live = (
-        tables.rows_of(table, shards.row_of(ids))
-        for table, (_, ids) in zip(samples, task.indexed, strict=True)
+    rows = np.frombuffer(storage.read_ranges([task.rows])[0], places.dtype_of(task.num_rows))
+    ends = np.cumsum([entry.num_samples for entry in task.entries])
+    of_shards = np.split(rows, ends[:-1])
+    samples = datasets.read_samples(task.dataset_uri, task.entries)
+    indexed = (
+        tables.rows_of(table, np.flatnonzero(of_shard >= 0))
+        for table, of_shard in zip(samples, of_shards, strict=True)
     )
-    return releases.store(task.releases_uri, "items.arrow", item_files.encode(live))
+    return releases.store(task.releases_uri, "items.arrow", item_files.encode(indexed))

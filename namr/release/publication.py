@@ -14,19 +14,23 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
 from namr.data import datasets
 from namr.errors import ConfigError, Conflict, ManifestError, ObjectMissing
+from namr.index.index_files import sum_of_ids
 from namr.release import releases, takedowns
 from namr.release.places import Places
 from namr.release.releases import Release, ReleaseManifest
-from namr.store import manifests, storage
+from namr.store import manifests, scratch, storage
+from namr.store.cache import Cache
 from namr.store.manifests import Pin, Pointer, StoredObject
 
 _NUM_CHECKERS = 16
 _MAX_NPY_HEADER_BYTES = 256
+_BLOCK_ROWS = 1 << 20
 
 
 def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer | None) -> Release:
@@ -145,7 +149,8 @@ def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
     num_rows = manifest.vectors.num_rows
     _reconcile(what, "rows of its re-rank vectors", num_rows, {"entries of its segments": num_entries})
     release = Release(releases_uri, manifest)
-    _check_items(what, release, _checked_places(what, release))
+    with scratch.folder("verify-") as folder:
+        _check_items(what, release, _checked_places(what, release, folder))
     if manifest.nprobe < 1 or manifest.depth < 1 or manifest.gallery_min_structure <= 0:
         raise ManifestError(
             f"{what}: nprobe {manifest.nprobe} and depth {manifest.depth} have to be at least 1, and the "
@@ -162,8 +167,11 @@ def _reconcile(what: str, name: str, whole: int, parts: dict[str, int]) -> None:
         )
 
 
-def _checked_places(what: str, release: Release) -> Places:
-    """Where the vectors lie: every row is one sample's, and the files are as long as their rows."""
+def _checked_places(what: str, release: Release, folder: Path) -> Places:
+    """Where the vectors lie: every row is one sample's, and the files are as long as their rows.
+
+    They are mapped, from `folder` where the release is remote, and looked at block by block.
+    """
     vectors, dim = release.manifest.vectors, release.manifest.embedding_dim
     for each in vectors.files:
         header = each.file.size_bytes - 2 * 2 * each.num_rows * dim
@@ -172,14 +180,21 @@ def _checked_places(what: str, release: Release) -> Places:
                 f"{what}: {each.file.name} has {each.file.size_bytes} bytes, which are not {each.num_rows} "
                 f"pairs of float16 vectors of dimension {dim}"
             )
-    places = release.places()
-    num_samples, rows = release.manifest.counts.num_samples, places.rows[places.rows >= 0]
+    cache = Cache(folder, max_bytes=1 << 40)
+    paths = release.path(vectors.shards, cache), release.path(vectors.rows, cache)
+    places = Places.open(*paths, num_rows=vectors.num_rows)
+    num_samples, num_placed, rows_sum, every_sum = release.manifest.counts.num_samples, 0, 0, 0
     _reconcile(
         what, "places of its re-rank vectors", len(places.rows), {"samples of its dataset": num_samples}
     )
-    if not np.array_equal(np.sort(rows), np.arange(vectors.num_rows)):
+    for start in range(0, len(places.rows), _BLOCK_ROWS):
+        rows = places.rows[start : start + _BLOCK_ROWS]
+        rows = rows[rows >= 0].astype(np.int64)
+        num_placed, rows_sum = num_placed + len(rows), rows_sum + sum_of_ids(rows)
+        every_sum += sum_of_ids(np.arange(start, min(start + _BLOCK_ROWS, vectors.num_rows)))
+    if num_placed != vectors.num_rows or (rows_sum - every_sum) % 2**64:
         raise ManifestError(
-            f"{what}: {len(rows)} samples have a place among {vectors.num_rows} re-rank vectors, and not "
+            f"{what}: {num_placed} samples have a place among {vectors.num_rows} re-rank vectors, and not "
             "each one of its own"
         )
     return places

@@ -110,10 +110,11 @@ class SortTask(NamedTuple):
 
 
 class ShardVectors(NamedTuple):
-    """What was stored of a shard."""
+    """What was stored of a shard: how much, and no list of it, so that it can go through the driver."""
 
-    indexed: Ids
-    """ids, ascending"""
+    num_indexed: int
+    ids_sum: int
+    """of these, see `index_files.sum_of_ids`"""
     num_refused: int
 
 
@@ -140,9 +141,10 @@ def sort(task: SortTask) -> Piece:
     for file in task.files:
         table = embeddings.read(task.source.embeddings_uri, file)
         live = task.source.live(table.ids)
-        stored.append(ShardVectors(table.ids[live], int(task.source.live(table.refused_ids).sum())))
-        start, stop = stop, stop + len(stored[-1].indexed)
-        records["row"][start:stop] = of_shards.of(table.ids[live])
+        ids, num_refused = table.ids[live], int(task.source.live(table.refused_ids).sum())
+        stored.append(ShardVectors(len(ids), index_files.sum_of_ids(ids), num_refused))
+        start, stop = stop, stop + len(ids)
+        records["row"][start:stop] = of_shards.of(ids)
         x, s, what = table.embeddings[live], table.structures[live], f"shard {file.number}"
         records["vectors"][start:stop] = side_by_side(x, s, metric=task.source.metric, what=what)
     records = records[np.argsort(records["row"][:stop])]

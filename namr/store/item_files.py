@@ -51,14 +51,6 @@ _INT64 = np.iinfo(np.int64)
 _EXACT_IN_FLOAT64 = 1 << 53
 
 
-class KeyedIds(NamedTuple):
-    """Some items."""
-
-    ids: Ids
-    """(n,)"""
-    keys: list[str]
-
-
 class AnyOf(NamedTuple):
     """A value is one of these; None stands for no value."""
 
@@ -132,8 +124,8 @@ class ItemFile:
     def row_of_key(self, key: str) -> int | None:
         """The row with this key, None if there is none."""
         wanted = np.uint64(hash_of(key))
-        start, stop = (int(np.searchsorted(self._hashes, wanted, side)) for side in ("left", "right"))
-        rows = (int(row) for row in self._rows_by_hash[start:stop])
+        start, stop = (int(np.searchsorted(self.hashes, wanted, side)) for side in ("left", "right"))
+        rows = (int(row) for row in self.rows_by_hash[start:stop])
         return next((row for row in rows if self.key(row) == key), None)
 
     def label_counts(self) -> dict[str, int]:
@@ -150,17 +142,14 @@ class ItemFile:
         mask: Mask = pc.fill_null(found, False).to_numpy(zero_copy_only=False)
         return mask
 
-    @property
-    def key_column(self) -> pa.Array:
-        """All keys, as Arrow has them."""
-        return self._columns["key"]
-
     @functools.cached_property
-    def _hashes(self) -> npt.NDArray[np.uint64]:
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """(n,) of the keys, ascending."""
         return np.asarray(self._columns["key_hash"].to_numpy())
 
     @functools.cached_property
-    def _rows_by_hash(self) -> npt.NDArray[np.int32]:
+    def rows_by_hash(self) -> npt.NDArray[np.int32]:
+        """(n,) the row of each of `hashes`."""
         return np.asarray(self._columns["key_row"].to_numpy())
 
     def _numbers(self, name: str) -> Ids:
@@ -220,18 +209,6 @@ def hash_of(key: str) -> int:
     """64 bits of BLAKE2b of a key."""
     data = key.encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def rows_without_key_in(ours: Iterable[ItemFile], theirs: Iterable[ItemFile]) -> KeyedIds:
-    """Those of our items whose keys the others lack; only these become Python objects."""
-    known = pa.chunked_array([file.key_column for file in theirs], pa.large_string())
-    ids, keys = [np.empty(0, np.int64)], list[str]()
-    for file in ours:
-        lacking = pc.invert(pc.is_in(file.key_column, value_set=known))
-        rows = np.flatnonzero(lacking.to_numpy(zero_copy_only=False))
-        ids.append(file.ids[rows])
-        keys += file.key_column.take(pa.array(rows)).to_pylist()
-    return KeyedIds(np.concatenate(ids), keys)
 
 
 def joined_kinds(files: Iterable[ItemFile]) -> dict[str, Kind]:

@@ -6,7 +6,7 @@ object a row, so that shards of different years need no common schema. Items of 
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from namr.errors import ManifestError, ShapeError, StorageError
@@ -24,6 +25,7 @@ from namr.store import scratch
 Ids = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
+_ROWS_AT_ONCE = 1 << 16
 _SAMPLES = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
@@ -199,23 +201,33 @@ def open_columns(folder: Path) -> dict[str, npt.NDArray[Any]]:
     return {path.stem: np.load(path, mmap_mode="r") for path in paths}
 
 
-def read_rows(path: Path) -> dict[str, list[Any]]:
-    """The columns of a user's CSV (with a header) or Parquet file; every value of a CSV is text.
+def read_rows(path: Path) -> Iterator[dict[str, list[Any]]]:
+    """The columns of a user's CSV (with a header) or Parquet file, some rows at a time; first of no row.
 
-    An empty field of a CSV is None. ManifestError if the file can't be read as what its suffix says.
+    Every value of a CSV is text, an empty field of it None. ManifestError if the file can't be read as what
+    its suffix says.
     """
     try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            table = pq.read_table(path)
-        else:
-            names = pyarrow.csv.open_csv(path).schema.names
-            options = pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
-            )
-            table = pyarrow.csv.read_csv(path, convert_options=options)
+        for batch in _batches(path):
+            yield cast(dict[str, list[Any]], pa.Table.from_batches([batch]).to_pydict())
     except (pa.ArrowException, OSError, UnicodeEncodeError) as error:
         raise ManifestError(f"{str(path)!a} can't be read as a table: {error}") from error
-    return cast(dict[str, list[Any]], table.to_pydict())
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    if path.suffix.lower() in (".parquet", ".pq"):
+        dataset = pyarrow.dataset.dataset(path, format="parquet", partitioning="hive")
+        schema = dataset.schema
+        batches = dataset.to_batches(batch_size=_ROWS_AT_ONCE, batch_readahead=2, fragment_readahead=1)
+    else:
+        names = pyarrow.csv.open_csv(path).schema.names
+        options = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
+        )
+        batches = pyarrow.csv.open_csv(path, convert_options=options)
+        schema = batches.schema
+    yield pa.RecordBatch.from_pylist([], schema=schema)
+    yield from batches
 
 
 def fields_text(fields: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from namr.data import pack_shard
+from namr.data.offered import SourceImage
 from namr.data.pack_shard import ShardPlan
-from namr.data.sources import SourceImage
 from namr.errors import ManifestError, ObjectMissing
 from namr.store import storage, tables
 from namr.store.manifests import StoredObject

@@ -12,8 +12,8 @@ import pytest
 from namr import ray_connection
 from namr.data import datasets, packing, reading
 from namr.data.datasets import Dataset
+from namr.data.offered import Offered, SourceImage
 from namr.data.packing import PackingConfig, PackReport
-from namr.data.sources import SourceImage
 from namr.errors import ConfigError, ImageRefused, ManifestError, StorageError
 from namr.store import storage
 from tests import small_benchmarks
@@ -46,7 +46,7 @@ def cut(found: list[SourceImage], order: str, shard_bytes: int, seed: int = 0) -
         shard_bytes=shard_bytes,
         seed=seed,  # type: ignore[arg-type]
     )
-    return packing.cut(found, config, shard_bytes=shard_bytes)
+    return list(packing.cut(Offered.of(found, source="s"), config, shard_bytes=shard_bytes))
 
 
 def test_shards_by_class_keep_a_class_in_one_range() -> None:
@@ -157,7 +157,8 @@ def test_a_benchmark_is_packed_split_by_split(tmp_path: Path) -> None:
 def test_a_small_set_is_cut_so_that_every_core_has_shards_to_make() -> None:
     def shard_bytes(num_images: int, num_bytes: int, **options: int) -> int:
         config = PackingConfig(source="s", dataset_uri="d", **options)  # type: ignore[arg-type]
-        return packing._shard_bytes(offered(*"a" * num_images, num_bytes=num_bytes), config)
+        found = Offered.of(offered(*"a" * num_images, num_bytes=num_bytes), source="s")
+        return packing._shard_bytes(found, config)
 
     assert ray_connection.total_cpus() == 2
     assert shard_bytes(0, 0) == 256 << 20

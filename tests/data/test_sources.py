@@ -16,14 +16,14 @@ import torchvision.datasets
 from PIL import Image
 
 from namr.data import sources
-from namr.data.sources import SourceImage
+from namr.data.offered import SourceImage
 from namr.errors import ConfigError, ManifestError, StorageError
 
 
 def listed(
     source: object, folder: Path = Path("/nowhere"), classes: sources.Classes = "all"
 ) -> list[SourceImage]:
-    return sources.open_source(str(source), classes=classes, download_folder=folder).images
+    return list(sources.open_source(str(source), classes=classes, download_folder=folder).images)
 
 
 def touch(root: Path, *names: str) -> Path:

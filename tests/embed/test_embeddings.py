@@ -153,6 +153,6 @@ def test_a_set_that_was_moved_is_refused(root: str, dataset: Dataset) -> None:
 def test_a_file_is_plain_parquet(root: str, dataset: Dataset) -> None:
     entry = dataset.shards[2]
     file, _ = embeddings.write(root, MODEL, entry, table_of(dataset, entry, refused=2))
-    columns = tables.read_rows(Path(root, file.stored.name))
+    _, columns = tables.read_rows(Path(root, file.stored.name))
     assert columns["refused"] == [None] * 4 + ["truncated"] * 2
     assert columns["id"] == dataset.samples(entry).ids.tolist()

@@ -11,7 +11,7 @@ from namr.data import datasets
 from namr.data.datasets import Dataset
 from namr.data.shards import make_id
 from namr.errors import ConfigError, NamrError
-from namr.nightly import gate
+from namr.nightly import gate, losses
 from namr.nightly.assessment import Assessment, SideResult
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
@@ -113,7 +113,7 @@ def test_as_many_new_images_do_not_hide_those_that_were_lost(current: Release, d
 @pytest.mark.parametrize(("num_lost", "is_fine"), [(0, True), (1, True), (2, False)])
 def test_few_may_be_lost(num_lost: int, is_fine: bool, current: Release, dataset: Dataset) -> None:
     draft = holding(current, "new", without(range(num_lost)) | NEW)
-    assert len(gate.lost_keys(draft, dataset, current=current)) == num_lost
+    assert losses.lost_images(draft, dataset, current=current).num == num_lost
     if is_fine:
         gate.check(GateConfig(max_lost_share=0.01), draft, a_report(), dataset, current=current)
         return
@@ -127,7 +127,7 @@ def test_what_somebody_took_out_is_not_lost(current: Release) -> None:
     dataset = datasets.tombstone(current.manifest.dataset_uri, out, now=NOW)
     takedowns.take_down(current.releases_uri, dataset.uri, range(10, 25))
     lost = [f"digit/{row}" for row in range(25, 30)]
-    assert gate.lost_keys(draft, dataset, current=current) == lost
+    assert losses.lost_images(draft, dataset, current=current) == (5, lost)
 
 
 def test_a_dataset_that_was_packed_elsewhere_is_held_against_the_old_one(
@@ -137,14 +137,15 @@ def test_a_dataset_that_was_packed_elsewhere_is_held_against_the_old_one(
     packed = small_release.make_dataset(tmp_path / "elsewhere", Recipe(num_shards=1, rows_per_shard=90))
     new_ids = {row: f"digit/{row}" for row in range(90)}
     moved = holding(current, "moved", new_ids, dataset=packed)
-    assert gate.lost_keys(moved, packed, current=current) == [f"digit/{row}" for row in range(90, 100)]
+    expected = [f"digit/{row}" for row in range(90, 100)]
+    assert losses.lost_images(moved, packed, current=current) == (10, expected)
     packed = datasets.tombstone(packed.uri, ["digit/60"], now=NOW)  # id 60 there, and 1 << 32 | 10 before
     takedowns.take_down(current.releases_uri, current.manifest.dataset_uri, [make_id(1, 49)])
     smaller = holding(
         current, "smaller", {row: key for row, key in new_ids.items() if row not in (10, 60)}, dataset=packed
     )
     expected = ["digit/10", *(f"digit/{row}" for row in range(90, 99))]
-    assert gate.lost_keys(smaller, packed, current=current) == expected
+    assert losses.lost_images(smaller, packed, current=current) == (10, expected)
     with pytest.raises(NamrError, match="10 of the 100 images of release first are gone"):
         gate.check(GateConfig(), smaller, a_report(), packed, current=current)
 

@@ -18,8 +18,10 @@ from namr.model import distances
 from namr.release import build, build_steps, vector_steps
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.places import Places
+from namr.release.vector_steps import Placed, ShardVectors
 from namr.store import item_files, manifests, storage, tables
 from namr.store.manifests import StoredObject
+from namr.store.storage import Range
 from namr.store.tables import EmbeddingTable
 from tests import small_release
 from tests.small_release import NOW
@@ -126,17 +128,36 @@ def test_parts_are_even_ranges_whatever_the_shards_are() -> None:
     assert sum(len(part) for part in build.cut(files[2:3], 3)) == 1
 
 
-def test_files_of_items_are_whole_shards_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_ITEMS_PER_FILE", 100)
+def test_each_file_gives_its_share_of_the_sample() -> None:
+    files = [a_file(0, 300), a_file(1, 0), a_file(2, 1), a_file(3, 699)]
+    picks = build.picked(files, 100, seed=3)
+    assert [(file.number, len(rows)) for file, rows in picks] == [(0, 30), (3, 70)]
+    for file, rows in picks:
+        assert (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < file.num_embedded
+    again, other = build.picked(files, 100, seed=3), build.picked(files, 100, seed=4)
+    assert all(np.array_equal(one[1], two[1]) for one, two in zip(picks, again, strict=True))
+    assert not any(np.array_equal(one[1], two[1]) for one, two in zip(picks, other, strict=True))
+    whole = build.picked(files, 10**6, seed=3)
+    assert [len(rows) for _, rows in whole] == [300, 1, 699]
+    assert build.picked(files[1:2], 5, seed=3) == build.picked([], 5, seed=3) == []
 
-    def sizes(*of_shards: int) -> list[list[int]]:
-        cut = build.items_cut((None, np.arange(num)) for num in of_shards)
-        return [[len(ids) for _, ids in file] for file in cut]
 
-    assert sizes(60, 40, 1, 99) == [[60, 40], [1, 99]]
-    assert sizes(60, 41, 0, 250, 0, 3) == [[60], [41, 0], [250], [0, 3]]
-    assert sizes(0, 0) == [[0, 0]]
-    assert sizes() == []
+def test_files_of_items_are_whole_shards_and_few_and_know_their_rows(
+    gallery: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_ITEMS_PER_FILE", 300)
+    dataset = datasets.open_version(str(gallery / "dataset"))
+    placed = Placed(
+        shards=StoredObject("shards", 1, ""), rows=StoredObject("rows", 128 + 4 * 600, ""), num_rows=595
+    )
+    brought = [ShardVectors(num, 0, 0) for num in (300, 0, 249, 48)]
+    tasks = build._items_tasks(dataset, placed, brought, "/r")
+    assert [[entry.number for entry in task.entries] for task in tasks] == [[0, 1], [2, 3]]
+    assert [task.rows for task in tasks] == [
+        Range("/r/rows", 128, 128 + 4 * 301),
+        Range("/r/rows", 128 + 4 * 301, 128 + 4 * 600),
+    ]
+    assert {task.num_rows for task in tasks} == {595}
 
 
 @pytest.mark.ray

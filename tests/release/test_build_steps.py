@@ -8,22 +8,27 @@ import numpy as np
 import pytest
 
 from namr.data import shards
+from namr.data.datasets import ShardEntry
 from namr.embed.embeddings import EmbeddingFile
-from namr.errors import ManifestError
+from namr.errors import ManifestError, ShapeError
 from namr.index import ivf
 from namr.release import build_steps, held_out
 from namr.release.build_steps import (
     HeldOut,
     IndexFile,
+    ItemsTask,
     MergeTask,
     PartTask,
     RowRange,
     SampleTask,
+    StoreSampleTask,
     TrainTask,
     VectorSource,
 )
-from namr.store import manifests, storage, tables
-from namr.store.tables import EmbeddingTable
+from namr.store import item_files, manifests, storage, tables
+from namr.store.manifests import StoredObject
+from namr.store.storage import Range
+from namr.store.tables import EmbeddingTable, SampleTable
 from tests import small_release
 
 DIM = 8
@@ -71,7 +76,7 @@ def source(tmp_path: Path) -> VectorSource:
 @pytest.fixture
 def template() -> ivf.Template:
     x = small_release.random_vectors(100, DIM, seed=5).embeddings
-    return build_steps.train(TrainTask(x, "IVF4,SQ8", 0))
+    return ivf.train_template(x, "IVF4,SQ8", seed=0, num_threads=1)
 
 
 def live_ids(file: EmbeddingFile) -> list[int]:
@@ -107,6 +112,20 @@ def test_the_template_sees_no_held_out_and_no_dead_image(
     held = held_out.mask(ids, share=0.2, seed=5)
     assert 0 < held.sum() < len(ids)
     np.testing.assert_array_equal(sample, x[~held])
+
+
+def test_a_sample_that_went_by_the_work_folder_trains_the_template_it_would_have_trained(
+    files: list[EmbeddingFile], source: VectorSource, tmp_path: Path
+) -> None:
+    tasks = [SampleTask(source, HeldOut(0.2, 5), [(file, np.arange(0, 38, 2))]) for file in files]
+    stored = [
+        build_steps.store_sample(StoreSampleTask(task, str(tmp_path), at)) for at, task in enumerate(tasks)
+    ]
+    x = np.concatenate([build_steps.sample(task) for task in tasks])
+    trained = build_steps.train(TrainTask(stored, DIM, "IVF4,SQ8", 0, str(tmp_path)))
+    assert trained.data == ivf.train_template(x, "IVF4,SQ8", seed=0, num_threads=1).data
+    with pytest.raises(ShapeError, match="the sample has 0"):
+        build_steps.train(TrainTask([], DIM, "IVF4,SQ8", 0, str(tmp_path)))
 
 
 @pytest.fixture
@@ -182,3 +201,30 @@ def test_a_part_that_was_harmed_is_never_merged(
     with pytest.raises(ManifestError, match="is missing or damaged; delete"):
         build_steps.merge(merge_task(task, [part], tmp_path))
     assert not storage.exists(str(tmp_path / "segment.json"))
+
+
+def test_the_items_of_a_file_are_the_samples_that_have_a_row(tmp_path: Path) -> None:
+    uri, num = str(tmp_path / "dataset"), 10
+    entries = []
+    for number in (0, 2):
+        samples = SampleTable(
+            ids=shards.make_id(number, 0) + np.arange(num),
+            keys=[f"k{number}/{row}" for row in range(num)],
+            labels=[None] * num,
+            fields=["{}"] * num,
+            offsets=np.arange(num),
+            sizes=np.ones(num, np.int64),
+        )
+        index = manifests.write_object(uri, f"{number}.parquet", tables.encode_samples(samples))
+        tar = StoredObject(f"{number}.tar", 1, "0" * 64)
+        entries.append(ShardEntry(number=number, tar=tar, index=index, num_samples=num))
+    rows = np.full(2 * num, -1, np.int32)
+    rows[[3, 9, 10, 11, 18]] = [4, 0, 1, 2, 3]
+    before = 64  # bytes of the table that are other shards'
+    (tmp_path / "rows").write_bytes(bytes(before) + rows.tobytes() + b"more")
+    span = Range(str(tmp_path / "rows"), before, before + rows.nbytes)
+    root = str(tmp_path / "releases")
+    stored = build_steps.store_items(ItemsTask(uri, entries, span, 5, root))
+    file = item_files.decode(storage.read(storage.join(root, stored.name)))
+    assert [file.key(row) for row in range(len(file))] == ["k0/3", "k0/9", "k2/0", "k2/1", "k2/8"]
+    assert file.ids.tolist() == [3, 9, *(shards.make_id(2, row) for row in (0, 1, 8))]

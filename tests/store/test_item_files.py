@@ -127,17 +127,6 @@ def test_labels_are_masked_like_any_field() -> None:
     assert file.mask(None, AnyOf(("label 1", None))).tolist() == [False, True, True]
 
 
-def test_rows_whose_key_other_files_lack() -> None:
-    ours = [table({}, {}), table({}, {}, first_id=9)]
-    files = [item_files.decode(item_files.encode([each])) for each in ours]
-    theirs = item_files.decode(item_files.encode([tables.rows_of(ours[1], np.array([0]))]))
-    ids, keys = item_files.rows_without_key_in(files, [theirs])
-    assert (ids.tolist(), keys) == ([0, 1, 10], ["schlüssel/0", "schlüssel/1", "schlüssel/10"])
-    assert item_files.rows_without_key_in(files, files).keys == []
-    assert item_files.rows_without_key_in([], files).keys == []
-    assert len(item_files.rows_without_key_in(files, []).keys) == 4
-
-
 def test_what_is_no_file_of_items_is_refused(tmp_path: Path) -> None:
     data = item_files.encode([table({})])
     for damaged in (b"", b"no arrow", data[:-20]):

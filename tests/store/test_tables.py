@@ -107,16 +107,31 @@ def test_missing_columns_are_an_error(tmp_path: Path) -> None:
 def test_every_value_of_a_csv_is_text(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('path,label,sku\na.jpg,,007\n"b,c.jpg",cat,12\n')
-    assert tables.read_rows(path) == {
-        "path": ["a.jpg", "b,c.jpg"],
-        "label": [None, "cat"],
-        "sku": ["007", "12"],
-    }
+    assert list(tables.read_rows(path)) == [
+        {"path": [], "label": [], "sku": []},
+        {"path": ["a.jpg", "b,c.jpg"], "label": [None, "cat"], "sku": ["007", "12"]},
+    ]
 
 
 def test_a_parquet_of_the_users_keeps_its_types(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"path": ["a"], "price": [1.5]}), tmp_path / "t.parquet")
-    assert tables.read_rows(tmp_path / "t.parquet") == {"path": ["a"], "price": [1.5]}
+    nothing, rows = tables.read_rows(tmp_path / "t.parquet")
+    assert (nothing, rows) == ({"path": [], "price": []}, {"path": ["a"], "price": [1.5]})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_large_table_comes_some_rows_at_a_time(suffix: str, tmp_path: Path) -> None:
+    texts, path = [f"{row:08d}.jpg" for row in range(200_000)], tmp_path / f"t.{suffix}"
+    if suffix == "csv":
+        path.write_text("path\n" + "\n".join(texts))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"path": texts}), path)
+    sizes, found = [], []
+    for columns in tables.read_rows(path):
+        sizes.append(len(columns["path"]))
+        found += columns["path"]
+    assert found == texts
+    assert max(sizes) <= 1 << 17
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
@@ -124,7 +139,7 @@ def test_an_unreadable_table_is_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"a,b\n1\n")
     with pytest.raises(ManifestError, match=name):
-        tables.read_rows(path)
+        list(tables.read_rows(path))
 
 
 @pytest.mark.parametrize("column", ["key", "label", "field"])
@@ -154,4 +169,4 @@ def test_fields_that_are_nested_absurdly_deep_are_refused() -> None:
 @pytest.mark.parametrize("name", ["a\0b.csv", "a\0b.parquet", "\ud800.csv", "\ud800.parquet"])
 def test_a_table_whose_name_is_no_text_is_refused(name: str) -> None:
     with pytest.raises(ManifestError, match="can't be read as a table"):
-        tables.read_rows(Path(name))
+        list(tables.read_rows(Path(name)))

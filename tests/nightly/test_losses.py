@@ -1,0 +1,62 @@
+"""Items of several files against those of others: by id side by side, by key in turns over the hashes."""
+
+import numpy as np
+import pytest
+
+from namr.nightly import losses
+from namr.store import item_files
+from namr.store.item_files import ItemFile
+from namr.store.tables import SampleTable
+
+
+def file_of(*ids: int) -> ItemFile:
+    nothing = np.zeros(len(ids), np.int64)
+    table = SampleTable(
+        ids=np.array(ids, np.int64),
+        keys=[f"k{each}" for each in ids],
+        labels=[None] * len(ids),
+        fields=["{}"] * len(ids),
+        offsets=nothing,
+        sizes=nothing,
+    )
+    return item_files.decode(item_files.encode([table]))
+
+
+def cut(ids: list[int], *sizes: int) -> list[ItemFile]:
+    bounds = np.cumsum([0, *sizes]).tolist()
+    return [file_of(*ids[start:stop]) for start, stop in zip(bounds, [*bounds[1:], None], strict=True)]
+
+
+@pytest.mark.parametrize("our_sizes", [(), (3, 0, 20), (40,), (0,)])
+@pytest.mark.parametrize("their_sizes", [(), (1, 1, 0, 17), (50,)])
+def test_what_others_lack_by_id_is_found_however_files_are_cut(
+    our_sizes: tuple[int, ...], their_sizes: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(len(our_sizes) + 10 * len(their_sizes))
+    ours, theirs = (np.sort(rng.choice(100, 60, replace=False)).tolist() for _ in range(2))
+    lacking = losses._without_id_in(cut(ours, *our_sizes), iter(cut(theirs, *their_sizes)))
+    found = [int(file.ids[row]) for file, rows in lacking for row in rows]
+    assert found == [each for each in ours if each not in theirs]
+    assert 0 < len(found) < 60
+
+
+def test_nothing_and_everything_is_lacking_by_id() -> None:
+    files = cut([1, 5, 9], 1)
+    assert [len(rows) for _, rows in losses._without_id_in(files, files)] == [0, 0]
+    assert [len(rows) for _, rows in losses._without_id_in(files, [])] == [1, 2]
+    assert list(losses._without_id_in([], files)) == []
+
+
+@pytest.mark.parametrize("at_once", [1 << 23, 20, 7, 1])
+def test_what_others_lack_by_key_is_found_in_any_number_of_turns(at_once: int) -> None:
+    rng = np.random.default_rng(3)
+    ours, theirs = (np.sort(rng.choice(100, 60, replace=False)).tolist() for _ in range(2))
+    also = [ours[0], ours[7], 1000]
+    lacking = losses._without_key_in(
+        cut(ours, 20, 0), cut(theirs, 31), also=[f"k{each}" for each in also], at_once=at_once
+    )
+    found = sorted(file.key(row) for file, rows in lacking for row in rows)
+    assert found == sorted(f"k{each}" for each in ours if each not in theirs and each not in also)
+    assert list(losses._without_key_in([], cut(theirs), at_once=at_once)) == []
+    everything = losses._without_key_in(cut(ours, 20), [], at_once=at_once)
+    assert sum(len(rows) for _, rows in everything) == 60
