@@ -153,24 +153,6 @@ def test_list_and_code_of_a_vector_depend_on_it_alone(key: str, tmp_path: Path) 
     assert (tmp_path / "few").read_bytes() == (tmp_path / "all").read_bytes()
 
 
-@pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_the_nearest_centroid_is_the_same_in_any_company(offset: float) -> None:
-    centroids = vectors(300, dim=48) + np.float32(offset)
-    x = on_borders(centroids, 2000, seed=1)
-    alone = ivf.nearest(x, centroids)
-    shuffled = np.random.default_rng(2).permutation(len(x))
-    np.testing.assert_array_equal(ivf.nearest(x[shuffled], centroids), alone[shuffled])
-    few = np.concatenate([ivf.nearest(x[start : start + 7], centroids) for start in range(0, 2000, 7)])
-    np.testing.assert_array_equal(few, alone)
-    squared = (np.square(x[:, None].astype(np.float64) - centroids)).sum(2)
-    chosen, least = np.take_along_axis(squared, alone[:, None], 1)[:, 0], squared.min(1)
-    assert (chosen <= least * (1 + 1e-6)).all()
-
-
-def test_the_nearest_of_one_centroid_is_that_one() -> None:
-    np.testing.assert_array_equal(ivf.nearest(vectors(30), vectors(1)), np.zeros(30))
-
-
 @pytest.mark.parametrize("key", KEYS)
 def test_no_vectors_at_all_are_an_index_too(
     key: str, templates: dict[str, ivf.Template], tmp_path: Path
