@@ -61,14 +61,15 @@ def map_tasks(
     arguments: Iterable[A],
     *,
     num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
     max_in_flight: int | None = None,
 ) -> Iterator[tuple[int, R]]:
     """Run `function` on each argument as Ray tasks; yields (position, result) as they end.
 
     At most `max_in_flight` (default: twice the cores) are under way, so a million arguments need no million
-    futures. The exception of one is raised here, at once, and no more are started. Those under way are left
-    to end by themselves or with the job: ray.cancel of a task that is just ending aborts the whole process
-    (Ray 2.60, "Tried to complete task that was not pending").
+    futures. A task sees the GPUs that it has, and no other. The exception of one is raised here, at once, and
+    no more are started. Those under way are left to end by themselves or with the job: ray.cancel of a task
+    that is just ending aborts the whole process (Ray 2.60, "Tried to complete task that was not pending").
     """
     remote: Any = ray.remote(function)
     limit = max_in_flight or 2 * max(1, total_cpus())
@@ -76,7 +77,8 @@ def map_tasks(
     waiting = enumerate(arguments)
     while True:
         for position, argument in waiting:
-            under_way[remote.options(num_cpus=num_cpus).remote(argument)] = position
+            options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+            under_way[remote.options(**options).remote(argument)] = position
             if len(under_way) >= limit:
                 break
         if not under_way:

@@ -223,7 +223,7 @@ def _write_lists(
         of_parts = [_list_of(part, number, code_size) for part in parts]
         pieces += [codes for codes, _ in of_parts]
         pieces += [ids.view(np.uint8) for _, ids in of_parts]
-    data = np.concatenate(pieces)
+    data = np.concatenate(pieces).data
     at = ends[lists[1] - 1] - len(data)
     while len(data):
         num_written = os.pwrite(handle, data, at)

@@ -15,7 +15,7 @@ does not keep it, for three reasons that are dealt with here:
 - ties come out in the order of insertion. Parts are merged in the order of their ids.
 
 FAISS and fork don't go together: start processes by spawn. All is squared L2. Not covered: cosine (make the
-vectors of unit length first), GPU indexes, graph indexes, refining and re-ranking.
+vectors of unit length first), searching on GPUs, graph indexes, refining and re-ranking.
 Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 """
 
@@ -73,11 +73,12 @@ class IndexInfo:
     imbalance: float
 
 
-def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Template:
+def train_template(x: Floats, key: str, *, seed: int, num_threads: int, on_gpus: bool = False) -> Template:
     """Trains centroids and codes on x (n, D) float32, a sample of all vectors.
 
     More than 256 vectors a list are not used. The same x and seed give the same template, with any number of
-    threads.
+    threads. on_gpus: the centroids are found by all GPUs that this process sees, which compute other last
+    bits (written after FAISS's documentation, and not run on one); ConfigError where it sees none.
     """
     _check_vectors(x, "the training sample")
     parsed = index_files.parse_key(key, dim=x.shape[1])
@@ -99,8 +100,16 @@ def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Templ
         for clustering in clusterings:
             clustering.seed = seed
             clustering.min_points_per_centroid = 1  # fewer than 39 is warned of by FAISS; planning sees to it
+        if on_gpus:
+            if faiss.get_num_gpus() < 1:
+                raise ConfigError("FAISS sees no GPU in this process to train on; train on CPUs")
+            assigning = faiss.index_cpu_to_all_gpus(
+                faiss.IndexFlatL2(x.shape[1])
+            )  # the index only points to it
+            index.clustering_index = assigning
         faiss.omp_set_num_threads(num_threads)
         index.train(np.ascontiguousarray(x))
+        index.clustering_index = None
     return Template(key=key, dim=x.shape[1], data=index_files.serialised(index))
 
 

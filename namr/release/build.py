@@ -11,7 +11,7 @@ decides it (`<work>/<build>/`): a run that was killed goes on from there, and gi
 in the segment are compared with the ids in the embeddings, not only their number.
 
 Not covered: adding a small segment to what is there, measuring recall (the release does, on held-out
-queries), GPU training, and deleting work that is done with.
+queries), and deleting work that is done with.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from namr import checks, progress, ray_connection
 from namr.data.datasets import Dataset, ShardEntry
 from namr.embed import embeddings
 from namr.embed.embeddings import EmbeddingFile, SetManifest
-from namr.errors import ManifestError
+from namr.errors import ConfigError, ManifestError
 from namr.index import ivf, planning
 from namr.index.index_files import sum_of_ids
 from namr.index.ivf import IndexInfo, Template
@@ -76,6 +76,8 @@ class BuildConfig:
     """of the sample, of the template's training, and of what is held out"""
     num_held_out: int = 500
     """images that the template is not trained on, to measure the index with; never more than a fifth"""
+    use_gpu: bool = False
+    """train the centroids on a GPU of the cluster; what they are then depends on it in their last bits"""
     work_uri: str | None = None
     """where parts are kept until they are merged; <releases_uri>/building where none is named"""
 
@@ -119,7 +121,7 @@ def build(
     The samples that `held_out` chooses by their ids are kept out of the template's training; they are in the
     index. Raises ManifestError if the dataset version is not embedded, if anything stored is
     damaged, or if the ids in the segment are not those of the live embeddings; ConfigError for a key that is
-    not offered; ShapeError where there are too few vectors for the key.
+    not offered, or for use_gpu where there is none; ShapeError where there are too few vectors for the key.
     """
     started = time.monotonic()
     root = storage.absolute(releases_uri)
@@ -139,9 +141,11 @@ def build(
         _digest_of(dataset.digest, model_digest, described.files, metric, config.seed, plan, held),
     )
     ray_connection.connect()
+    if config.use_gpu and ray_connection.total_gpus() < 1:
+        raise ConfigError("use_gpu is set, and this Ray has no GPU; leave it out, or connect to one that has")
     files = described.files
     source = VectorSource(embeddings_uri=embedding_set.root_uri, dead=dataset.tombstones, metric=metric)
-    template = _template(work, source, described, plan, held, config.seed)
+    template = _template(work, source, described, plan, held, seed=config.seed, use_gpu=config.use_gpu)
     stored_template = releases.store(root, "template.faiss", template.data)
     part_tasks = [
         PartTask(source.of(rows.file for rows in ranges), template, ranges, work, number)
@@ -201,11 +205,11 @@ def items_cut(indexed: Iterable[tuple[ShardEntry, Ids]]) -> list[list[tuple[Shar
     return files
 
 
-def _in_order(what: str, function: Callable[[A], R], tasks: Sequence[A]) -> list[R]:
+def _in_order(what: str, function: Callable[[A], R], tasks: Sequence[A], *, num_gpus: float = 0.0) -> list[R]:
     """What Ray tasks made of each argument."""
     results: dict[int, R] = {}
     with progress.shown(what, len(tasks)) as show:
-        for at, result in ray_connection.map_tasks(function, tasks):
+        for at, result in ray_connection.map_tasks(function, tasks, num_gpus=num_gpus):
             results[at] = result
             show(len(results), "")
     return [results[at] for at in range(len(tasks))]
@@ -216,7 +220,14 @@ def _digest_of(*decisive: object) -> str:
 
 
 def _template(
-    work: str, source: VectorSource, described: SetManifest, plan: IndexPlan, held: HeldOut, seed: int
+    work: str,
+    source: VectorSource,
+    described: SetManifest,
+    plan: IndexPlan,
+    held: HeldOut,
+    *,
+    seed: int,
+    use_gpu: bool,
 ) -> Template:
     """The template in the work folder, trained now if there is none."""
     uri, files = storage.join(work, "template.faiss"), described.files
@@ -237,11 +248,13 @@ def _template(
             picks[start : start + _FILES_PER_SAMPLE_TASK]
             for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
         ]
-        tasks = [SampleTask(source.of(file for file, _ in some), held, some) for some in batches]
-        nothing = np.empty((0, described.embedding_dim), np.float32)
-        sample = np.concatenate([nothing, *_in_order("sampling embeddings", build_steps.sample, tasks)])
-        (trained,) = _in_order("training", build_steps.train, [TrainTask(sample, plan.key, seed)])
+        tasks = [SampleTask(source.of(file for file, _ in some), held, some, work) for some in batches]
+        sampled = _in_order("sampling embeddings", build_steps.sample, tasks)
+        task = TrainTask(sampled, described.embedding_dim, plan.key, seed, work, use_gpu)
+        (trained,) = _in_order("training", build_steps.train, [task], num_gpus=float(use_gpu))
         storage.write_if_absent(uri, trained.data)
+        for some in sampled:
+            storage.delete(storage.join(work, some.stored.name))
     return ivf.load_template(storage.read(uri))
 
 

@@ -199,10 +199,15 @@ class Release:
         return arrays.decode_array(self.read(stored), np.int64) if stored else np.empty(0, np.int64)
 
 
-def store(releases_uri: str, name: str, data: bytes | Path) -> StoredObject:
-    """Write an object of a release under its digest; one that is there already is not written again."""
+def store(releases_uri: str, name: str, data: bytes | Path, *, is_done_with: bool = False) -> StoredObject:
+    """Write an object of a release under its digest; one that is there already is not written again.
+
+    is_done_with: nobody writes to the file again, so that it need not be copied.
+    """
     digest = storage.sha256(data) if isinstance(data, bytes) else storage.sha256_of_file(data)
-    return manifests.write_object(releases_uri, f"objects/{digest}/{name}", data)
+    return manifests.write_object(
+        releases_uri, f"objects/{digest}/{name}", data, sha256=digest, is_done_with=is_done_with
+    )
 
 
 def read_pointer(releases_uri: str) -> Pointer | None:

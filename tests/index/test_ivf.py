@@ -195,6 +195,26 @@ def test_a_template_is_the_same_for_the_same_seed_and_known_from_its_bytes(
     assert (other.hash == again.hash) == (key == "Flat")
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_centroids_are_found_by_all_gpus_where_they_are_asked_for(
+    key: str, templates: dict[str, ivf.Template], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU stands in for the GPUs, so the template has to be the same."""
+    moved: list[faiss.Index] = []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: moved.append(index) or index)
+    trained = ivf.train_template(GALLERY[::2], key, seed=3, num_threads=1, on_gpus=True)
+    assert trained == templates[key]
+    num_lists = index_files.parse_key(key, dim=DIM).num_lists
+    assert [index.ntotal for index in moved] == ([num_lists] if num_lists else [])
+
+
+def test_gpus_that_are_not_there_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    with pytest.raises(ConfigError, match="FAISS sees no GPU"):
+        ivf.train_template(GALLERY, "IVF16,SQ8", seed=3, num_threads=1, on_gpus=True)
+
+
 @pytest.mark.parametrize("key", KEYS[1:])
 def test_a_part_of_another_template_is_refused(
     key: str, templates: dict[str, ivf.Template], tmp_path: Path

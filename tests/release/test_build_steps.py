@@ -71,7 +71,7 @@ def source(tmp_path: Path) -> VectorSource:
 @pytest.fixture
 def template() -> ivf.Template:
     x = small_release.random_vectors(100, DIM, seed=5).embeddings
-    return build_steps.train(TrainTask(x, "IVF4,SQ8", 0))
+    return ivf.train_template(x, "IVF4,SQ8", seed=0, num_threads=1)
 
 
 def live_ids(file: EmbeddingFile) -> list[int]:
@@ -97,16 +97,33 @@ def test_live_is_what_the_tombstones_leave(dead: list[int]) -> None:
 
 
 def test_the_template_sees_no_held_out_and_no_dead_image(
-    files: list[EmbeddingFile], source: VectorSource
+    files: list[EmbeddingFile], source: VectorSource, tmp_path: Path
 ) -> None:
     picks = [(file, np.arange(file.num_embedded)) for file in files]
-    sample = build_steps.sample(SampleTask(source, HeldOut(0.2, 5), picks))
+    sampled = build_steps.sample(SampleTask(source, HeldOut(0.2, 5), picks, str(tmp_path)))
+    sample = np.load(tmp_path / sampled.stored.name)
     blocks = [source.read(file, slice(None)) for file in files]
     x, ids = np.concatenate([x for x, _ in blocks]), np.concatenate([ids for _, ids in blocks])
     assert ids.tolist() == live_ids(files[0]) + live_ids(files[1])
     held = held_out.mask(ids, share=0.2, seed=5)
     assert 0 < held.sum() < len(ids)
     np.testing.assert_array_equal(sample, x[~held])
+    assert sampled.num_rows == len(sample)
+
+
+def test_a_template_is_trained_on_all_that_was_sampled_in_order(
+    files: list[EmbeddingFile], source: VectorSource, tmp_path: Path
+) -> None:
+    sampled = [
+        build_steps.sample(SampleTask(source, HeldOut(0.1, 5), [(file, np.arange(30))], str(tmp_path)))
+        for file in files
+    ]
+    trained = build_steps.train(TrainTask(sampled, DIM, "IVF4,SQ8", 3, str(tmp_path)))
+    x = np.concatenate([np.load(tmp_path / some.stored.name) for some in sampled])
+    assert trained == ivf.train_template(x, "IVF4,SQ8", seed=3, num_threads=1)
+    damaged(tmp_path / sampled[1].stored.name)
+    with pytest.raises(ManifestError, match="is damaged"):
+        build_steps.train(TrainTask(sampled, DIM, "IVF4,SQ8", 3, str(tmp_path)))
 
 
 @pytest.fixture
