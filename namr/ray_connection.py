@@ -7,11 +7,12 @@ RAY_AUTH_MODE says otherwise. The address is always passed, so that no forgotten
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
 
+from namr import progress
 from namr.errors import ConfigError
 
 A = TypeVar("A")
@@ -89,6 +90,18 @@ def map_tasks(
             yield position, ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None if isinstance(error.cause, Exception) else error
+
+
+def in_order(
+    what: str, function: Callable[[A], R], arguments: Sequence[A], *, num_gpus: float = 0.0
+) -> list[R]:
+    """What Ray tasks made of each argument, in the order of the arguments; progress is shown as `what`."""
+    results: dict[int, R] = {}
+    with progress.shown(what, len(arguments)) as show:
+        for at, result in map_tasks(function, arguments, num_gpus=num_gpus):
+            results[at] = result
+            show(len(results), "")
+    return [results[at] for at in range(len(arguments))]
 
 
 def _resources() -> dict[str, float]:

@@ -1,10 +1,10 @@
-"""The embeddings of a dataset version into one segment, built in parts by Ray tasks.
+"""All that a release lists of an index, from the embeddings of a dataset version: built by Ray tasks.
 
-    sample of all embeddings -> template -> parts, in parallel -> segment (merged, reconciled)
+    embeddings -> segment (`segments`)
     embeddings -> re-rank vectors, in the order of the segment's lists;  sample indexes -> files of items
 
-Parts are equal ranges of the embedded rows, whatever the sizes of the shards. Tombstoned rows are left out
-everywhere. What comes out is what a release lists: objects under their digests, written once.
+Tombstoned rows are left out everywhere. What comes out is what a release lists: objects under their digests,
+written once.
 
 Every step is a function of the one before, and what it made is found again under the digest of all that
 decides it (`<work>/<build>/`): a run that was killed goes on from there, and gives the same release. The ids
@@ -17,32 +17,25 @@ queries), and deleting work that is done with.
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from namr import checks, progress, ray_connection
+from namr import checks, ray_connection
 from namr.data.datasets import Dataset, ShardEntry
 from namr.embed import embeddings
-from namr.embed.embeddings import EmbeddingFile, SetManifest
+from namr.embed.embeddings import SetManifest
 from namr.errors import ConfigError, ManifestError
-from namr.index import ivf, planning
+from namr.index import planning
 from namr.index.index_files import sum_of_ids
-from namr.index.ivf import IndexInfo, Template
-from namr.index.planning import IndexPlan
+from namr.index.ivf import IndexInfo
 from namr.model.distances import Metric
-from namr.release import build_steps, held_out, places, releases, vector_steps
+from namr.release import build_steps, held_out, places, segments, vector_steps
 from namr.release.build_steps import (
     HeldOut,
     ItemsTask,
-    MergeTask,
-    PartTask,
-    RowRange,
-    SampleTask,
-    TrainTask,
     VectorSource,
 )
 from namr.release.releases import Counts, Segment, StoredVectors
@@ -50,15 +43,11 @@ from namr.release.vector_steps import PlaceTask, ShardVectors, SortTask
 from namr.store import storage
 from namr.store.manifests import StoredObject
 
-_FILES_PER_SAMPLE_TASK = 16
 _ITEMS_PER_FILE = 1 << 18
 """few files to map, and about 150 MB in the task that writes one"""
 _LARGEST_SEED = (1 << 31) - 1
 """FAISS takes no larger one"""
 
-A = TypeVar("A")
-R = TypeVar("R")
-Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
@@ -143,53 +132,39 @@ def build(
     ray_connection.connect()
     if config.use_gpu and ray_connection.total_gpus() < 1:
         raise ConfigError("use_gpu is set, and this Ray has no GPU; leave it out, or connect to one that has")
-    files = described.files
     source = VectorSource(embeddings_uri=embedding_set.root_uri, dead=dataset.tombstones, metric=metric)
-    template = _template(work, source, described, plan, held, seed=config.seed, use_gpu=config.use_gpu)
-    stored_template = releases.store(root, "template.faiss", template.data)
-    part_tasks = [
-        PartTask(source.of(rows.file for rows in ranges), template, ranges, work, number)
-        for number, ranges in enumerate(cut(files, plan.num_parts))
-    ]
-    parts = _in_order("building parts", build_steps.build_part, part_tasks)
-    (segment,) = _in_order("merging parts", build_steps.merge, [MergeTask(template, parts, work, root)])
+    made = segments.build(
+        source,
+        described.files,
+        plan,
+        held,
+        seed=config.seed,
+        use_gpu=config.use_gpu,
+        work_uri=work,
+        releases_uri=root,
+    )
+    segment = made.segment
     vectors, shards = _vectors(dataset, source, described, segment.stored, work, root)
     counts = _reconcile(dataset, segment.info, shards)
     indexed = [(entry, shard.indexed) for entry, shard in zip(dataset.shards, shards, strict=True)]
     item_tasks = [ItemsTask(dataset.uri, some, root) for some in items_cut(indexed)]
-    items = _in_order("storing items", build_steps.store_items, item_tasks)
+    items = ray_connection.in_order("storing items", build_steps.store_items, item_tasks)
     return BuildReport(
         model_digest=model_digest,
         dataset=dataset,
         index_key=plan.key,
-        template=stored_template,
-        template_hash=template.hash,
+        template=made.stored_template,
+        template_hash=made.template.hash,
         metric=metric,
         embedding_dim=described.embedding_dim,
         counts=counts,
         segments=(Segment(file=segment.stored, num_entries=segment.info.num_vectors),),
         vectors=vectors,
         items=tuple(items),
-        num_parts=len(parts),
+        num_parts=plan.num_parts,
         imbalance=segment.info.imbalance,
         seconds=time.monotonic() - started,
     )
-
-
-def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[RowRange]]:
-    """The embedded rows of all shards as num_parts ranges, sizes differing by at most one."""
-    total = sum(file.num_embedded for file in files)
-    bounds = [total * number // num_parts for number in range(num_parts + 1)]
-    starts = np.cumsum([0, *(file.num_embedded for file in files)]).tolist()
-    parts: list[list[RowRange]] = []
-    for lower, upper in itertools.pairwise(bounds):
-        placed = zip(files, starts, strict=False)
-        ranges = [
-            RowRange(file, max(lower - start, 0), min(upper - start, file.num_embedded))
-            for file, start in placed
-        ]
-        parts.append([rows for rows in ranges if rows.start < rows.stop])
-    return parts
 
 
 def items_cut(indexed: Iterable[tuple[ShardEntry, Ids]]) -> list[list[tuple[ShardEntry, Ids]]]:
@@ -205,57 +180,8 @@ def items_cut(indexed: Iterable[tuple[ShardEntry, Ids]]) -> list[list[tuple[Shar
     return files
 
 
-def _in_order(what: str, function: Callable[[A], R], tasks: Sequence[A], *, num_gpus: float = 0.0) -> list[R]:
-    """What Ray tasks made of each argument."""
-    results: dict[int, R] = {}
-    with progress.shown(what, len(tasks)) as show:
-        for at, result in ray_connection.map_tasks(function, tasks, num_gpus=num_gpus):
-            results[at] = result
-            show(len(results), "")
-    return [results[at] for at in range(len(tasks))]
-
-
 def _digest_of(*decisive: object) -> str:
     return storage.sha256(json.dumps(decisive, default=vars).encode())[:32]
-
-
-def _template(
-    work: str,
-    source: VectorSource,
-    described: SetManifest,
-    plan: IndexPlan,
-    held: HeldOut,
-    *,
-    seed: int,
-    use_gpu: bool,
-) -> Template:
-    """The template in the work folder, trained now if there is none."""
-    uri, files = storage.join(work, "template.faiss"), described.files
-    if not storage.exists(uri):
-        total = sum(file.num_embedded for file in files)
-        chosen = np.random.default_rng(seed).choice(
-            total, min(plan.num_training_vectors, total), replace=False, shuffle=False
-        )
-        chosen.sort()
-        starts = np.cumsum([0, *(file.num_embedded for file in files)])
-        cuts = np.searchsorted(chosen, starts)
-        picks = [
-            (file, chosen[cuts[at] : cuts[at + 1]] - starts[at])
-            for at, file in enumerate(files)
-            if cuts[at] < cuts[at + 1]
-        ]
-        batches = [
-            picks[start : start + _FILES_PER_SAMPLE_TASK]
-            for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
-        ]
-        tasks = [SampleTask(source.of(file for file, _ in some), held, some, work) for some in batches]
-        sampled = _in_order("sampling embeddings", build_steps.sample, tasks)
-        task = TrainTask(sampled, described.embedding_dim, plan.key, seed, work, use_gpu)
-        (trained,) = _in_order("training", build_steps.train, [task], num_gpus=float(use_gpu))
-        storage.write_if_absent(uri, trained.data)
-        for some in sampled:
-            storage.delete(storage.join(work, some.stored.name))
-    return ivf.load_template(storage.read(uri))
 
 
 def _vectors(
@@ -268,7 +194,7 @@ def _vectors(
 ) -> tuple[StoredVectors, list[ShardVectors]]:
     """The re-rank vectors in the order of the segment's lists, and what each shard brought."""
     sizes = np.array([(entry.number, entry.num_samples) for entry in dataset.shards], np.int64).reshape(-1, 2)
-    (placed,) = _in_order(
+    (placed,) = ray_connection.in_order(
         "placing re-rank vectors", vector_steps.place, [PlaceTask(segment, sizes, work, releases_uri)]
     )
     files, starts, row_bytes = described.files, places.starts_of(sizes), 4 * described.embedding_dim
@@ -287,7 +213,7 @@ def _vectors(
                 source.of(some), some, sizes[start:stop], span, placed.num_rows, rows_per_file, work, number
             )
         )
-    pieces = _in_order("sorting re-rank vectors", vector_steps.sort, tasks)
+    pieces = ray_connection.in_order("sorting re-rank vectors", vector_steps.sort, tasks)
     joining = vector_steps.join_tasks(
         pieces,
         num_rows=placed.num_rows,
@@ -296,7 +222,7 @@ def _vectors(
         work_uri=work,
         releases_uri=releases_uri,
     )
-    joined = _in_order("joining re-rank vectors", vector_steps.join, joining)
+    joined = ray_connection.in_order("joining re-rank vectors", vector_steps.join, joining)
     for piece in pieces:
         storage.delete(storage.join(work, piece.stored.name))
     stored = StoredVectors(

@@ -11,7 +11,6 @@ import torch
 from namr.data import datasets, shards
 from namr.data.datasets import Dataset
 from namr.embed import embeddings
-from namr.embed.embeddings import EmbeddingFile
 from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.index import index_files, ivf
 from namr.model import distances
@@ -19,7 +18,6 @@ from namr.release import build, build_steps, vector_steps
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.places import Places
 from namr.store import item_files, manifests, storage, tables
-from namr.store.manifests import StoredObject
 from namr.store.tables import EmbeddingTable
 from tests import small_release
 from tests.small_release import NOW
@@ -99,31 +97,6 @@ def live_vectors(gallery: Path, metric: distances.Metric) -> tuple[ivf.Floats, i
     x = np.concatenate([table.embeddings for table in stored]).astype(np.float32)
     keep = ~np.isin(ids, DEAD)
     return distances.for_search(torch.from_numpy(x[keep]), metric).numpy(), ids[keep]
-
-
-def a_file(number: int, num_embedded: int) -> EmbeddingFile:
-    stored = StoredObject("x", 1, "0" * 64)
-    return EmbeddingFile(
-        number=number,
-        stored=stored,
-        num_embedded=num_embedded,
-        num_refused=0,
-        embedding_dim=4,
-        dtype="float16",
-    )
-
-
-def test_parts_are_even_ranges_whatever_the_shards_are() -> None:
-    files = [a_file(0, 10), a_file(1, 0), a_file(2, 1), a_file(3, 4)]
-    parts = build.cut(files, 4)
-    assert [[(rows.file.number, rows.start, rows.stop) for rows in part] for part in parts] == [
-        [(0, 0, 3)],
-        [(0, 3, 7)],
-        [(0, 7, 10), (2, 0, 1)],
-        [(3, 0, 4)],
-    ]
-    assert build.cut(files[1:2], 2) == [[], []]
-    assert sum(len(part) for part in build.cut(files[2:3], 3)) == 1
 
 
 def test_files_of_items_are_whole_shards_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
