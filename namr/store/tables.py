@@ -281,7 +281,7 @@ def _decode(data: bytes, names: Sequence[str]) -> pa.Table:
         file = pq.ParquetFile(pa.BufferReader(data))
         there = file.schema_arrow.names
         if set(names) <= set(there):
-            return file.read(columns=list(names))
+            return file.read(columns=list(names), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"not a Parquet file that can be read ({len(data)} bytes): {error}") from error
     raise ManifestError(f"a table lacks the columns {sorted(set(names) - set(there))}; it has {there}")

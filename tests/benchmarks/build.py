@@ -39,7 +39,7 @@ from namr.store.tables import EmbeddingTable
 
 TARGETS = {"parts": 0.9, "chain": 0.7}
 SEED = 0
-ROWS_PER_SHARD = 1 << 16
+ROWS_PER_SHARD = 1 << 13
 QUERIES, NEIGHBOURS, NPROBE = 200, 10, 16
 
 

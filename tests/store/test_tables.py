@@ -78,9 +78,9 @@ def test_columns_that_nobody_asked_for_are_not_decoded(monkeypatch: pytest.Monke
     data, asked, file = tables.encode_embeddings(embedding_table(3, 1, np.float16)), [], pq.ParquetFile
 
     class Watched(file):
-        def read(self, columns: list[str]) -> pa.Table:
+        def read(self, columns: list[str], use_threads: bool) -> pa.Table:
             asked.append(columns)
-            return super().read(columns=columns)
+            return super().read(columns=columns, use_threads=use_threads)
 
     monkeypatch.setattr(tables.pq, "ParquetFile", Watched)
     tables.decode_vectors(data, structures=False)
