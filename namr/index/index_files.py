@@ -174,7 +174,9 @@ def ids_of(index: Any) -> Ids:
         ids: Ids = faiss.vector_to_array(index.id_map)
         return ids
     lists = index.invlists
-    return np.concatenate([_list_of(lists, number, index.code_size)[1] for number in range(index.nlist)])
+    sizes = [lists.list_size(number) for number in range(index.nlist)]
+    of_lists = [faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in enumerate(sizes) if size]
+    return np.concatenate([np.empty(0, np.int64), *of_lists])
 
 
 def ids_in(path: Path) -> Ids:
@@ -208,8 +210,12 @@ def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any], *, num_thread
     ends = file.tell() + np.cumsum(sizes) * (code_size + 8)
     cuts = np.unique(np.searchsorted(ends, np.arange(file.tell(), ends[-1], _PIECE_BYTES)))
     ranges = list(itertools.pairwise([*cuts.tolist(), num_lists]))
+    write = functools.partial(_write_lists, file.fileno(), parts, ends.tolist(), code_size)
+    if num_threads == 1:
+        for each in ranges:
+            write(each)
+        return
     with ThreadPoolExecutor(num_threads, thread_name_prefix="namr-merge") as pool:
-        write = functools.partial(_write_lists, file.fileno(), parts, ends.tolist(), code_size)
         for _ in pool.map(write, ranges):
             pass
 
