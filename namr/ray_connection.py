@@ -7,11 +7,12 @@ RAY_AUTH_MODE says otherwise. The address is always passed, so that no forgotten
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
 
+from namr import progress
 from namr.errors import ConfigError
 
 A = TypeVar("A")
@@ -61,14 +62,15 @@ def map_tasks(
     arguments: Iterable[A],
     *,
     num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
     max_in_flight: int | None = None,
 ) -> Iterator[tuple[int, R]]:
     """Run `function` on each argument as Ray tasks; yields (position, result) as they end.
 
     At most `max_in_flight` (default: twice the cores) are under way, so a million arguments need no million
-    futures. The exception of one is raised here, at once, and no more are started. Those under way are left
-    to end by themselves or with the job: ray.cancel of a task that is just ending aborts the whole process
-    (Ray 2.60, "Tried to complete task that was not pending").
+    futures. A task sees the GPUs that it has, and no other. The exception of one is raised here, at once, and
+    no more are started. Those under way are left to end by themselves or with the job: ray.cancel of a task
+    that is just ending aborts the whole process (Ray 2.60, "Tried to complete task that was not pending").
     """
     remote: Any = ray.remote(function)
     limit = max_in_flight or 2 * max(1, total_cpus())
@@ -76,7 +78,8 @@ def map_tasks(
     waiting = enumerate(arguments)
     while True:
         for position, argument in waiting:
-            under_way[remote.options(num_cpus=num_cpus).remote(argument)] = position
+            options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+            under_way[remote.options(**options).remote(argument)] = position
             if len(under_way) >= limit:
                 break
         if not under_way:
@@ -87,6 +90,18 @@ def map_tasks(
             yield position, ray.get(done[0])
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None if isinstance(error.cause, Exception) else error
+
+
+def in_order(
+    what: str, function: Callable[[A], R], arguments: Sequence[A], *, num_gpus: float = 0.0
+) -> list[R]:
+    """What Ray tasks made of each argument, in the order of the arguments; progress is shown as `what`."""
+    results: dict[int, R] = {}
+    with progress.shown(what, len(arguments)) as show:
+        for at, result in map_tasks(function, arguments, num_gpus=num_gpus):
+            results[at] = result
+            show(len(results), "")
+    return [results[at] for at in range(len(arguments))]
 
 
 def _resources() -> dict[str, float]:

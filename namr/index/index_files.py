@@ -10,8 +10,12 @@ can merge; `packed` lays the codes out as the scan wants them, in memory.
 Not covered: training, adding and searching (`ivf`).
 """
 
+import functools
+import itertools
+import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +32,8 @@ OFFERED = "Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<pieces>x4fs and 
 MAX_PIECE_DIM = 15
 """of a product quantiser's piece, where a vector's code has to depend on it alone: FAISS encodes longer ones
 by matrix products"""
+_PIECE_BYTES = 1 << 20
+"""of joined lists that are written at once; more where a list is longer"""
 _REFUSED = {
     "Panorama": "FAISS merges it without an error and loses the vectors",
     "fs": "namr merges fast-scan indexes of PQ<pieces>x4fs alone",
@@ -186,7 +192,9 @@ def ids_of(index: Any) -> Ids:
         ids: Ids = faiss.vector_to_array(index.id_map)
         return ids
     lists = index.invlists
-    return np.concatenate([_list_of(lists, number, index.code_size)[1] for number in range(index.nlist)])
+    sizes = [lists.list_size(number) for number in range(index.nlist)]
+    of_lists = [faiss.rev_swig_ptr(lists.get_ids(number), size) for number, size in enumerate(sizes) if size]
+    return np.concatenate([np.empty(0, np.int64), *of_lists])
 
 
 def ids_in(path: Path) -> Ids:
@@ -200,27 +208,50 @@ def sum_of_ids(ids: Ids) -> int:
         return int(hashing.mix(ids.astype(np.uint64) + np.uint64(hashing.GOLDEN)).sum(dtype=np.uint64))
 
 
-def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any]) -> None:
+def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any], *, num_threads: int = 1) -> None:
     """A FAISS file of `whole` (empty, but with the final count) and of the parts' lists, joined list by list.
 
     An IVF file ends with its lists: "ilar", number of lists, code size, "full", the sizes, and for each
     list its codes and its ids (faiss/impl/index_write.cpp, write_InvertedLists). An empty index is
-    written as "sprs" with no sizes: this tail is replaced.
+    written as "sprs" with no sizes: this tail is replaced. Each thread writes ranges of lists at their place.
     """
     data, num_lists, code_size = serialised(whole), int(whole.nlist), int(whole.code_size)
     counts = np.array([num_lists, code_size], np.uint64).tobytes()
     tail = b"ilar" + counts + b"sprs" + np.uint64(0).tobytes()
     if not data.endswith(tail):
         raise ManifestError(f"FAISS {faiss.__version__} writes IVF files in another layout: merge with 1.15")
-    sizes = np.array([[part.list_size(i) for i in range(num_lists)] for part in parts], np.uint64)
+    of_parts = [[part.list_size(number) for number in range(num_lists)] for part in parts]
+    sizes = np.array(of_parts, np.int64).reshape(len(parts), num_lists).sum(axis=0)
     file.write(data[: -len(tail)] + b"ilar" + counts + b"full" + np.uint64(num_lists).tobytes())
-    file.write(sizes.reshape(len(parts), num_lists).sum(axis=0, dtype=np.uint64).tobytes())
-    for number in range(num_lists):
-        lists = [_list_of(part, number, code_size) for part in parts]
-        for codes, _ in lists:
-            file.write(codes.data)
-        for _, ids in lists:
-            file.write(ids.data)
+    file.write(sizes.astype(np.uint64).tobytes())
+    file.flush()
+    ends = file.tell() + np.cumsum(sizes) * (code_size + 8)
+    cuts = np.unique(np.searchsorted(ends, np.arange(file.tell(), ends[-1], _PIECE_BYTES)))
+    ranges = list(itertools.pairwise([*cuts.tolist(), num_lists]))
+    write = functools.partial(_write_lists, file.fileno(), parts, ends.tolist(), code_size)
+    if num_threads == 1:
+        for each in ranges:
+            write(each)
+        return
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="namr-merge") as pool:
+        for _ in pool.map(write, ranges):
+            pass
+
+
+def _write_lists(
+    handle: int, parts: Sequence[Any], ends: Sequence[int], code_size: int, lists: tuple[int, int]
+) -> None:
+    """Writes the joined lists start (included) to stop (excluded); `ends`: where each ends in the file."""
+    pieces = []
+    for number in range(*lists):
+        of_parts = [_list_of(part, number, code_size) for part in parts]
+        pieces += [codes for codes, _ in of_parts]
+        pieces += [ids.view(np.uint8) for _, ids in of_parts]
+    data = np.concatenate(pieces).data
+    at = ends[lists[1] - 1] - len(data)
+    while len(data):
+        num_written = os.pwrite(handle, data, at)
+        data, at = data[num_written:], at + num_written
 
 
 def selector(ids: npt.NDArray[np.int64]) -> Any:

@@ -9,13 +9,13 @@ does not keep it, for three reasons that are dealt with here:
 
 - the last bits of its matrix products depend on how many vectors are added at once and, with the kernels of
   some processors, on a vector's place among them: a vector on a border goes to another list, or gets another
-  code. Here such close calls are decided pair by pair (`nearest`).
+  code. Here such close calls are decided pair by pair (`nearest.nearest`).
 - its merges accept parts of other templates, duplicate ids, and ids that it shifts wrongly. Here ids are
   always explicit, templates are compared, and ids are reconciled after.
 - ties come out in the order of insertion. Parts are merged in the order of their ids.
 
 FAISS and fork don't go together: start processes by spawn. All is squared L2. Not covered: cosine (make the
-vectors of unit length first), GPU indexes, graph indexes, refining and re-ranking.
+vectors of unit length first), searching on GPUs, graph indexes, refining and re-ranking.
 Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 """
 
@@ -33,13 +33,11 @@ import numpy.typing as npt
 
 from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.index import index_files
+from namr.index.nearest import nearest
 from namr.store import scratch
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
-
-_BY_PAIRS = 16
-"""vectors at a time that FAISS compares one by one, without a matrix product (it does so below 20)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +73,12 @@ class IndexInfo:
     imbalance: float
 
 
-def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Template:
+def train_template(x: Floats, key: str, *, seed: int, num_threads: int, on_gpus: bool = False) -> Template:
     """Trains centroids and codes on x (n, D) float32, a sample of all vectors.
 
     More than 256 vectors a list are not used. The same x and seed give the same template, with any number of
-    threads.
+    threads. on_gpus: the centroids are found by all GPUs that this process sees, which compute other last
+    bits (written after FAISS's documentation, and not run on one); ConfigError where it sees none.
     """
     _check_vectors(x, "the training sample")
     parsed = index_files.parse_key(key, dim=x.shape[1])
@@ -101,8 +100,16 @@ def train_template(x: Floats, key: str, *, seed: int, num_threads: int) -> Templ
         for clustering in clusterings:
             clustering.seed = seed
             clustering.min_points_per_centroid = 1  # fewer than 39 is warned of by FAISS; planning sees to it
+        if on_gpus:
+            if faiss.get_num_gpus() < 1:
+                raise ConfigError("FAISS sees no GPU in this process to train on; train on CPUs")
+            assigning = faiss.index_cpu_to_all_gpus(
+                faiss.IndexFlatL2(x.shape[1])
+            )  # the index only points to it
+            index.clustering_index = assigning
         faiss.omp_set_num_threads(num_threads)
         index.train(np.ascontiguousarray(x))
+        index.clustering_index = None
     return Template(key=key, dim=x.shape[1], data=index_files.serialised(index))
 
 
@@ -165,7 +172,9 @@ def inspect(path: Path) -> IndexInfo:
     )
 
 
-def merge_parts(template: Template, part_paths: Sequence[Path], out_path: Path) -> IndexInfo:
+def merge_parts(
+    template: Template, part_paths: Sequence[Path], out_path: Path, *, num_threads: int = 1
+) -> IndexInfo:
     """Merges parts of one template into the segment out_path, and reconciles what came out with what went in.
 
     Equal to one index over all vectors. The memory needed is that of the ids; codes go from
@@ -194,7 +203,7 @@ def merge_parts(template: Template, part_paths: Sequence[Path], out_path: Path) 
             )
     went_in = sum(info.num_vectors for info, _ in infos), sum(info.ids_sum for info, _ in infos) % 2**64
     with scratch.beside(out_path) as temporary:
-        _merge([path for _, path in filled], template, temporary)
+        _merge([path for _, path in filled], template, temporary, num_threads)
         merged = inspect(temporary)
         if (merged.num_vectors, merged.ids_sum) != went_in or merged.template_hash != template.hash:
             raise ManifestError(
@@ -294,28 +303,6 @@ def _check_block(x: Floats, ids: Ids, *, dim: int, last_id: int) -> None:
         raise ShapeError(f"ids have to ascend: after {last_id} came {ids[:5].tolist()}...")
 
 
-def nearest(x: Floats, centroids: Floats) -> Ids:
-    """The row of the nearest centroid (n,) for each of x (n, D); of two as near, the first.
-
-    A function of the vector and the centroids alone, whatever else is in x and on any number of threads. A
-    matrix product gives the two nearest. Where they are closer to each other than it may be wrong, all
-    distances of that vector are computed by difference, pair by pair: few vectors, unless all lie far from
-    the origin and near each other. One distance is off by at most (D + 4) 2^-24 (|x| + |c|)^2, either way it
-    is computed (Higham, Accuracy and Stability, 3.1).
-    """
-    squared, two_nearest = faiss.knn(x, centroids, min(2, len(centroids)))
-    rows: Ids = two_nearest[:, 0].copy()
-    if len(centroids) == 1:
-        return rows
-    reach = np.linalg.norm(x, axis=1) + np.linalg.norm(centroids, axis=1).max()
-    error = (x.shape[1] + 4) * 2.0**-24 * reach.astype(np.float64) ** 2
-    unsure = np.flatnonzero(squared[:, 1].astype(np.float64) - squared[:, 0] <= 4 * error)
-    for start in range(0, len(unsure), _BY_PAIRS):
-        some = unsure[start : start + _BY_PAIRS]
-        rows[some] = faiss.knn(x[some], centroids, 1)[1][:, 0]
-    return rows
-
-
 def _add(index: Any, x: Floats, ids: Ids) -> None:
     """Adds vectors as FAISS does, but each in a list, and with a code, that depend on it alone."""
     if isinstance(index, faiss.IndexIDMap):
@@ -334,7 +321,7 @@ def _add(index: Any, x: Floats, ids: Ids) -> None:
         index.add_core(len(x), faiss.swig_ptr(x), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
 
 
-def _merge(paths: Sequence[Path], template: Template, out_path: Path) -> None:
+def _merge(paths: Sequence[Path], template: Template, out_path: Path, num_threads: int) -> None:
     whole = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
     if template.key == "Flat":
         for path in paths:
@@ -344,4 +331,4 @@ def _merge(paths: Sequence[Path], template: Template, out_path: Path) -> None:
     parts = [index_files.open_file(path, mmap=True) for path in paths]
     whole.ntotal = sum(int(part.ntotal) for part in parts)
     with out_path.open("wb") as file:
-        index_files.write_joined(file, whole, [part.invlists for part in parts])
+        index_files.write_joined(file, whole, [part.invlists for part in parts], num_threads=num_threads)

@@ -18,8 +18,8 @@ from namr.data.datasets import ShardEntry
 from namr.embed.embeddings import EmbeddingFile
 from namr.index import ivf, planning
 from namr.index.planning import IndexPlan
-from namr.release import build, build_steps, vector_steps
-from namr.release.build_steps import HeldOut, ItemsTask, MergeTask, PartTask, SampleTask, VectorSource
+from namr.release import arrays, build, build_steps, segments, vector_steps
+from namr.release.build_steps import HeldOut, MergeTask, PartTask, SampleTask, VectorSource
 from namr.release.places import Places
 from namr.release.releases import VectorFile
 from namr.release.vector_steps import PlaceTask, SortTask
@@ -141,19 +141,13 @@ def build_index(made: Materials, key: str, *, num_parts: int = 4) -> Rehearsal:
     """Sample, train, build the parts and merge them."""
     plan = planning.plan(made.num_vectors, made.dim, key=key, num_parts=num_parts)
     work, seconds, held = str(made.folder / f"work-{key}"), {}, HeldOut(0.0, 0)
-    starts = np.cumsum([0, *(file.num_embedded for file in made.files)])
-    chosen = np.sort(
-        np.random.default_rng(0).choice(made.num_vectors, plan.num_training_vectors, replace=False)
-    )
-    picks = [
-        (file, chosen[(chosen >= start) & (chosen < start + file.num_embedded)] - start)
-        for file, start in zip(made.files, starts.tolist(), strict=False)
-    ]
-    sample, seconds["sample"] = timed(lambda: build_steps.sample(SampleTask(made.source, held, picks)))
-    template, seconds["train"] = timed(lambda: ivf.train_template(sample, plan.key, seed=0, num_threads=1))
+    picks = segments.picked(made.files, plan.num_training_vectors, seed=0)
+    sampled, seconds["sample"] = timed(lambda: build_steps.sample(SampleTask(made.source, held, picks, work)))
+    x = arrays.decode_array(manifests.read_object(work, sampled.stored), np.float32)
+    template, seconds["train"] = timed(lambda: ivf.train_template(x, plan.key, seed=0, num_threads=1))
     tasks = [
         PartTask(made.source, template, ranges, work, number)
-        for number, ranges in enumerate(build.cut(made.files, plan.num_parts))
+        for number, ranges in enumerate(segments.cut(made.files, plan.num_parts))
     ]
     parts, seconds["parts"] = timed(lambda: [build_steps.build_part(task) for task in tasks])
     task = MergeTask(template, parts, work, made.releases_uri)
@@ -179,7 +173,7 @@ def store_sides(made: Materials, segment: StoredObject) -> StoredSides:
         placed = vector_steps.place(PlaceTask(segment, sizes, work, root))
         pieces = []
         for number, (start, stop) in enumerate(
-            build.groups(sizes[:, 1], vector_steps.PIECE_BYTES // row_bytes)
+            build.groups(sizes[:, 1].tolist(), vector_steps.PIECE_BYTES // row_bytes)
         ):
             num = int(sizes[start:stop, 1].sum())
             span = placed.span(int(starts[start]), num, of=made.num_vectors, root_uri=root)
@@ -208,13 +202,14 @@ def store_sides(made: Materials, segment: StoredObject) -> StoredSides:
         return [vector_steps.join(task) for task in tasks]
 
     def store_items() -> list[StoredObject]:
-        ids = [(entry, (entry.number << 32) + np.arange(entry.num_samples)) for entry in made.entries]
-        tasks = [ItemsTask(str(made.folder), some, root) for some in build.items_cut(ids)]
+        tasks = build.items_tasks(
+            str(made.folder), made.entries, sizes[:, 1].tolist(), placed=placed, releases_uri=root
+        )
         return [build_steps.store_items(task) for task in tasks]
 
     files, vectors_s = timed(store_vectors)
-    items, items_s = timed(store_items)
     placed = vector_steps.place(PlaceTask(segment, sizes, work, root))
+    items, items_s = timed(store_items)
     places = Places.open(
         Path(root, placed.shards.name), Path(root, placed.rows.name), num_rows=placed.num_rows
     )

@@ -1,49 +1,41 @@
-"""The embeddings of a dataset version into one segment, built in parts by Ray tasks.
+"""All that a release lists of an index, from the embeddings of a dataset version: built by Ray tasks.
 
-    sample of all embeddings -> template -> parts, in parallel -> segment (merged, reconciled)
+    embeddings -> segment (`segments`)
     embeddings -> re-rank vectors, in the order of the segment's lists;  sample indexes -> files of items
 
-Parts are equal ranges of the embedded rows, whatever the sizes of the shards. Tombstoned rows are left out
-everywhere. What comes out is what a release lists: objects under their digests, written once.
+Tombstoned rows are left out everywhere. What comes out is what a release lists: objects under their digests,
+written once.
 
 Every step is a function of the one before, and what it made is found again under the digest of all that
 decides it (`<work>/<build>/`): a run that was killed goes on from there, and gives the same release. The ids
 in the segment are compared with the ids in the embeddings, not only their number.
 
 Not covered: adding a small segment to what is there, measuring recall (the release does, on held-out
-queries), GPU training, and deleting work that is done with.
+queries), and deleting work that is done with.
 """
 
-import bisect
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from namr import checks, progress, ray_connection
-from namr.data.datasets import Dataset
+from namr import checks, ray_connection
+from namr.data.datasets import Dataset, ShardEntry
 from namr.embed import embeddings
-from namr.embed.embeddings import EmbeddingFile, SetManifest
-from namr.errors import ManifestError
-from namr.index import ivf, planning
-from namr.index.ivf import IndexInfo, Template
-from namr.index.planning import Considered, IndexPlan
+from namr.embed.embeddings import SetManifest
+from namr.errors import ConfigError, ManifestError
+from namr.index import planning
+from namr.index.ivf import IndexInfo
+from namr.index.planning import Considered
 from namr.model.distances import Metric
-from namr.release import build_steps, held_out, places, releases, vector_steps
+from namr.release import build_steps, held_out, places, segments, vector_steps
 from namr.release.build_steps import (
     HeldOut,
     ItemsTask,
-    MergeTask,
-    PartTask,
-    RowRange,
-    SampleTask,
-    StoreSampleTask,
-    TrainTask,
     VectorSource,
 )
 from namr.release.releases import Counts, Segment, StoredVectors
@@ -51,15 +43,11 @@ from namr.release.vector_steps import Placed, PlaceTask, ShardVectors, SortTask
 from namr.store import storage
 from namr.store.manifests import StoredObject
 
-_FILES_PER_SAMPLE_TASK = 16
 _ITEMS_PER_FILE = 1 << 18
 """few files to map, and about 150 MB in the task that writes one"""
 _LARGEST_SEED = (1 << 31) - 1
 """FAISS takes no larger one"""
 
-A = TypeVar("A")
-R = TypeVar("R")
-Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
@@ -79,6 +67,8 @@ class BuildConfig:
     """of the sample, of the template's training, and of what is held out"""
     num_held_out: int = 500
     """images that the template is not trained on, to measure the index with; never more than a fifth"""
+    use_gpu: bool = False
+    """train the centroids on a GPU of the cluster; what they are then depends on it in their last bits"""
     work_uri: str | None = None
     """where parts are kept until they are merged; <releases_uri>/building where none is named"""
 
@@ -124,7 +114,7 @@ def build(
     The samples that `held_out` chooses by their ids are kept out of the template's training; they are in the
     index. Raises ManifestError if the dataset version is not embedded, if anything stored is
     damaged, or if the ids in the segment are not those of the live embeddings; ConfigError for a key that is
-    not offered; ShapeError where there are too few vectors for the key.
+    not offered, or for use_gpu where there is none; ShapeError where there are too few vectors for the key.
     """
     started = time.monotonic()
     root = storage.absolute(releases_uri)
@@ -144,34 +134,39 @@ def build(
         _digest_of(dataset.digest, model_digest, described.files, metric, config.seed, plan, held),
     )
     ray_connection.connect()
-    files = described.files
+    if config.use_gpu and ray_connection.total_gpus() < 1:
+        raise ConfigError("use_gpu is set, and this Ray has no GPU; leave it out, or connect to one that has")
     source = VectorSource(embeddings_uri=embedding_set.root_uri, dead=dataset.tombstones, metric=metric)
-    template = _template(work, source, described, plan, held, config.seed)
-    stored_template = releases.store(root, "template.faiss", template.data)
-    part_tasks = [
-        PartTask(source.of(rows.file for rows in ranges), template, ranges, work, number)
-        for number, ranges in enumerate(cut(files, plan.num_parts))
-    ]
-    parts = _in_order("building parts", build_steps.build_part, part_tasks)
-    (segment,) = _in_order("merging parts", build_steps.merge, [MergeTask(template, parts, work, root)])
+    made = segments.build(
+        source,
+        described.files,
+        plan,
+        held,
+        seed=config.seed,
+        use_gpu=config.use_gpu,
+        work_uri=work,
+        releases_uri=root,
+    )
+    segment = made.segment
     placed = _placed(dataset, segment.stored, work, root)
     vectors, shards = _vectors(dataset, source, described, placed, work, root)
     counts = _reconcile(dataset, segment.info, shards)
-    item_tasks = _items_tasks(dataset, placed, shards, root)
-    items = _in_order("storing items", build_steps.store_items, item_tasks)
+    num_indexed = [shard.num_indexed for shard in shards]
+    item_tasks = items_tasks(dataset.uri, dataset.shards, num_indexed, placed=placed, releases_uri=root)
+    items = ray_connection.in_order("storing items", build_steps.store_items, item_tasks)
     return BuildReport(
         model_digest=model_digest,
         dataset=dataset,
         index_key=plan.key,
-        template=stored_template,
-        template_hash=template.hash,
+        template=made.stored_template,
+        template_hash=made.template.hash,
         metric=metric,
         embedding_dim=described.embedding_dim,
         counts=counts,
         segments=(Segment(file=segment.stored, num_entries=segment.info.num_vectors),),
         vectors=vectors,
         items=tuple(items),
-        num_parts=len(parts),
+        num_parts=plan.num_parts,
         imbalance=segment.info.imbalance,
         considered=tuple(
             planning.considered(
@@ -186,91 +181,34 @@ def build(
     )
 
 
-def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[RowRange]]:
-    """The embedded rows of all shards as num_parts ranges, sizes differing by at most one."""
-    total = sum(file.num_embedded for file in files)
-    bounds = [total * number // num_parts for number in range(num_parts + 1)]
-    starts = np.cumsum([0, *(file.num_embedded for file in files)]).tolist()
-    parts: list[list[RowRange]] = []
-    for lower, upper in itertools.pairwise(bounds):
-        some = range(bisect.bisect_right(starts, lower) - 1, bisect.bisect_left(starts, upper))
-        ranges = [
-            RowRange(files[at], max(lower - starts[at], 0), min(upper - starts[at], files[at].num_embedded))
-            for at in some
-        ]
-        parts.append([rows for rows in ranges if rows.start < rows.stop])
-    return parts
-
-
-def _items_tasks(
-    dataset: Dataset, placed: Placed, shards: Sequence[ShardVectors], releases_uri: str
+def items_tasks(
+    dataset_uri: str,
+    entries: Sequence[ShardEntry],
+    num_indexed: Sequence[int],
+    *,
+    placed: Placed,
+    releases_uri: str,
 ) -> list[ItemsTask]:
-    """One for each file of items: whole shards, and not many items a file."""
+    """One for each file of items: whole shards, and not many items a file; num_indexed: of each shard."""
     tasks, first = [], 0
-    num_samples = dataset.version.num_samples
-    for start, stop in groups([shard.num_indexed for shard in shards], _ITEMS_PER_FILE):
-        entries = list(dataset.shards[start:stop])
-        num = sum(entry.num_samples for entry in entries)
+    num_samples = sum(entry.num_samples for entry in entries)
+    for start, stop in groups(num_indexed, _ITEMS_PER_FILE):
+        some = list(entries[start:stop])
+        num = sum(entry.num_samples for entry in some)
         rows = placed.span(first, num, of=num_samples, root_uri=releases_uri)
-        tasks.append(ItemsTask(dataset.uri, entries, rows, placed.num_rows, releases_uri))
+        tasks.append(ItemsTask(dataset_uri, some, rows, placed.num_rows, releases_uri))
         first += num
     return tasks
-
-
-def _in_order(what: str, function: Callable[[A], R], tasks: Sequence[A]) -> list[R]:
-    """What Ray tasks made of each argument."""
-    results: dict[int, R] = {}
-    with progress.shown(what, len(tasks)) as show:
-        for at, result in ray_connection.map_tasks(function, tasks):
-            results[at] = result
-            show(len(results), "")
-    return [results[at] for at in range(len(tasks))]
 
 
 def _digest_of(*decisive: object) -> str:
     return storage.sha256(json.dumps(decisive, default=vars).encode())[:32]
 
 
-def _template(
-    work: str, source: VectorSource, described: SetManifest, plan: IndexPlan, held: HeldOut, seed: int
-) -> Template:
-    """The template in the work folder, trained now if there is none."""
-    uri, files = storage.join(work, "template.faiss"), described.files
-    if not storage.exists(uri):
-        picks = picked(files, plan.num_training_vectors, seed=seed)
-        batches = [
-            picks[start : start + _FILES_PER_SAMPLE_TASK]
-            for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
-        ]
-        tasks = [
-            StoreSampleTask(SampleTask(source.of(file for file, _ in some), held, some), work, number)
-            for number, some in enumerate(batches)
-        ]
-        samples = _in_order("sampling embeddings", build_steps.store_sample, tasks)
-        training = TrainTask(samples, described.embedding_dim, plan.key, seed, work)
-        (trained,) = _in_order("training", build_steps.train, [training])
-        storage.write_if_absent(uri, trained.data)
-        for stored in samples:
-            storage.delete(storage.join(work, stored.name))
-    return ivf.load_template(storage.read(uri))
-
-
-def picked(files: Sequence[EmbeddingFile], num: int, *, seed: int) -> list[tuple[EmbeddingFile, Ids]]:
-    """`num` embedded rows (all where there are fewer), ascending: of each file its share, at random."""
-    sizes = [file.num_embedded for file in files]
-    shares = np.diff(np.cumsum([0, *sizes]) * min(num, sum(sizes)) // max(1, sum(sizes))).tolist()
-    rng = np.random.default_rng(seed)
-    return [
-        (file, np.sort(rng.choice(file.num_embedded, share, replace=False, shuffle=False)))
-        for file, share in zip(files, shares, strict=True)
-        if share
-    ]
-
-
 def _placed(dataset: Dataset, segment: StoredObject, work: str, releases_uri: str) -> Placed:
     """Which row each sample has in the order of the segment's lists."""
     sizes = _sizes(dataset)
-    (placed,) = _in_order(
+    (placed,) = ray_connection.in_order(
         "placing re-rank vectors", vector_steps.place, [PlaceTask(segment, sizes, work, releases_uri)]
     )
     return placed
@@ -309,7 +247,7 @@ def _vectors(
                 source.of(some), some, sizes[start:stop], span, placed.num_rows, rows_per_file, work, number
             )
         )
-    pieces = _in_order("sorting re-rank vectors", vector_steps.sort, tasks)
+    pieces = ray_connection.in_order("sorting re-rank vectors", vector_steps.sort, tasks)
     joining = vector_steps.join_tasks(
         pieces,
         num_rows=placed.num_rows,
@@ -318,7 +256,7 @@ def _vectors(
         work_uri=work,
         releases_uri=releases_uri,
     )
-    joined = _in_order("joining re-rank vectors", vector_steps.join, joining)
+    joined = ray_connection.in_order("joining re-rank vectors", vector_steps.join, joining)
     for piece in pieces:
         storage.delete(storage.join(work, piece.stored.name))
     stored = StoredVectors(

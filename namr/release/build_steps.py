@@ -33,6 +33,7 @@ from namr.store.manifests import StoredObject
 from namr.store.storage import Range
 
 _MOST_TRAINING_THREADS = 8
+_MOST_MERGING_THREADS = 4
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -63,7 +64,7 @@ class VectorSource:
 
     def read(self, file: EmbeddingFile, rows: slice | Ids) -> tuple[Floats, Ids]:
         """Of these embedded rows the live ones: vectors as they are searched (n, D), ids (n,)."""
-        table = embeddings.read(self.embeddings_uri, file)
+        table = embeddings.read_vectors(self.embeddings_uri, file, structures=False)
         live = self.live(table.ids[rows])
         x = torch.from_numpy(table.embeddings[rows][live])
         return distances.for_search(x, self.metric).numpy(), table.ids[rows][live]
@@ -101,50 +102,47 @@ class SampleTask(NamedTuple):
     source: VectorSource
     held: HeldOut
     picks: list[tuple[EmbeddingFile, Ids]]
+    work_uri: str
 
 
-def sample(task: SampleTask) -> Floats:
-    """The vectors (n, D) of these rows that are live and not held out."""
+class Sampled(NamedTuple):
+    """Vectors (n, D) float32 as a .npy file in the work folder."""
+
+    stored: StoredObject
+    num_rows: int
+
+
+def sample(task: SampleTask) -> Sampled:
+    """Store the vectors of these rows that are live and not held out."""
     taught = []
     for file, rows in task.picks:
         x, ids = task.source.read(file, rows)
         taught.append(x[~held_out.mask(ids, share=task.held.share, seed=task.held.seed)])
-    return np.concatenate(taught)
-
-
-class StoreSampleTask(NamedTuple):
-    """A sample on its way to the training: it goes by the work folder, and not through the driver."""
-
-    sample: SampleTask
-    work_uri: str
-    number: int
-
-
-def store_sample(task: StoreSampleTask) -> StoredObject:
-    """Store what `sample` gives in the work folder."""
-    data = arrays.encode_array(sample(task.sample))
-    name = f"sample-{task.number:05d}-{storage.sha256(data)[:12]}.npy"
-    return manifests.write_object(task.work_uri, name, data)
+    data = arrays.encode_array(np.concatenate(taught))
+    digest = storage.sha256(data)
+    stored = manifests.write_object(task.work_uri, f"sample-{digest[:24]}.npy", data, sha256=digest)
+    return Sampled(stored, sum(map(len, taught)))
 
 
 class TrainTask(NamedTuple):
-    """A template to be trained."""
+    """A template to be trained on what was sampled, of dimension dim."""
 
-    samples: list[StoredObject]
-    """of the work folder"""
+    sampled: list[Sampled]
     dim: int
     key: str
     seed: int
     work_uri: str
+    use_gpu: bool = False
 
 
 def train(task: TrainTask) -> Template:
-    """The template; the same for any number of threads, so it takes what the node has."""
-    nothing = np.empty((0, task.dim), np.float32)
-    stored = (manifests.read_object(task.work_uri, each) for each in task.samples)
-    x = np.concatenate([nothing, *(arrays.decode_array(data, np.float32) for data in stored)])
-    num_threads = min(_MOST_TRAINING_THREADS, len(os.sched_getaffinity(0)))
-    return ivf.train_template(x, task.key, seed=task.seed, num_threads=num_threads)
+    """The template; on CPUs the same for any number of threads, so it takes what the node has."""
+    x, stop = np.empty((sum(some.num_rows for some in task.sampled), task.dim), np.float32), 0
+    for some in task.sampled:
+        start, stop = stop, stop + some.num_rows
+        x[start:stop] = arrays.decode_array(manifests.read_object(task.work_uri, some.stored), np.float32)
+    num_threads = _threads(_MOST_TRAINING_THREADS)
+    return ivf.train_template(x, task.key, seed=task.seed, num_threads=num_threads, on_gpus=task.use_gpu)
 
 
 class PartTask(NamedTuple):
@@ -165,8 +163,10 @@ def build_part(task: PartTask) -> IndexFile:
         with scratch.folder("part-") as folder:
             path = Path(folder, "part.faiss")
             info = ivf.build_part(task.template, blocks, path, num_threads=1)
-            name = f"part-{task.number:05d}-{storage.sha256_of_file(path)[:12]}.faiss"
-            return IndexFile(stored=manifests.write_object(task.work_uri, name, path), info=info)
+            digest = storage.sha256_of_file(path)
+            name = f"part-{task.number:05d}-{digest[:12]}.faiss"
+            stored = manifests.write_object(task.work_uri, name, path, sha256=digest, is_done_with=True)
+            return IndexFile(stored=stored, info=info)
 
     return _unless_done(f"part-{task.number:05d}", build, task.work_uri, object_root_uri=task.work_uri)
 
@@ -187,10 +187,15 @@ def merge(task: MergeTask) -> IndexFile:
         with scratch.folder("merge-") as folder:
             paths = [fetched(task.work_uri, part.stored, Path(folder)) for part in task.parts]
             merged = Path(folder, "index.faiss")
-            info = ivf.merge_parts(task.template, paths, merged)
-            return IndexFile(stored=releases.store(task.releases_uri, merged.name, merged), info=info)
+            info = ivf.merge_parts(task.template, paths, merged, num_threads=_threads(_MOST_MERGING_THREADS))
+            stored = releases.store(task.releases_uri, merged.name, merged, is_done_with=True)
+            return IndexFile(stored=stored, info=info)
 
     return _unless_done("segment", merge_parts, task.work_uri, object_root_uri=task.releases_uri)
+
+
+def _threads(most: int) -> int:
+    return min(most, len(os.sched_getaffinity(0)))
 
 
 def _unless_done(

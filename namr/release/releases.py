@@ -14,7 +14,8 @@ lists any more, and compacting segments.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -28,10 +29,12 @@ from namr.index import ivf
 from namr.model.distances import Metric, Side
 from namr.release import arrays, places, takedowns
 from namr.release.places import Places
-from namr.store import item_files, manifests, scratch, storage
+from namr.store import item_files, manifests, read_ahead, scratch, storage
 from namr.store.cache import Cache
 from namr.store.item_files import ItemFile
 from namr.store.manifests import Pointer, StoredObject
+
+_NUM_DOWNLOADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +172,27 @@ class Release:
         ManifestError if it is missing or damaged; `cache` remembers what it has verified.
         """
         uri = storage.join(self.releases_uri, stored.name)
-        try:
+        with self._explained(uri):
             return cache.path(uri, sha256=stored.sha256)
+
+    def fetch(self, listed: Iterable[StoredObject], cache: Cache) -> None:
+        """Download and verify these of its objects side by side, so that `path` has them at hand.
+
+        None takes the room of what somebody used lately, nor is held: what is not there then, `path` brings.
+        """
+
+        def brought(stored: StoredObject) -> None:
+            uri = storage.join(self.releases_uri, stored.name)
+            with self._explained(uri):
+                cache.path_if_room(uri, sha256=stored.sha256)
+
+        for _ in read_ahead.in_order(brought, dict.fromkeys(listed), num_threads=_NUM_DOWNLOADS):
+            pass
+
+    @contextmanager
+    def _explained(self, uri: str) -> Iterator[None]:
+        try:
+            yield
         except ObjectMissing as error:
             raise ManifestError(
                 f"{uri} is missing, and the release lists it; restore it or build again"
@@ -199,10 +221,15 @@ class Release:
         return arrays.decode_array(self.read(stored), np.int64) if stored else np.empty(0, np.int64)
 
 
-def store(releases_uri: str, name: str, data: bytes | Path) -> StoredObject:
-    """Write an object of a release under its digest; one that is there already is not written again."""
+def store(releases_uri: str, name: str, data: bytes | Path, *, is_done_with: bool = False) -> StoredObject:
+    """Write an object of a release under its digest; one that is there already is not written again.
+
+    is_done_with: nobody writes to the file again, so that it need not be copied.
+    """
     digest = storage.sha256(data) if isinstance(data, bytes) else storage.sha256_of_file(data)
-    return manifests.write_object(releases_uri, f"objects/{digest}/{name}", data)
+    return manifests.write_object(
+        releases_uri, f"objects/{digest}/{name}", data, sha256=digest, is_done_with=is_done_with
+    )
 
 
 def read_pointer(releases_uri: str) -> Pointer | None:

@@ -139,7 +139,8 @@ def sort(task: SortTask) -> Piece:
     dim = task.files[0].embedding_dim
     records, stored, stop = np.empty(sum(file.num_embedded for file in task.files), _record(dim)), [], 0
     for file in task.files:
-        table = embeddings.read(task.source.embeddings_uri, file)
+        table = embeddings.read_vectors(task.source.embeddings_uri, file, structures=True)
+        assert table.structures is not None, "asked for"
         live = task.source.live(table.ids)
         ids, num_refused = table.ids[live], int(task.source.live(table.refused_ids).sum())
         stored.append(ShardVectors(len(ids), index_files.sum_of_ids(ids), num_refused))
@@ -150,10 +151,11 @@ def sort(task: SortTask) -> Piece:
     records = records[np.argsort(records["row"][:stop])]
     records = records[np.searchsorted(records["row"], 0) :]
     data = records.tobytes()
-    name = f"vectors-{task.number:05d}-{storage.sha256(data)[:12]}"
+    digest = storage.sha256(data)
+    name = f"vectors-{task.number:05d}-{digest[:12]}"
     num_files = -(-task.num_rows // task.rows_per_file)
     return Piece(
-        stored=manifests.write_object(task.work_uri, name, data),
+        stored=manifests.write_object(task.work_uri, name, data, sha256=digest),
         bounds=np.searchsorted(records["row"], task.rows_per_file * np.arange(num_files + 1)).tolist(),
         shards=stored,
         min_structure=float(records["vectors"][:, 1].min()) if len(records) else 1.0,
@@ -240,7 +242,7 @@ def join(task: JoinTask) -> VectorFile:
         with scratch.folder("join-") as folder:
             path = Path(folder, f"vectors-{task.number:05d}.npy")
             write_file(path, blocks, num_rows=task.num_rows, dim=task.dim)
-            stored = releases.store(task.releases_uri, path.name, path)
+            stored = releases.store(task.releases_uri, path.name, path, is_done_with=True)
         return JoinedFile(file=VectorFile(file=stored, num_rows=task.num_rows))
 
     def is_there(made: JoinedFile) -> bool:

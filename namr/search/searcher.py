@@ -124,16 +124,18 @@ class Searcher:
         manifest = release.manifest
         if query_model is not None:
             _check_model(query_model, release)
+        listed = [segment.file for segment in manifest.segments]
+        release.fetch([*listed, *manifest.vectors.objects(), *manifest.items], cache)
         index = ivf.open_index(
-            [release.path(segment.file, cache) for segment in manifest.segments],
+            [release.path(stored, cache) for stored in listed],
             num_threads=num_threads or torch.get_num_threads(),
         )
         _check_index(index, release)
-        stored = manifest.vectors
+        vectors = manifest.vectors
         places = Places.open(
-            release.path(stored.shards, cache), release.path(stored.rows, cache), num_rows=stored.num_rows
+            release.path(vectors.shards, cache), release.path(vectors.rows, cache), num_rows=vectors.num_rows
         )
-        paths = [release.path(each.file, cache) for each in stored.files]
+        paths = [release.path(each.file, cache) for each in vectors.files]
         return cls(
             release,
             index=index,

@@ -71,6 +71,9 @@ class Buckets:
             raise
         return True
 
+    def move_if_absent(self, path: Path, uri: str) -> bool:
+        return self.upload_if_absent(path, uri)
+
     def download(self, uri: str, path: Path) -> None:
         self.filesystem().get_file(uri, str(path))
 

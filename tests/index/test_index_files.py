@@ -1,6 +1,7 @@
 """Keys, and what FAISS files are known by: every kind that is offered, and those that are not."""
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,12 @@ def test_sets_of_ids_with_one_plain_sum_are_told_apart() -> None:
     assert index_files.sum_of_ids(one) != index_files.sum_of_ids(other)
 
 
+@pytest.mark.parametrize(("num_threads", "piece_bytes"), [(1, 1 << 20), (1, 1), (3, 100)])
 @pytest.mark.parametrize("key", [key for key in KEYS if key != "Flat"])
-def test_joined_lists_are_the_file_that_faiss_writes_of_the_whole(key: str, tmp_path: Path) -> None:
+def test_joined_lists_are_the_file_that_faiss_writes_of_the_whole(
+    key: str, num_threads: int, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_files, "_PIECE_BYTES", piece_bytes)
     parts = [made(key, num, first_id=first) for num, first in ((20, 0), (0, 100), (7, 200))]
     whole = made(key, 0)
     for part in parts:
@@ -141,8 +146,17 @@ def test_joined_lists_are_the_file_that_faiss_writes_of_the_whole(key: str, tmp_
     frame.ntotal = 27
     path = tmp_path / "joined"
     with path.open("wb") as file:
-        index_files.write_joined(file, frame, [part.invlists for part in parts])
+        index_files.write_joined(file, frame, [part.invlists for part in parts], num_threads=num_threads)
     assert path.read_bytes() == index_files.serialised(whole)
+
+
+def test_a_write_that_stops_halfway_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, frame = made("IVF4,SQ8", 30), made("IVF4,SQ8", 0)
+    frame.ntotal, pwrite = 30, os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: pwrite(handle, data[:5], at))
+    with (tmp_path / "joined").open("wb") as file:
+        index_files.write_joined(file, frame, [part.invlists])
+    assert (tmp_path / "joined").read_bytes() == index_files.serialised(part)
 
 
 def test_joining_into_an_index_that_holds_something_is_refused(tmp_path: Path) -> None:

@@ -153,24 +153,6 @@ def test_list_and_code_of_a_vector_depend_on_it_alone(key: str, tmp_path: Path) 
     assert (tmp_path / "few").read_bytes() == (tmp_path / "all").read_bytes()
 
 
-@pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_the_nearest_centroid_is_the_same_in_any_company(offset: float) -> None:
-    centroids = vectors(300, dim=48) + np.float32(offset)
-    x = on_borders(centroids, 2000, seed=1)
-    alone = ivf.nearest(x, centroids)
-    shuffled = np.random.default_rng(2).permutation(len(x))
-    np.testing.assert_array_equal(ivf.nearest(x[shuffled], centroids), alone[shuffled])
-    few = np.concatenate([ivf.nearest(x[start : start + 7], centroids) for start in range(0, 2000, 7)])
-    np.testing.assert_array_equal(few, alone)
-    squared = (np.square(x[:, None].astype(np.float64) - centroids)).sum(2)
-    chosen, least = np.take_along_axis(squared, alone[:, None], 1)[:, 0], squared.min(1)
-    assert (chosen <= least * (1 + 1e-6)).all()
-
-
-def test_the_nearest_of_one_centroid_is_that_one() -> None:
-    np.testing.assert_array_equal(ivf.nearest(vectors(30), vectors(1)), np.zeros(30))
-
-
 @pytest.mark.parametrize("key", KEYS)
 def test_no_vectors_at_all_are_an_index_too(
     key: str, templates: dict[str, ivf.Template], tmp_path: Path
@@ -211,6 +193,26 @@ def test_a_template_is_the_same_for_the_same_seed_and_known_from_its_bytes(
     assert ivf.load_template(again.data) == again
     other = ivf.train_template(GALLERY[::2], key, seed=4, num_threads=1)
     assert (other.hash == again.hash) == (key == "Flat")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_centroids_are_found_by_all_gpus_where_they_are_asked_for(
+    key: str, templates: dict[str, ivf.Template], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU stands in for the GPUs, so the template has to be the same."""
+    moved: list[faiss.Index] = []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: moved.append(index) or index)
+    trained = ivf.train_template(GALLERY[::2], key, seed=3, num_threads=1, on_gpus=True)
+    assert trained == templates[key]
+    num_lists = index_files.parse_key(key, dim=DIM).num_lists
+    assert [index.ntotal for index in moved] == ([num_lists] if num_lists else [])
+
+
+def test_gpus_that_are_not_there_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    with pytest.raises(ConfigError, match="FAISS sees no GPU"):
+        ivf.train_template(GALLERY, "IVF16,SQ8", seed=3, num_threads=1, on_gpus=True)
 
 
 @pytest.mark.parametrize("key", KEYS[1:])

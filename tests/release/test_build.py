@@ -11,14 +11,13 @@ import torch
 from namr.data import datasets, shards
 from namr.data.datasets import Dataset
 from namr.embed import embeddings
-from namr.embed.embeddings import EmbeddingFile
 from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.index import index_files, ivf
 from namr.model import distances
 from namr.release import build, build_steps, vector_steps
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.places import Places
-from namr.release.vector_steps import Placed, ShardVectors
+from namr.release.vector_steps import Placed
 from namr.store import item_files, manifests, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.storage import Range
@@ -103,45 +102,6 @@ def live_vectors(gallery: Path, metric: distances.Metric) -> tuple[ivf.Floats, i
     return distances.for_search(torch.from_numpy(x[keep]), metric).numpy(), ids[keep]
 
 
-def a_file(number: int, num_embedded: int) -> EmbeddingFile:
-    stored = StoredObject("x", 1, "0" * 64)
-    return EmbeddingFile(
-        number=number,
-        stored=stored,
-        num_embedded=num_embedded,
-        num_refused=0,
-        embedding_dim=4,
-        dtype="float16",
-    )
-
-
-def test_parts_are_even_ranges_whatever_the_shards_are() -> None:
-    files = [a_file(0, 10), a_file(1, 0), a_file(2, 1), a_file(3, 4)]
-    parts = build.cut(files, 4)
-    assert [[(rows.file.number, rows.start, rows.stop) for rows in part] for part in parts] == [
-        [(0, 0, 3)],
-        [(0, 3, 7)],
-        [(0, 7, 10), (2, 0, 1)],
-        [(3, 0, 4)],
-    ]
-    assert build.cut(files[1:2], 2) == [[], []]
-    assert sum(len(part) for part in build.cut(files[2:3], 3)) == 1
-
-
-def test_each_file_gives_its_share_of_the_sample() -> None:
-    files = [a_file(0, 300), a_file(1, 0), a_file(2, 1), a_file(3, 699)]
-    picks = build.picked(files, 100, seed=3)
-    assert [(file.number, len(rows)) for file, rows in picks] == [(0, 30), (3, 70)]
-    for file, rows in picks:
-        assert (np.diff(rows) > 0).all() and rows[0] >= 0 and rows[-1] < file.num_embedded
-    again, other = build.picked(files, 100, seed=3), build.picked(files, 100, seed=4)
-    assert all(np.array_equal(one[1], two[1]) for one, two in zip(picks, again, strict=True))
-    assert not any(np.array_equal(one[1], two[1]) for one, two in zip(picks, other, strict=True))
-    whole = build.picked(files, 10**6, seed=3)
-    assert [len(rows) for _, rows in whole] == [300, 1, 699]
-    assert build.picked(files[1:2], 5, seed=3) == build.picked([], 5, seed=3) == []
-
-
 def test_files_of_items_are_whole_shards_and_few_and_know_their_rows(
     gallery: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,8 +110,9 @@ def test_files_of_items_are_whole_shards_and_few_and_know_their_rows(
     placed = Placed(
         shards=StoredObject("shards", 1, ""), rows=StoredObject("rows", 128 + 4 * 600, ""), num_rows=595
     )
-    brought = [ShardVectors(num, 0, 0) for num in (300, 0, 249, 48)]
-    tasks = build._items_tasks(dataset, placed, brought, "/r")
+    tasks = build.items_tasks(
+        dataset.uri, dataset.shards, (300, 0, 249, 48), placed=placed, releases_uri="/r"
+    )
     assert [[entry.number for entry in task.entries] for task in tasks] == [[0, 1], [2, 3]]
     assert [task.rows for task in tasks] == [
         Range("/r/rows", 128, 128 + 4 * 301),

@@ -21,7 +21,6 @@ from namr.release.build_steps import (
     PartTask,
     RowRange,
     SampleTask,
-    StoreSampleTask,
     TrainTask,
     VectorSource,
 )
@@ -102,30 +101,35 @@ def test_live_is_what_the_tombstones_leave(dead: list[int]) -> None:
 
 
 def test_the_template_sees_no_held_out_and_no_dead_image(
-    files: list[EmbeddingFile], source: VectorSource
+    files: list[EmbeddingFile], source: VectorSource, tmp_path: Path
 ) -> None:
     picks = [(file, np.arange(file.num_embedded)) for file in files]
-    sample = build_steps.sample(SampleTask(source, HeldOut(0.2, 5), picks))
+    sampled = build_steps.sample(SampleTask(source, HeldOut(0.2, 5), picks, str(tmp_path)))
+    sample = np.load(tmp_path / sampled.stored.name)
     blocks = [source.read(file, slice(None)) for file in files]
     x, ids = np.concatenate([x for x, _ in blocks]), np.concatenate([ids for _, ids in blocks])
     assert ids.tolist() == live_ids(files[0]) + live_ids(files[1])
     held = held_out.mask(ids, share=0.2, seed=5)
     assert 0 < held.sum() < len(ids)
     np.testing.assert_array_equal(sample, x[~held])
+    assert sampled.num_rows == len(sample)
 
 
-def test_a_sample_that_went_by_the_work_folder_trains_the_template_it_would_have_trained(
+def test_a_template_is_trained_on_all_that_was_sampled_in_order(
     files: list[EmbeddingFile], source: VectorSource, tmp_path: Path
 ) -> None:
-    tasks = [SampleTask(source, HeldOut(0.2, 5), [(file, np.arange(0, 38, 2))]) for file in files]
-    stored = [
-        build_steps.store_sample(StoreSampleTask(task, str(tmp_path), at)) for at, task in enumerate(tasks)
+    sampled = [
+        build_steps.sample(SampleTask(source, HeldOut(0.1, 5), [(file, np.arange(30))], str(tmp_path)))
+        for file in files
     ]
-    x = np.concatenate([build_steps.sample(task) for task in tasks])
-    trained = build_steps.train(TrainTask(stored, DIM, "IVF4,SQ8", 0, str(tmp_path)))
-    assert trained.data == ivf.train_template(x, "IVF4,SQ8", seed=0, num_threads=1).data
+    trained = build_steps.train(TrainTask(sampled, DIM, "IVF4,SQ8", 3, str(tmp_path)))
+    x = np.concatenate([np.load(tmp_path / some.stored.name) for some in sampled])
+    assert trained == ivf.train_template(x, "IVF4,SQ8", seed=3, num_threads=1)
     with pytest.raises(ShapeError, match="the sample has 0"):
         build_steps.train(TrainTask([], DIM, "IVF4,SQ8", 0, str(tmp_path)))
+    damaged(tmp_path / sampled[1].stored.name)
+    with pytest.raises(ManifestError, match="is damaged"):
+        build_steps.train(TrainTask(sampled, DIM, "IVF4,SQ8", 3, str(tmp_path)))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a release is: objects under their digests, verified wherever they lie; one file for plain FAISS."""
 
 import json
+import threading
 from pathlib import Path
 
 import faiss
@@ -15,6 +16,7 @@ from namr.release.releases import ReleaseManifest
 from namr.search.searcher import Searcher
 from namr.store import storage
 from namr.store.cache import Cache
+from namr.store.folders import Folders
 from tests import small_release
 from tests.small_release import NOW, Recipe
 
@@ -208,3 +210,65 @@ def test_releases_on_an_object_store(s3: str, tmp_path: Path) -> None:
     storage.delete(storage.join(uri, vectors.file.name))
     with pytest.raises(ManifestError, match="missing"):
         publication.roll_back(uri, to="second", now=NOW)
+
+
+class FolderAsBucket(Folders):
+    """Serves s3://<path> from the folder /<path>; every download waits until another is under way."""
+
+    def __init__(self) -> None:
+        self.both, self.downloaded = threading.Barrier(2), list[str]()
+
+    def size(self, uri: str) -> int:
+        return super().size(uri.removeprefix("s3:/"))
+
+    def download(self, uri: str, path: Path) -> None:
+        self.both.wait(30)
+        self.downloaded.append(uri)
+        super().download(uri.removeprefix("s3:/"), path)
+
+
+def test_objects_are_downloaded_side_by_side_and_verified(
+    fresh: tuple[str, ReleaseManifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, manifest = fresh
+    bucket = FolderAsBucket()
+    monkeypatch.setattr(storage, "_s3", bucket)
+    release = releases.Release(f"s3:/{uri}", manifest)
+    wanted = [*manifest.vectors.objects(), manifest.template]
+    assert len(wanted) == 4
+    cache = Cache(tmp_path / "cache", 10**9)
+    release.fetch([*wanted, wanted[0]], cache)
+    assert len(bucket.downloaded) == 4
+    bucket.both.abort()  # nothing else is downloaded
+    for stored in wanted:
+        assert storage.sha256(release.path(stored, cache).read_bytes()) == stored.sha256
+
+
+def test_objects_that_are_fetched_are_missed_and_verified_as_those_that_are_opened(
+    fresh: tuple[str, ReleaseManifest], tmp_path: Path
+) -> None:
+    uri, manifest = fresh
+    release, cache = releases.Release(uri, manifest), Cache(tmp_path / "cache", 10**9)
+    rows = Path(uri, manifest.vectors.rows.name)
+    data = rows.read_bytes()
+    rows.unlink()
+    with pytest.raises(ManifestError, match="is missing, and the release lists it"):
+        release.fetch(manifest.vectors.objects(), cache)
+    rows.write_bytes(data[:-1] + b"x")
+    with pytest.raises(ManifestError, match=r"is damaged.*restore it or build again"):
+        release.fetch(manifest.vectors.objects(), cache)
+
+
+def test_what_has_no_room_is_left_to_be_opened_one_by_one(
+    fresh: tuple[str, ReleaseManifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, manifest = fresh
+    bucket = FolderAsBucket()
+    monkeypatch.setattr(bucket, "both", threading.Barrier(1))
+    monkeypatch.setattr(storage, "_s3", bucket)
+    release, listed = releases.Release(f"s3:/{uri}", manifest), list(manifest.vectors.objects())
+    cache = Cache(tmp_path / "cache", max(stored.size_bytes for stored in listed))
+    release.fetch(listed, cache)
+    assert len(bucket.downloaded) < len(listed)
+    for stored in listed:
+        assert release.path(stored, cache).stat().st_size == stored.size_bytes

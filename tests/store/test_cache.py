@@ -179,6 +179,28 @@ def test_filling_a_full_cache_scans_it_seldom(tmp_path: Path, monkeypatch: pytes
     assert 36 <= len(present(cache)) <= 40
 
 
+@pytest.mark.usefixtures("bucket")
+def test_filling_a_cache_that_has_room_takes_time_in_proportion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, as two caches, take turns; one looks through the folder, once."""
+    looked_at: list[int] = []
+    entries = Cache._entries
+
+    def counted(cache: Cache) -> object:
+        found = entries(cache)
+        looked_at.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(Cache, "_entries", counted)
+    caches = [Cache(tmp_path / "cache", max_bytes=1 << 20) for _ in range(2)]
+    for number in range(500):
+        uri, digest = numbered(tmp_path, number)
+        caches[number % 2].path(uri, sha256=digest)
+    assert looked_at == [0]
+    assert (tmp_path / "cache" / ".size").read_text() == "5000"
+
+
 VICTIM = """
 import os, signal, sys
 from pathlib import Path

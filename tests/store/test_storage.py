@@ -1,3 +1,4 @@
+import errno
 import os
 import threading
 from pathlib import Path
@@ -41,6 +42,36 @@ def test_upload_if_absent_never_changes_what_is_there(root: str, tmp_path: Path)
     assert not storage.upload_if_absent(two, uri)
     storage.download(uri, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == b"1" * 100
+
+
+def test_move_if_absent_never_changes_what_is_there(root: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"1" * 100)
+    two.write_bytes(b"2" * 100)
+    uri = storage.join(root, "below", "x")
+    assert storage.move_if_absent(one, uri)
+    assert not storage.move_if_absent(two, uri)
+    one.unlink(missing_ok=True)
+    assert storage.read(uri) == b"1" * 100
+
+
+def test_a_file_that_is_moved_is_copied_only_where_it_can_not_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, linked, copied = tmp_path / "file", tmp_path / "linked", tmp_path / "copied"
+    path.write_bytes(b"contents")
+    assert storage.move_if_absent(path, str(linked))
+    assert linked.samefile(path)
+    link = os.link
+
+    def to_another_file_system(source: Path, target: Path) -> None:
+        if source == path:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", to_another_file_system)
+    assert storage.move_if_absent(path, str(copied))
+    assert copied.read_bytes() == b"contents" and not copied.samefile(path)
 
 
 def test_of_writers_that_race_to_create_one_wins(root: str) -> None:

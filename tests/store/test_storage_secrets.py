@@ -25,6 +25,7 @@ ACTS: dict[str, Callable[[str, Path], object]] = {
     "write_if_absent": lambda uri, _: storage.write_if_absent(uri, b"x"),
     "upload": lambda uri, path: storage.upload(path, uri),
     "upload_if_absent": lambda uri, path: storage.upload_if_absent(path, uri),
+    "move_if_absent": lambda uri, path: storage.move_if_absent(path, uri),
     "download": lambda uri, path: storage.download(uri, path.with_name("back")),
     "read_with_etag": lambda uri, _: storage.read_with_etag(uri),
     "replace_if_match": lambda uri, _: storage.replace_if_match(uri, b"x", etag='"0"'),

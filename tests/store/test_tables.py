@@ -1,8 +1,11 @@
+import io
 from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow as pa
 import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
 
 from namr.errors import ManifestError, ShapeError, StorageError
@@ -53,6 +56,49 @@ def test_sample_tables_read_back_equal(num: int) -> None:
 def test_embedding_tables_read_back_equal(num: int, num_refused: int, dtype: type) -> None:
     table = embedding_table(num, num_refused, dtype)
     assert_equal(table, tables.decode_embeddings(tables.encode_embeddings(table)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(("num", "num_refused"), [(3, 2), (3, 0), (0, 2), (0, 0)])
+def test_vectors_alone_are_those_of_the_whole_table(num: int, num_refused: int, dtype: type) -> None:
+    data = tables.encode_embeddings(embedding_table(num, num_refused, dtype))
+    whole = tables.decode_embeddings(data)
+    for structures in (True, False):
+        alone = tables.decode_vectors(data, structures=structures)
+        for name in ("ids", "embeddings", "refused_ids"):
+            np.testing.assert_array_equal(getattr(alone, name), getattr(whole, name))
+        assert alone.embeddings.dtype == dtype
+        if structures:
+            np.testing.assert_array_equal(alone.structures, whole.structures)
+        else:
+            assert alone.structures is None
+
+
+def test_columns_that_nobody_asked_for_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked, file = tables.encode_embeddings(embedding_table(3, 1, np.float16)), [], pq.ParquetFile
+
+    class Watched(file):
+        def read(self, columns: list[str], use_threads: bool) -> pa.Table:
+            asked.append(columns)
+            return super().read(columns=columns, use_threads=use_threads)
+
+    monkeypatch.setattr(tables.pq, "ParquetFile", Watched)
+    tables.decode_vectors(data, structures=False)
+    assert asked == [["id", "embedding", "refused"]]
+
+
+def test_a_file_from_before_vectors_were_written_without_dictionary_is_read_as_well() -> None:
+    table = embedding_table(3, 2, np.float16)
+    stored = pq.read_table(io.BytesIO(tables.encode_embeddings(table)))
+    for name in ("embedding", "structure"):
+        nullable = pa.FixedSizeListArray.from_arrays(stored[name].combine_chunks().flatten(), 4)
+        stored = stored.set_column(stored.schema.get_field_index(name), name, nullable)
+    sink = io.BytesIO()
+    pq.write_table(stored, sink, compression="zstd")
+    assert_equal(table, tables.decode_embeddings(sink.getvalue()))
+    np.testing.assert_array_equal(
+        tables.decode_vectors(sink.getvalue(), structures=False).embeddings, table.embeddings
+    )
 
 
 def test_rows_of_a_table_are_those_asked_for_in_that_order() -> None:
