@@ -71,7 +71,14 @@ def draw(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], *, tit
                 color=color,
                 va="center",
                 fontweight="bold" if number == 0 else "normal",
-                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkB": 4, "shrinkA": 2},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": color,
+                    "linewidth": 0.7,
+                    "relpos": (0, 0.5),
+                    "shrinkA": 3,
+                    "shrinkB": 4,
+                },
             )
         figure.savefig(path, format="svg", metadata={"Date": None})
 
