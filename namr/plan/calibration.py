@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from namr.index import ivf, planning
+from namr.index import ivf, nearest, planning
 from namr.index.ivf import Index
 from namr.plan import rehearsal
 from namr.plan.constants import CodeCosts, Constants, Found
@@ -106,7 +106,7 @@ def _measure(folder: Path, num: int, dim: int, today: date) -> Constants:
     }
 
     centroids, x = (rehearsal.draw(each, dim, seed=7) for each in (num_lists, _ASSIGNED))
-    assign = _least(lambda: ivf.nearest(x, centroids)) / (len(x) * num_lists * dim)
+    assign = _least(lambda: nearest.nearest(x, centroids)) / (len(x) * num_lists * dim)
     read = min(each.seconds["sample"] for each in built.values()) / (num * 4 * dim)
     train = flat.seconds["train"] / (flat.plan.num_training_vectors * num_lists * dim)
     small = built[f"PQ{axes[0]}" if axes else "SQ8"]

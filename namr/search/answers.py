@@ -75,6 +75,40 @@ class Item:
 
 
 @dataclass(frozen=True)
+class FieldValue:
+    """A value that a field takes."""
+
+    value: str | int | float | bool
+    num_items: int
+    """of those looked at"""
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """The label, or a field of the items, that a filter can name."""
+
+    name: str
+    kind: Literal["text", "number", "boolean", "mixed"]
+    """mixed: of several kinds, which can be shown and not filtered by"""
+    values: tuple[FieldValue, ...]
+    """the most frequent first; empty where there are too many to choose from"""
+    num_without: int
+    """of the items looked at that have no value"""
+    min: int | float | None
+    """least number of the items looked at; None for other kinds, and where there is none"""
+    max: int | float | None
+
+
+@dataclass(frozen=True)
+class FieldList:
+    """What a filter can name."""
+
+    fields: tuple[FieldInfo, ...]
+    num_items: int
+    """that were looked at for values: all, or some of a large gallery"""
+
+
+@dataclass(frozen=True)
 class Hit:
     """One neighbour."""
 

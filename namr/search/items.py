@@ -84,6 +84,17 @@ class Items:
         found = np.concatenate(ids)
         return found[~among(found, self._hidden)]
 
+    def spread(self, num_blocks: int, num_rows: int) -> Iterator[tuple[ItemFile, Ids]]:
+        """Files with some of their rows, ascending: of all items up to num_blocks blocks of num_rows."""
+        total = len(self) + len(self._hidden)
+        step = max(num_rows, -(-total // num_blocks))
+        places = (np.arange(0, total, step)[:, None] + np.arange(num_rows)).ravel()
+        for file, end in zip(self.files, self._ends.tolist(), strict=True):
+            rows = places[slice(*np.searchsorted(places, [end - len(file), end]))] - (end - len(file))
+            rows = rows[~among(file.ids[rows], self._hidden)]
+            if len(rows):
+                yield file, rows
+
     def draw(self, num: int, *, seed: int) -> list[Item]:
         """Up to `num` different items at random, in random order."""
         total = len(self) + len(self._hidden)

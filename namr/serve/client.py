@@ -20,7 +20,17 @@ import httpx
 
 from namr import errors
 from namr.errors import Busy, ConfigError, ImageRefused, NamrError, ObjectMissing, ShapeError, StorageError
-from namr.search.answers import Answer, Hit, Item, ReleaseInfo, SearchOptions, Timings
+from namr.search.answers import (
+    Answer,
+    FieldInfo,
+    FieldList,
+    FieldValue,
+    Hit,
+    Item,
+    ReleaseInfo,
+    SearchOptions,
+    Timings,
+)
 
 T = TypeVar("T")
 
@@ -88,6 +98,15 @@ class Client:
     def item(self, item_id: int) -> Item:
         """Key, label and fields of an item; ObjectMissing if there is none."""
         return _made(Item, self._get(f"/items/{item_id}").json())
+
+    def fields(self) -> FieldList:
+        """The label and the fields that a filter can name, with values that they take."""
+        body = self._get("/fields").json()
+        listed = [
+            _made(FieldInfo, {**each, "values": tuple(_made(FieldValue, value) for value in each["values"])})
+            for each in body["fields"]
+        ]
+        return _made(FieldList, {**body, "fields": tuple(listed)})
 
     def image(self, item_id: int, *, size_px: int | None = None) -> bytes:
         """The picture of an item as it is stored, or as a JPEG of at most size_px."""

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from fastapi import Depends, FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
@@ -18,7 +19,9 @@ from fastapi.responses import FileResponse
 
 from namr.data import images
 from namr.errors import ConfigError, ShapeError
-from namr.search.answers import Answer, Item, ReleaseInfo, SearchOptions
+from namr.search import fields
+from namr.search.answers import Answer, FieldList, Item, ReleaseInfo, SearchOptions
+from namr.search.items import Items
 from namr.search.rerank import Stop
 from namr.serve import telemetry
 from namr.serve.limits import MAX_DEPTH, MAX_K, MAX_QUERIES
@@ -127,6 +130,15 @@ def add_search(app: FastAPI, live: Live) -> None:
 
 def add_items(app: FastAPI, live: Live) -> None:
     """The items of the gallery and their pictures."""
+    described: WeakKeyDictionary[Items, FieldList] = WeakKeyDictionary()
+
+    @app.get("/fields", tags=["items"])
+    def filter_fields() -> FieldList:
+        """The label and the fields of the items, which a filter can name, with values that they take."""
+        items = live.searcher.items
+        if items not in described:
+            described[items] = fields.described(items)
+        return described[items]
 
     @app.get("/items", tags=["items"])
     def some_items(

@@ -133,6 +133,11 @@ class ItemFile:
         counted = pc.value_counts(self._columns["label"]).to_pylist()
         return {each["values"]: each["counts"] for each in counted if each["values"] is not None}
 
+    def values(self, name: str | None, rows: Ids) -> list[Any]:
+        """The label (name None), or a field as it is stored, of some rows; None where there is no value."""
+        column = self._columns.get("label" if name is None else _FIELD + name)
+        return [None] * len(rows) if column is None else column.take(pa.array(rows)).to_pylist()
+
     def mask(self, name: str | None, condition: Condition) -> Mask:
         """(n,) whether the label (name None), or a field, is as `condition` has it."""
         column = self._columns.get("label" if name is None else _FIELD + name)

@@ -124,7 +124,8 @@ def table(results: Sequence[SettingResult]) -> str:
 
 def rivals_table(finding: Finding) -> str:
     """Markdown: what the ranking loss brings to each base loss."""
-    rows = [("loss", "best without, score %", "best with, score %", "gain in points (95 %)")]
+    head = ("loss", "best without, score %", "best with, score %", "gain in points (95 %)")
+    rows: list[tuple[str, ...]] = [head]
     for base, (plain, ranked, gain) in finding.of_bases.items():
         told = (_told(each) if each else "failed" for each in (plain, ranked))
         rows.append((base, *told, "-" if gain is None else _in_points(gain)))

@@ -1,29 +1,30 @@
 """Queries a second at recall@10 >= 0.95 through `Searcher`, against what FAISS itself can do with the codes.
 
     python -m tests.benchmarks.frontier [--vectors 1000000] [--dim 128] [--lists 2048] [--threads 1]
+        [--plot frontier.svg]
 
 Both scan the same 4-bit codes (IVF<lists>,PQ<dim / 2>x4fs) and compare the same number of candidates by
 float16 vectors, as many lists and candidates as `Searcher` needs for the recall; FAISS's own vectors lie in
-memory, in one array. Beside them FAISS's IVF-Flat at the same recall, and whatever of hnswlib and usearch is
-installed, with the time to build and the size in memory. Batches of 256 and single queries, in turns; of each
-batch the fastest round counts.
+memory, in one array. Beside them FAISS's IVF-Flat and whatever of hnswlib, usearch, SVS and ScaNN is
+installed (`tests.peers`), each at the least effort that reaches the recall, with the time to build and the
+size in memory. Batches of 256 and single queries, in turns; of each batch the fastest round counts.
+
+--plot draws all of them at every effort that is worth it: recall@10 against queries a second, batches of 256.
 """
 
-import importlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 
-from namr.nightly import tuning
 from namr.search.answers import SearchOptions
+from tests import frontier_plot, peers
 from tests.benchmarks.search import (
     BATCH,
-    DEPTH,
     MIN_RECALL,
     NUM_QUERIES,
     ROWS_PER_SHARD,
@@ -36,44 +37,119 @@ from tests.benchmarks.search import (
     parse,
     share_found,
 )
+from tests.peers import Effort, Peer, Search
 
 TARGET = 0.85
 NUM_SINGLE = 128
+LEAST_DRAWN = 0.8
+"""recall@10; less is of no use"""
+SLACK = 0.8
+"""of the speed of a better answer, below which an effort isn't timed in turns"""
 
-Search = Callable[[np.ndarray], np.ndarray]
-"""Queries (Q, D) -> ids (Q, k)."""
 
+class Reached(NamedTuple):
+    """What a peer did at one effort."""
 
-class Peer(NamedTuple):
-    """Something that answers."""
-
-    name: str
-    search: Search
-    told: str
+    peer: Peer
+    effort: Effort
+    recall: float
+    queries_per_s: float
 
 
 def main() -> None:
-    options = parse(__doc__ or "", vectors=1_000_000, dim=128, lists=2048, threads=1)
+    options = parse(__doc__ or "", vectors=1_000_000, dim=128, lists=2048, threads=1, plots=True)
     with tempfile.TemporaryDirectory(prefix="namr-frontier-") as folder:
         key = f"IVF{options.lists},PQ{options.dim // 2}x4fs"
         gallery = make(Path(folder), options, key=key)
         x = np.concatenate([block.astype(np.float16).astype(np.float32) for block in drawn(options)])
         queries = gallery.queries.x
         truth = faiss.knn(queries[:BATCH], x, K)[1]
-        peers = [own(gallery), faiss_refined(gallery, x), *others(x, queries, truth, options)]
-        ours, theirs = (peer.search(queries) for peer in peers[:2])
+        best = gallery.best.nprobe, gallery.best.depth
+        pair = [own(gallery), faiss_refined(gallery, x)]
+        ours, theirs = (peer.at(best)(queries) for peer in pair)
         assert (ours == theirs).mean() > 0.999, "other ids than FAISS's own"  # ties may be swapped
-        for batch, rows in ((BATCH, NUM_QUERIES), (1, NUM_SINGLE)):
-            sides = [lambda some, peer=peer: peer.search(queries[some]) for peer in peers]
-            seconds = fastest(sides, num_rounds=options.rounds, of=batches(rows, batch))
-            for peer, of_peer in zip(peers, seconds, strict=True):
-                recall = share_found(peer.search(queries[:BATCH]), truth)
-                print(
-                    f"batch {batch}: {peer.name} {rows / of_peer:.0f} queries/s, recall@10 {recall:.3f}, "
-                    f"{peer.told}",
-                    flush=True,
-                )
-            print(f"frontier ratio, batch {batch}: {seconds[1] / seconds[0]:.2f} target {TARGET}", flush=True)
+        others = list(peers.installed(x, num_lists=options.lists, num_threads=options.threads))
+        tried = [reached for peer in (*pair, *others) for reached in once(peer, queries, truth)]
+        chosen = [Reached(peer, best, share_found(peer.at(best)(queries[:BATCH]), truth), 0) for peer in pair]
+        for peer in others:
+            enough = [each for each in tried if each.peer is peer and each.recall >= MIN_RECALL]
+            if enough:  # of one number the least, of two the pair that seemed the fastest
+                is_one = len(peer.names) == 1
+                chosen.append(enough[0] if is_one else max(enough, key=lambda each: each.queries_per_s))
+            else:
+                print(f"{peer.name} is left out: it doesn't reach recall@10 of {MIN_RECALL}", flush=True)
+        compare(chosen, queries, options.rounds)
+        if options.plot:
+            curves = in_turns(worth_it(tried), queries, options.rounds)
+            frontier_plot.draw(
+                options.plot,
+                {peer.name: front(curves, peer) for peer in (*pair, *others)},
+                title=f"{options.vectors:,} vectors of {options.dim}, batches of {BATCH}, "
+                f"{options.threads} thread{'s' * (options.threads > 1)}",
+            )
+
+
+def compare(chosen: Sequence[Reached], queries: np.ndarray, num_rounds: int) -> None:
+    """Prints what each does in batches and one by one; the first two are namr and FAISS's own."""
+    for batch, rows in ((BATCH, NUM_QUERIES), (1, NUM_SINGLE)):
+        sides = [searching(each, queries) for each in chosen]
+        seconds = fastest(sides, num_rounds=num_rounds, of=batches(rows, batch))
+        for each, of_peer in zip(chosen, seconds, strict=True):
+            print(
+                f"batch {batch}: {each.peer.name} {rows / of_peer:.0f} queries/s, recall@10 "
+                f"{each.recall:.3f}, {each.peer.told(each.effort)}",
+                flush=True,
+            )
+        print(f"frontier ratio, batch {batch}: {seconds[1] / seconds[0]:.2f} target {TARGET}", flush=True)
+
+
+def once(peer: Peer, queries: np.ndarray, truth: np.ndarray) -> Iterator[Reached]:
+    """Recall at each effort, and a first idea of the speed; ends where nothing more is to be had."""
+    for effort in peer.efforts:
+        search = peer.at(effort)
+        recall = share_found(search(queries[:BATCH]), truth)
+        began = time.perf_counter()
+        search(queries[:BATCH])
+        yield Reached(peer, effort, recall, BATCH / (time.perf_counter() - began))
+        if recall > 0.9995 and len(effort) == 1:
+            return
+
+
+def worth_it(tried: Sequence[Reached]) -> list[Reached]:
+    """Those of some recall that no other effort of the same peer clearly beats."""
+    return [
+        each
+        for each in tried
+        if each.recall >= LEAST_DRAWN
+        and not any(
+            other.peer is each.peer
+            and other.recall >= each.recall
+            and SLACK * other.queries_per_s > each.queries_per_s
+            for other in tried
+        )
+    ]
+
+
+def in_turns(tried: Sequence[Reached], queries: np.ndarray, num_rounds: int) -> list[Reached]:
+    seconds = fastest([searching(each, queries) for each in tried], num_rounds=num_rounds)
+    return [
+        each._replace(queries_per_s=NUM_QUERIES / of_all) for each, of_all in zip(tried, seconds, strict=True)
+    ]
+
+
+def front(curves: Sequence[Reached], peer: Peer) -> list[tuple[float, float]]:
+    """(recall, queries/s) of the efforts of a peer than which none is faster and as good, by recall."""
+    best: list[tuple[float, float]] = []
+    points = [(each.recall, each.queries_per_s) for each in curves if each.peer is peer]
+    for recall, queries_per_s in sorted(points, reverse=True):
+        if not best or queries_per_s > best[-1][1]:
+            best.append((recall, queries_per_s))
+    return best[::-1]
+
+
+def searching(reached: Reached, queries: np.ndarray) -> Any:
+    search: Search = reached.peer.at(reached.effort)
+    return lambda rows: search(queries[rows])
 
 
 def drawn(options: Any) -> Iterator[np.ndarray]:
@@ -83,13 +159,18 @@ def drawn(options: Any) -> Iterator[np.ndarray]:
 
 
 def own(gallery: Gallery) -> Peer:
-    how = SearchOptions(k=K, side="none", nprobe=gallery.best.nprobe, depth=gallery.best.depth)
+    def at(effort: Effort) -> Search:
+        how = SearchOptions(k=K, side="none", nprobe=effort[0], depth=effort[1])
 
-    def search(q: np.ndarray) -> np.ndarray:
-        ids = gallery.searcher.search_arrays(q, options=how).ids
-        return (ids >> 32) * ROWS_PER_SHARD + (ids & 0xFFFFFFFF)
+        def search(q: np.ndarray) -> np.ndarray:
+            ids = gallery.searcher.search_arrays(q, options=how).ids
+            return (ids >> 32) * ROWS_PER_SHARD + (ids & 0xFFFFFFFF)
 
-    return Peer("namr", search, f"nprobe {gallery.best.nprobe}, depth {gallery.best.depth}")
+        return search
+
+    index = gallery.searcher.index
+    size = gallery.index_path.stat().st_size + 2 * index.dim * index.num_vectors
+    return Peer("namr", at, ("nprobe", "depth"), peers.of_codes(index.num_lists), gallery.built_s, size)
 
 
 def faiss_refined(gallery: Gallery, x: np.ndarray) -> Peer:
@@ -106,90 +187,17 @@ def faiss_refined(gallery: Gallery, x: np.ndarray) -> Peer:
             ids = faiss.rev_swig_ptr(scan.invlists.get_ids(number), size)
             ids[:] = (ids >> 32) * ROWS_PER_SHARD + (ids & 0xFFFFFFFF)
     index = faiss.IndexRefine(scan, vectors)
-    how = faiss.IndexRefineSearchParameters(
-        k_factor=gallery.best.depth / K,
-        base_index_params=faiss.SearchParametersIVF(nprobe=gallery.best.nprobe),
-    )
-    search = lambda q: index.search(q, K, params=how)[1]  # noqa: E731
-    search.kept = plain, scan, vectors  # type: ignore[attr-defined]
-    return Peer("FAISS PQ fast-scan, refined", search, "the same nprobe and depth")
+    kept = plain, scan, vectors  # memory which FAISS only points to
 
+    def at(effort: Effort) -> Search:
+        how = faiss.IndexRefineSearchParameters(
+            k_factor=effort[1] / K, base_index_params=faiss.SearchParametersIVF(nprobe=effort[0])
+        )
+        return lambda q, _=kept: index.search(q, K, params=how)[1]
 
-def others(x: np.ndarray, queries: np.ndarray, truth: np.ndarray, options: Any) -> Iterator[Peer]:
-    """What else there is, each at the least effort that reaches the recall."""
-    began = time.perf_counter()
-    flat: Any = faiss.index_factory(options.dim, f"IVF{options.lists},Flat")
-    flat.train(x[: 64 * options.lists])
-    flat.add(x)
-    took_s = time.perf_counter() - began
-
-    def probing(nprobe: int) -> Search:
-        how = faiss.SearchParametersIVF(nprobe=nprobe)
-        return lambda q: flat.search(q, K, params=how)[1]
-
-    best = tuning.tuned(
-        lambda nprobe, _: share_found(probing(nprobe)(queries[:BATCH]), truth),
-        num_lists=options.lists,
-        target=MIN_RECALL,
-        depth=DEPTH,
-        max_depth=DEPTH,
-    )[-1]
-    yield Peer(
-        "FAISS IVF-Flat",
-        probing(best.nprobe),
-        f"nprobe {best.nprobe}, built in {took_s:.0f} s, {_mb(x.nbytes)}",
-    )
-    for name, build in (("hnswlib", with_hnswlib), ("usearch", with_usearch)):
-        try:
-            importlib.import_module(name if name == "hnswlib" else "usearch.index")
-        except ImportError:
-            print(f"{name} is not installed: left out", flush=True)
-            continue
-        began = time.perf_counter()
-        index, search_at, size = build(x, options.threads)
-        took_s = time.perf_counter() - began
-        for effort in (16, 32, 64, 128, 256, 512, 1024):
-            search = search_at(effort)
-            if share_found(search(queries[:BATCH]), truth) >= MIN_RECALL:
-                break
-        search.kept = index  # type: ignore[attr-defined]
-        yield Peer(name, search, f"effort {effort}, built in {took_s:.0f} s, {_mb(size)}")
-
-
-def with_hnswlib(x: np.ndarray, num_threads: int) -> tuple[Any, Callable[[int], Search], int]:
-    hnswlib = importlib.import_module("hnswlib")
-    index = hnswlib.Index("l2", x.shape[1])
-    index.init_index(len(x), M=16, ef_construction=200, random_seed=0)
-    index.set_num_threads(num_threads)
-    index.add_items(x)
-
-    def at(effort: int) -> Search:
-        def search(q: np.ndarray) -> np.ndarray:
-            index.set_ef(effort)
-            return np.asarray(index.knn_query(q, K)[0]).astype(np.int64)
-
-        return search
-
-    return index, at, index.index_file_size()
-
-
-def with_usearch(x: np.ndarray, num_threads: int) -> tuple[Any, Callable[[int], Search], int]:
-    usearch = importlib.import_module("usearch.index")
-    index = usearch.Index(ndim=x.shape[1], metric="l2sq", dtype="f16")
-    index.add(np.arange(len(x)), x, threads=num_threads)
-
-    def at(effort: int) -> Search:
-        def search(q: np.ndarray) -> np.ndarray:
-            index.expansion_search = effort
-            return np.atleast_2d(index.search(q, K, threads=num_threads).keys).astype(np.int64)
-
-        return search
-
-    return index, at, index.memory_usage
-
-
-def _mb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.0f} MB"
+    size = gallery.index_path.stat().st_size + 2 * x.size
+    name, names = "FAISS fast-scan, refined", ("nprobe", "depth")
+    return Peer(name, at, names, peers.of_codes(plain.nlist), gallery.built_s, size)
 
 
 if __name__ == "__main__":

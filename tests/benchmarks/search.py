@@ -54,6 +54,8 @@ class Gallery(NamedTuple):
     queries: Vectors
     best: Point
     """the fewest lists and candidates that reach the recall"""
+    built_s: float
+    """training and adding"""
 
     @property
     def nprobe(self) -> int:
@@ -95,6 +97,7 @@ def parse(
     dim: int = 256,
     lists: int = 1024,
     threads: int = os.cpu_count() or 1,
+    plots: bool = False,
 ) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,6 +107,8 @@ def parse(
     parser.add_argument("--lists", type=int, default=lists)
     parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--rounds", type=int, default=5)
+    if plots:
+        parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     return parser.parse_args()
 
 
@@ -156,18 +161,25 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
     sample = np.concatenate(
         [draw(size, options.dim, seed=n + 1).x for n, size in enumerate(sizes[: -(-num_shards // 10)])]
     )
+    training = time.perf_counter()
     template = ivf.train_template(sample, key, seed=0, num_threads=options.threads)
+    built_s = time.perf_counter() - training
     queries = draw(NUM_QUERIES, options.dim, seed=10**6)
     exact = faiss.ResultHeap(BATCH, K)
 
     def blocks() -> Iterator[tuple[ivf.Floats, ivf.Ids]]:
+        nonlocal built_s
         for number, size in enumerate(sizes):
+            drawing = time.perf_counter()
             drawn, ids = draw(size, options.dim, seed=number + 1), (number << 32) + np.arange(size)
             x = drawn.x.astype(np.float16).astype(np.float32)
             exact.add_result(*numbered(faiss.knn(queries.x[:BATCH], x, K), ids))
+            built_s -= time.perf_counter() - drawing
             yield x, ids
 
+    adding = time.perf_counter()
     info = ivf.build_part(template, blocks(), path, num_threads=options.threads)
+    built_s += time.perf_counter() - adding
     exact.finalize()
     shards = np.array(list(enumerate(sizes)), np.int64)
     vectors = small_release.store_vectors(
@@ -201,7 +213,7 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
         f"{faiss.__version__}; made in {time.perf_counter() - began:.0f} s",
         flush=True,
     )
-    return Gallery(searcher, path, queries, best)
+    return Gallery(searcher, path, queries, best, built_s)
 
 
 def numbered(knn: tuple[np.ndarray, np.ndarray], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

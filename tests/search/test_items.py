@@ -65,6 +65,20 @@ def test_items_are_drawn_by_seed() -> None:
     assert {item.id for item in of.draw(500, seed=0)} == set(range(100))
 
 
+@pytest.mark.parametrize("cut", [0, 37, 70])
+def test_rows_are_taken_in_blocks_over_all_files(cut: int) -> None:
+    of = in_files(table(np.arange(100)), cut=cut)
+
+    def spread(of: Items, num_blocks: int, num_rows: int) -> list[int]:
+        return [int(item_id) for file, rows in of.spread(num_blocks, num_rows) for item_id in file.ids[rows]]
+
+    assert spread(of, 4, 2) == [0, 1, 25, 26, 50, 51, 75, 76]
+    assert spread(of, 3, 33) == [n for n in range(100) if n % 34 < 33]
+    assert spread(of, 10, 10) == spread(of, 1, 500) == list(range(100))
+    assert spread(of.without(np.array([25, 51])), 4, 2) == [0, 1, 26, 50, 75, 76]
+    assert spread(of.without(np.arange(100)), 4, 2) == spread(in_files(table(IDS[:0])), 4, 2) == []
+
+
 def test_hidden_items_are_as_unknown_as_any() -> None:
     whole = in_files(table(IDS))
     left = whole.without(np.array([5, 77, (1 << 32) + 2, 5]))

@@ -21,6 +21,7 @@ from PIL import Image
 from namr.data import datasets
 from namr.data.shards import make_id
 from namr.errors import Busy, TimedOut
+from namr.search import fields
 from namr.search.answers import Answer, SearchOptions
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
@@ -108,6 +109,18 @@ def test_a_filter_is_taken_as_json_and_as_text_of_a_form(http: httpx.Client) -> 
         assert sorted(hit["fields"]["row"] for hit in answer["hits"]) == [10, 11, 12]
     none = http.post("/search/key", json={"key": "digit/17", "filter": {"row": -1}})
     assert (none.status_code, none.json()["hits"]) == (200, [])
+
+
+def test_what_a_filter_can_name_is_told(http: httpx.Client, searcher: Searcher) -> None:
+    body = http.get("/fields").json()
+    assert body["num_items"] == len(searcher.items) == 80
+    label, row = body["fields"]
+    assert (label["name"], label["kind"], label["num_without"]) == ("label", "text", 8)
+    assert sum(each["num_items"] for each in label["values"]) == 72
+    assert (row["name"], row["kind"], row["min"], row["max"]) == ("row", "number", 0, 79)
+    with Client(str(http.base_url)) as client:
+        assert client.fields() == fields.described(searcher.items)
+    assert label["values"][0]["value"] in {item.label for item in searcher.items}
 
 
 @pytest.mark.parametrize(
@@ -288,7 +301,7 @@ def test_the_interface_is_described(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
     assert set(schema["paths"]) == {
         "/search/image", "/search/vector", "/search/key", "/items", "/items/{item_id}",
-        "/items/{item_id}/image", "/health", "/ready", "/release", "/metrics",
+        "/items/{item_id}/image", "/fields", "/health", "/ready", "/release", "/metrics",
     }  # fmt: skip
     for methods in schema["paths"].values():
         for described in methods.values():

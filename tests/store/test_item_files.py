@@ -127,6 +127,14 @@ def test_labels_are_masked_like_any_field() -> None:
     assert file.mask(None, AnyOf(("label 1", None))).tolist() == [False, True, True]
 
 
+def test_values_of_some_rows() -> None:
+    file = file_of({"a": 1}, {}, {"a": 0.5}, {"a": 2})
+    rows = np.array([3, 1, 2])
+    assert file.values("a", rows) == [2.0, None, 0.5]
+    assert file.values(None, rows) == ["label 0", "label 1", None]
+    assert file.values("nosuch", rows) == [None] * 3
+
+
 def test_what_is_no_file_of_items_is_refused(tmp_path: Path) -> None:
     data = item_files.encode([table({})])
     for damaged in (b"", b"no arrow", data[:-20]):

@@ -1,6 +1,8 @@
-// The search page. Keys, labels and fields are users' data: they reach the page through textContent only.
+// The search page: a query, its plain and its adaptive answer, and the gallery to begin with.
 
-const at = (id) => document.getElementById(id);
+import { complain, filterText, listenToFilter, noteOnFilter, offerFields, readFilter } from "./filter.js";
+import { ServiceError, ask, at, element } from "./page.js";
+
 const THUMBNAIL_PX = 320;
 const NUM_GALLERY = 20;
 
@@ -8,35 +10,6 @@ let release = null;
 let query = null; // {key, id, label} of an item, or {file} of an upload
 let running = null; // the AbortController of the search under way
 let gallerySeed = Math.floor(Math.random() * 1e9);
-
-class ServiceError extends Error {}
-
-async function ask(path, options = {}) {
-  let reply;
-  try {
-    reply = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServiceError("The service doesn't answer. Is it still running?");
-  }
-  let body = null;
-  try {
-    body = await reply.json();
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-  }
-  if (!reply.ok || body === null) {
-    throw new ServiceError(body?.error?.message ?? `The service answered with status ${reply.status}.`);
-  }
-  return body;
-}
-
-function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 const imageOf = (id) => `/items/${id}/image?size_px=${THUMBNAIL_PX}&release=${encodeURIComponent(release.release_id)}`;
 
@@ -137,12 +110,13 @@ function oneSearch(side, signal) {
     const form = new FormData();
     form.append("image", query.file);
     for (const [name, value] of Object.entries(options(side))) form.append(name, value);
+    if (filterText()) form.append("filter", filterText());
     return ask("/search/image", { method: "POST", body: form, signal });
   }
   return ask("/search/key", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ key: query.key, ...options(side) }),
+    body: JSON.stringify({ key: query.key, ...options(side), filter: JSON.parse(filterText()) }),
     signal,
   });
 }
@@ -164,13 +138,23 @@ async function search() {
     showAnswer("plain", plain);
     showAnswer("adaptive", adaptive, new Map(plain.hits.map((hit, index) => [hit.id, index + 1])));
     at("results").hidden = false;
+    noteOnFilter(passed(plain));
   } catch (error) {
     if (error.name === "AbortError") return;
-    showProblem(error);
+    if (error.message.startsWith("filter")) complain(error.message);
+    else showProblem(error);
+    noteOnFilter("");
     at("results").hidden = true;
   } finally {
     if (!signal.aborted) at("results").classList.remove("waiting");
   }
+}
+
+// How many images pass the filter, where the answer shows it: it has all of them.
+function passed({ hits, certainty }) {
+  if (!filterText() || certainty !== "proved" || hits.length >= at("k").valueAsNumber) return "";
+  const images = `${query.key === undefined ? "" : "other "}image${hits.length === 1 ? "" : "s"}`;
+  return hits.length ? `${hits.length} ${images} pass this filter.` : `No ${images} pass this filter.`;
 }
 
 function showProblem(error) {
@@ -194,7 +178,7 @@ function searchByFile(file) {
     return;
   }
   query = { file };
-  history.pushState(null, "", location.pathname);
+  remember();
   showQuery(URL.createObjectURL(file), file.name || "Pasted image", "Your image, searched by its embedding");
   at("preview").onerror = () => {
     at("preview").hidden = true;
@@ -203,27 +187,44 @@ function searchByFile(file) {
   search();
 }
 
-function searchByItem(item, { remember = true } = {}) {
-  query = { key: item.key, label: item.label };
-  if (remember) history.pushState(null, "", `#id=${item.id}`);
+function searchByItem(item, { isNew = true } = {}) {
+  query = { key: item.key, id: item.id, label: item.label };
+  if (isNew) remember();
   const label = item.label === null ? "no label" : `label ${item.label}`;
   showQuery(imageOf(item.id), item.key, `From the gallery, ${label}; left out of its own neighbours`);
   window.scrollTo({ top: 0 });
   search();
 }
 
+// Query and filter go into the address, so that they are shared by link and found again by going back.
+function remember() {
+  const parts = [
+    ["id", query?.id],
+    ["filter", filterText()],
+  ].filter(([, value]) => value !== undefined && value !== null);
+  const hash = parts.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
+  history.pushState(null, "", location.pathname + (hash && `#${hash}`));
+}
+
 async function searchByAddress() {
-  const id = /^#id=(\d+)$/.exec(location.hash)?.[1];
-  if (id === undefined) return;
+  const address = new URLSearchParams(location.hash.slice(1));
+  const isOther = readFilter(address.get("filter"));
+  const id = address.get("id");
+  if (!/^\d+$/.test(id ?? "")) {
+    if (isOther) search();
+    return;
+  }
   try {
-    searchByItem(await ask(`/items/${id}`), { remember: false });
+    searchByItem(await ask(`/items/${id}`), { isNew: false });
   } catch (error) {
     showProblem(error);
   }
 }
 
 async function showRelease() {
-  release = await ask("/release");
+  const [served, described] = await Promise.all([ask("/release"), ask("/fields")]);
+  release = served;
+  offerFields(described.fields, described.num_items === release.num_items);
   const facts = [
     ["release", release.release_id],
     ["model", `${release.model_name} ${release.model_version}`],
@@ -277,6 +278,10 @@ function listen() {
   at("others").addEventListener("click", async () => {
     gallerySeed += 1;
     await showGallery().catch(showProblem);
+  });
+  listenToFilter(() => {
+    remember();
+    search();
   });
   window.addEventListener("popstate", searchByAddress);
 }
