@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from namr.data.shards import among
 from namr.release.calibrated import Calibration, Weight
 from namr.search import certainty, first_stage, queries, rerank
 from namr.search.certainty import Flags, Level
@@ -109,16 +110,20 @@ def calibrate(searcher: Searcher, keys: Sequence[str], *, depth: int, nprobe: in
     return Calibrated(kept, report)
 
 
-def ratios(true: Ranked, candidate_ids: Ids, last_squared: Doubles) -> Doubles:
-    """(Q,) squared distance of the nearest true neighbour that is no candidate, over `last_squared` (Q,).
+def left_out(true_ids: Ids, candidate_ids: Ids) -> Flags:
+    """(Q, T) True for true neighbours that are no candidates (Q, M) of their query; -1 is none."""
+    ordered = np.sort(candidate_ids, axis=1)
+    is_known = np.stack([among(*row) for row in zip(true_ids, ordered, strict=True)])
+    return (true_ids >= 0) & ~is_known
 
-    true (Q, T) ascending. inf where all are candidates, or where no candidate is at a distance.
+
+def ratios(true_squared: Doubles, is_left_out: Flags, last_squared: Doubles) -> Doubles:
+    """(Q,) squared distance of the nearest true neighbour that was left out, over `last_squared` (Q,).
+
+    true_squared, is_left_out (Q, T), ascending. inf where nothing was left out, or where no candidate is at
+    a distance.
     """
-    nearest = np.full(len(true.ids), np.inf)
-    for row, (ids, known) in enumerate(zip(true.ids, candidate_ids, strict=True)):
-        is_left_out = (ids >= 0) & ~np.isin(ids, known)
-        if is_left_out.any():
-            nearest[row] = true.squared[row, is_left_out.argmax()]
+    nearest = np.where(is_left_out, true_squared, np.inf).min(axis=1)
     has_last = last_squared > 0
     return np.where(has_last, nearest / np.where(has_last, last_squared, 1), np.inf)
 
@@ -215,10 +220,10 @@ class _Measured:
                 first, level.depth, q, self.searcher.vectors, is_compressed=index.is_compressed
             )
             for side in SIDES if index.is_compressed else SIDES[1:]:
+                true = self.truth[side]
+                lacks = left_out(true.ids, first.ids)
                 for k in _KS:
-                    ids, squared, plain = self.truth[side]
-                    true = Ranked(ids[:, :k], squared[:, :k], plain[:, :k])
-                    table[side, k, level] = ratios(true, first.ids, last)
+                    table[side, k, level] = ratios(true.squared[:, :k], lacks[:, :k], last)
         return table
 
     def tried(self, plan: Plan, rows: Ids, weights: tuple[Weight, ...]) -> _Tried:

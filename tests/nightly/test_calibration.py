@@ -3,21 +3,22 @@
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from namr.nightly import calibration
+from namr.nightly.calibration import Calibrated
 from namr.release.calibrated import Calibration
 from namr.search.answers import Answer, SearchOptions
-from namr.search.rerank import Ranked
 from namr.search.searcher import Searcher
 from namr.sides import SIDES
 from namr.store.cache import Cache
 from tests import small_release
 from tests.small_release import Recipe, Vectors
 
-DIM, NUM, ROWS = 12, 3, 300
+DIM, NUM, ROWS, DEPTH = 12, 3, 200, 16
 
 
 def near_and_far(num: int, dim: int, *, seed: int) -> Vectors:
@@ -36,9 +37,21 @@ def released(root: Path, index_key: str) -> Searcher:
     return Searcher.of(release, cache=Cache(root / "cache", 1 << 30), query_model=None)
 
 
+class Measured(NamedTuple):
+    searcher: Searcher
+    found: Calibrated
+
+
 @pytest.fixture(scope="module")
-def searchers(tmp_path_factory: pytest.TempPathFactory) -> "functools._lru_cache_wrapper[Searcher]":
-    return functools.cache(lambda key: released(tmp_path_factory.mktemp("released"), key))
+def measured(tmp_path_factory: pytest.TempPathFactory) -> "functools._lru_cache_wrapper[Measured]":
+    """measured(index_key): a release, measured with half of its items as if they had been held out."""
+
+    @functools.cache
+    def of(key: str) -> Measured:
+        searcher = released(tmp_path_factory.mktemp("released"), key)
+        return Measured(searcher, calibration.calibrate(searcher, KEYS, depth=DEPTH, nprobe=2))
+
+    return of
 
 
 KEYS = [f"digit/{row}" for row in range(9, NUM * ROWS, 2)]
@@ -47,9 +60,11 @@ OTHERS = [f"digit/{row}" for row in range(10, NUM * ROWS, 2)]
 
 def test_a_ratio_is_of_the_nearest_neighbour_that_was_left_out() -> None:
     squared = np.array([[1.0, 2, 3], [1, 2, 4], [1, 2, np.inf], [0, 2, 3], [1, 2, 3]])
-    true = Ranked(np.array([[1, 2, 3], [4, 5, 6], [7, 8, -1], [9, 10, 11], [1, 2, 3]]), squared, squared)
-    candidates = np.array([[3, 1, 8], [6, 4, 5], [8, 7, 1], [1, 2, 3], [4, 5, 6]])
-    found = calibration.ratios(true, candidates, np.array([8.0, 8, 8, 8, 0]))
+    true_ids = np.array([[1, 2, 3], [4, 5, 6], [7, 8, -1], [9, 10, 11], [1, 2, 3]])
+    candidates = np.array([[3, 1, 8], [6, 4, 5], [8, 7, -1], [1, 2, 3], [4, 5, 6]])
+    lacks = calibration.left_out(true_ids, candidates)
+    assert lacks.tolist() == [[False, True, False], [False] * 3, [False] * 3, [True] * 3, [True] * 3]
+    found = calibration.ratios(squared, lacks, np.array([8.0, 8, 8, 8, 0]))
     assert found.tolist() == [2 / 8, np.inf, np.inf, 0.0, np.inf]
 
 
@@ -63,11 +78,9 @@ def test_a_weight_has_at_most_a_thousandth_of_ratios_below_it_and_is_at_most_one
 
 
 @pytest.mark.parametrize("key", ["Flat", "IVF8,PQ6x4fs"])
-def test_what_is_kept_is_the_lowest_ratio_of_all_by_loops(searchers, key: str) -> None:
+def test_what_is_kept_is_the_lowest_ratio_of_all_by_loops(measured, key: str) -> None:
     """So few queries that a weight is the smallest ratio there is."""
-    searcher = searchers(key)
-    kept = calibration.calibrate(searcher, KEYS, depth=8, nprobe=2).calibration
-    assert kept is not None
+    searcher, (kept, _) = measured(key)
     assert (kept.num_queries, kept.rate) == (len(KEYS), 1 / (len(KEYS) + 1))
     assert kept.adaptive_rate == 5 * kept.rate
     sides = {weight.side for weight in kept.weights}
@@ -76,13 +89,13 @@ def test_what_is_kept_is_the_lowest_ratio_of_all_by_loops(searchers, key: str) -
     ids = np.array([item.id for item in items if item])
     x, s = (each.double().numpy() for each in searcher.vectors.both(np.array([i.id for i in searcher.items])))
     at = {item.id: row for row, item in enumerate(searcher.items)}
-    weight = kept.weight(side="query", k=10, depth=16, nprobe=4 if searcher.index.num_lists else 0)
-    assert weight is not None and weight.depth == 16
+    weight = kept.weight(side="query", k=10, depth=DEPTH, nprobe=2 if searcher.index.num_lists else 0)
+    assert weight is not None and weight.depth == DEPTH
     asked = np.stack([x[at[each]] for each in ids]).astype(np.float32)
-    _, found = searcher.index.search(asked, 16 + 3, 4)
+    _, found = searcher.index.search(asked, DEPTH + 3, 2)
     lowest = 1.0
     for query, own in enumerate(ids.tolist()):
-        candidates = [each for each in found[query].tolist() if each not in (own, 7, 8, -1)][:16]
+        candidates = [each for each in found[query].tolist() if each not in (own, 7, 8, -1)][:DEPTH]
         plain = ((x - x[at[own]]) ** 2).sum(axis=1)
         adaptive = ((x - x[at[own]]) ** 2 * s[at[own]]).sum(axis=1)
         adaptive[at[own]] = np.inf
@@ -96,7 +109,7 @@ def test_what_is_kept_is_the_lowest_ratio_of_all_by_loops(searchers, key: str) -
 
 def asked_of(searcher: Searcher, kept: Calibration | None, side: str, k: int, depth: object) -> list[Answer]:
     """What a release with this calibration answers to the queries that it was not taken from."""
-    manifest = replace(searcher.manifest, depth=16, nprobe=2, calibration=kept)
+    manifest = replace(searcher.manifest, depth=DEPTH, nprobe=2, calibration=kept)
     release = replace(searcher.release, manifest=manifest)
     cache = Cache(Path(searcher.release.releases_uri).parent / "cache", 1 << 30)
     served = Searcher.of(release, cache=cache, query_model=None)
@@ -114,16 +127,14 @@ def is_right(answers: list[Answer], true: list[Answer]) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("key", "side", "k"),
-    [("Flat", "both", 5), ("Flat", "query", 30), ("IVF8,PQ6x4fs", "both", 10), ("IVF8,PQ6x4fs", "none", 5)],
+    [("Flat", "both", 12), ("Flat", "query", 30), ("IVF8,PQ6x4fs", "both", 10), ("IVF8,PQ6x4fs", "none", 5)],
 )
 def test_calibrated_answers_are_right_as_often_as_claimed_on_queries_not_seen(
-    searchers, key: str, side: str, k: int
+    measured, key: str, side: str, k: int
 ) -> None:
-    searcher = searchers(key)
-    kept = calibration.calibrate(searcher, KEYS, depth=16, nprobe=2).calibration
-    assert kept is not None
+    searcher, (kept, _) = measured(key)
     true = searcher.search(keys=OTHERS, options=SearchOptions(k=k, side=side, exact=True))
-    for depth in (None, 32, "adaptive"):
+    for depth in (None, 2 * DEPTH, "adaptive"):
         answers = asked_of(searcher, kept, side, k, depth)
         is_calibrated = np.array([answer.certainty == "calibrated" for answer in answers])
         right = is_right(answers, true)
@@ -133,7 +144,7 @@ def test_calibrated_answers_are_right_as_often_as_claimed_on_queries_not_seen(
         assert {answer.certainty for answer in nothing_known} <= {"proved", "unproved"}
         for one, other in zip(answers, nothing_known, strict=True):
             assert other.certainty != "proved" or one.certainty == "proved" or one.depth < other.depth
-    assert is_calibrated.mean() > 0.5
+    assert is_calibrated.mean() > 0.15
     careless = replace(kept, weights=tuple(replace(each, weight=1.0) for each in kept.weights))
     answers = asked_of(searcher, careless, side, k, "adaptive")
     is_calibrated = np.array([answer.certainty == "calibrated" for answer in answers])
@@ -141,14 +152,14 @@ def test_calibrated_answers_are_right_as_often_as_claimed_on_queries_not_seen(
 
 
 @pytest.mark.parametrize("key", ["Flat", "IVF8,PQ6x4fs"])
-def test_a_report_tells_what_was_said_and_how_deep_it_took(searchers, key: str) -> None:
-    report = calibration.calibrate(searchers(key), KEYS, depth=16, nprobe=2).report
+def test_a_report_tells_what_was_said_and_how_deep_it_took(measured, key: str) -> None:
+    _, (_, report) = measured(key)
     assert [(each.side, each.is_adaptive) for each in report.shares] == [
         (side, is_adaptive) for side in SIDES for is_adaptive in (False, True)
     ]
     for fixed, adaptive in zip(report.shares[::2], report.shares[1::2], strict=True):
-        assert fixed.mean_depth == (10 if fixed.side == "none" and key == "Flat" else 16)
-        assert fixed.mean_depth <= adaptive.mean_depth <= 16 * 16
+        assert fixed.mean_depth == (10 if fixed.side == "none" and key == "Flat" else DEPTH)
+        assert fixed.mean_depth <= adaptive.mean_depth <= 16 * DEPTH
         assert adaptive.unproved <= fixed.unproved
         for each in (fixed, adaptive):
             assert each.proved + each.calibrated + each.unproved == pytest.approx(1)
@@ -156,10 +167,11 @@ def test_a_report_tells_what_was_said_and_how_deep_it_took(searchers, key: str) 
             assert each.right is None or each.right > 0.97
 
 
-def test_few_queries_calibrate_nothing(searchers) -> None:
+def test_few_queries_calibrate_nothing(measured) -> None:
+    searcher, _ = measured("Flat")
     for num in (1, 2, 199):
-        found = calibration.calibrate(searchers("Flat"), KEYS[:num], depth=16, nprobe=1)
+        found = calibration.calibrate(searcher, KEYS[:num], depth=DEPTH, nprobe=1)
         assert found.calibration is None
         assert (found.report.num_queries, found.report.rate) == (num, None)
         assert {each.calibrated for each in found.report.shares} == {0.0}
-    assert calibration.calibrate(searchers("Flat"), KEYS[:200], depth=16, nprobe=1).calibration is not None
+    assert calibration.calibrate(searcher, KEYS[:200], depth=DEPTH, nprobe=1).calibration is not None
