@@ -15,7 +15,7 @@ from namr.search.stages import Neighbours
 from namr.sides import SIDES, Side
 from namr.store.cache import Cache
 from tests import small_release
-from tests.small_release import Recipe
+from tests.small_release import Recipe, Vectors
 
 DIM, ROWS, DEPTH = 16, 120, 10
 KEYS = ["Flat", "IVF8,Flat", "IVF8,PQ8x4fs"]
@@ -23,12 +23,12 @@ QUERIES = small_release.random_vectors(25, DIM, seed=99)
 
 
 def open_release(
-    root: Path, key: str, calibration: Calibration | None = None, *, nprobe: int = 1
+    root: Path, key: str, calibration: Calibration | None = None, *, nprobe: int = 1, depth: int = DEPTH
 ) -> Searcher:
-    """A release of 354 items, six of its entries dead; searched with a depth of 10."""
+    """A release of 354 items, six of its entries dead."""
     recipe = Recipe(rows_per_shard=ROWS, dim=DIM, index_key=key, dead=[0, 1, 2, 3, 4, 5])
     release = small_release.publish(root, recipe)
-    manifest = replace(release.manifest, depth=DEPTH, nprobe=nprobe, calibration=calibration)
+    manifest = replace(release.manifest, depth=depth, nprobe=nprobe, calibration=calibration)
     cache = Cache(root / "cache", 1 << 30)
     return Searcher.of(replace(release, manifest=manifest), cache=cache, query_model=None, num_threads=1)
 
@@ -72,6 +72,29 @@ def test_what_an_adaptive_search_proves_is_exact_and_nothing_is_worse_than_the_f
     if key == "IVF8,PQ8x4fs":
         assert not adaptive.proved.any()
         assert (adaptive.distances < fixed.distances * (1 - 1e-6)).any()
+
+
+def spread_out(num: int, dim: int, *, seed: int) -> Vectors:
+    rng = np.random.default_rng(seed)
+    x, s = rng.standard_normal((num, dim)), rng.uniform(0.5, 1.5, (num, dim))
+    return Vectors(x.astype(np.float32), s.astype(np.float32))
+
+
+def test_a_neighbour_that_more_lists_crowd_out_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes of half a bit an axis order badly: some of the first candidates are none of twice as many."""
+    monkeypatch.setattr(small_release, "random_vectors", spread_out)
+    searcher = open_release(tmp_path, "IVF16,PQ2x4fs", depth=2)
+    queries = spread_out(400, DIM, seed=3)
+    fixed, adaptive = (
+        searcher.search_arrays(*queries, options=SearchOptions(k=2, side="none", depth=depth))
+        for depth in (None, "adaptive")
+    )
+    assert (adaptive.distances <= fixed.distances * (1 + 1e-6)).all()
+    monkeypatch.setattr(stages.rerank, "merged", lambda one, *_, **__: one)
+    forgetful = searcher.search_arrays(*queries, options=SearchOptions(k=2, side="none", depth="adaptive"))
+    assert (forgetful.distances > fixed.distances * (1 + 1e-6)).any()
 
 
 @pytest.mark.parametrize("key", KEYS)
