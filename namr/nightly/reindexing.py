@@ -22,7 +22,7 @@ from namr.embed.extraction import ExtractionConfig, ExtractReport
 from namr.measure import report
 from namr.model import model
 from namr.model.model import NamrModel
-from namr.nightly import assessment, gate, release_report, structure_section
+from namr.nightly import assessment, calibration, gate, release_report, structure_section
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
@@ -190,6 +190,7 @@ def _measured(
     """The manifest with what was measured, its reports stored."""
     keys = assessment.held_out_keys(searcher, config.build.num_held_out, seed=config.build.seed)
     assessed = assessment.assess(searcher, keys, config.assessment)
+    sure = calibration.calibrate(searcher, keys, depth=assessed.depth, nprobe=assessed.nprobe)
     measured = ReleaseReport(
         counts=built.counts,
         index_key=built.index_key,
@@ -198,9 +199,14 @@ def _measured(
         build_s=built.seconds,
         assessment=assessed,
         considered=built.considered,
+        certainty=sure.report,
     )
     manifest = replace(
-        draft, nprobe=assessed.nprobe, depth=assessed.depth, recall_at_10=assessed.recall_at_10
+        draft,
+        nprobe=assessed.nprobe,
+        depth=assessed.depth,
+        recall_at_10=assessed.recall_at_10,
+        calibration=sure.calibration,
     )
     grid = release_report.retrieval_grid(searcher, keys, nprobe=assessed.nprobe)
     section = structure_section.section(searcher, keys, nprobe=assessed.nprobe)

@@ -9,6 +9,7 @@ from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
 from namr.nightly.assessment import Assessment
+from namr.nightly.calibration import CertaintyReport
 from namr.release.releases import Counts, Release, ReleaseManifest
 from namr.search.answers import Answer, Item, SearchOptions
 from namr.search.searcher import Searcher
@@ -37,6 +38,8 @@ class ReleaseReport:
     assessment: Assessment
     considered: tuple[Considered, ...] = ()
     """what else could have been built, and why it was not; empty where an earlier namr built it"""
+    certainty: CertaintyReport | None = None
+    """None where an earlier namr made the release"""
 
 
 def read(release: Release) -> ReleaseReport:
@@ -86,7 +89,6 @@ def page(
             _SIDE_NAMES[side.side],
             "" if side.recall_at_1 is None else f"{100 * side.recall_at_1:.1f}",
             f"{100 * side.recall_at_10:.1f}",
-            f"{100 * side.proved:.1f}",
         ]
         for side in assessed.sides
     ]
@@ -112,9 +114,10 @@ def page(
         tables=[
             Table(
                 title=f"Held-out queries: {assessed.num_queries}, re-ranked: the first {assessed.depth}",
-                columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)", "proved (%)"],
+                columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)"],
                 rows=rows,
             ),
+            *([_certainty_table(measured.certainty, assessed.depth)] if measured.certainty else []),
             *_choice(measured),
         ],
         plots=plots,
@@ -136,6 +139,38 @@ def _choice(measured: ReleaseReport) -> list[Table]:
         return []
     title = f"Which index, and why: what a query would read of each ({assessed.probed})"
     return [Table(title=title, columns=["index", "size (MB)", "read by a query (MB)", "why"], rows=rows)]
+
+
+def _certainty_table(measured: CertaintyReport, depth: int) -> Table:
+    """How sure the ten nearest are, side by side, with the release's depth and with an adaptive one."""
+    tried = "too few to calibrate"
+    if measured.rate is not None and measured.adaptive_rate is not None:
+        rates = f"{100 * measured.rate:.2g} % (adaptive: {100 * measured.adaptive_rate:.2g} %)"
+        tried = f"claimed: at most {rates} calibrated and wrong"
+    return Table(
+        title=f"How sure the ten nearest are: {measured.num_queries} held-out queries, {tried}",
+        columns=[
+            "ordered by",
+            "depth",
+            "mean depth",
+            "proved (%)",
+            "calibrated (%)",
+            "unproved (%)",
+            "calibrated and exact (%)",
+        ],
+        rows=[
+            [
+                _SIDE_NAMES[each.side],
+                "adaptive" if each.is_adaptive else str(depth),
+                f"{each.mean_depth:.0f}",
+                f"{100 * each.proved:.1f}",
+                f"{100 * each.calibrated:.1f}",
+                f"{100 * each.unproved:.1f}",
+                "" if each.right is None else f"{100 * each.right:.2f}",
+            ]
+            for each in measured.shares
+        ],
+    )
 
 
 def retrieval_grid(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = None) -> Grid:

@@ -28,6 +28,7 @@ from namr.errors import ConfigError, ManifestError, NamrError, ObjectMissing, St
 from namr.index import ivf
 from namr.model.distances import Metric, Side
 from namr.release import arrays, places, takedowns
+from namr.release.calibrated import Calibration
 from namr.release.places import Places
 from namr.store import item_files, manifests, read_ahead, scratch, storage
 from namr.store.cache import Cache
@@ -137,6 +138,8 @@ class ReleaseManifest:
     depth: int
     recall_at_10: float
     """of the index at `nprobe` against exact search, on held-out queries"""
+    calibration: Calibration | None = None
+    """None where too few queries were held out to say anything, or an earlier namr made it"""
     config_digest: str = ""
     """SHA-256 of the configs that decided it, see `reindexing`; empty where an earlier namr made it"""
     previous: str | None = None

@@ -11,8 +11,11 @@ from namr import checks
 from namr.errors import ConfigError
 from namr.sides import SIDES, Metric, Side
 
-Certainty = Literal["proved", "unproved"]
-"""proved: no other item of the release can belong to the answer."""
+Certainty = Literal["proved", "calibrated", "unproved"]
+"""proved: no other item of the release can belong to the answer.
+calibrated: that is what held-out queries say, with the error that the release's report tells.
+"""
+Depth = int | Literal["adaptive"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +34,13 @@ class SearchOptions:
             "release recommends."
         },
     )
-    depth: int | None = field(
+    depth: Depth | None = field(
         default=None,
         metadata={
             "description": "How many candidates are compared by their stored vectors: to re-rank them, and "
-            'for side "none" where the index is compressed; at least k. Default: the release\'s.'
+            'for side "none" where the index is compressed; at least k. "adaptive": the release\'s, and '
+            "twice as many again (and twice the lists, unless nprobe is given), up to 16 times, for each "
+            "query whose answer is not yet proved or calibrated. Default: the release's."
         },
     )
     nprobe: int | None = field(
@@ -59,7 +64,11 @@ class SearchOptions:
     )
 
     def __post_init__(self) -> None:
-        checks.in_range(self, "k", "depth", "nprobe", at_least=1)
+        checks.in_range(self, "k", "nprobe", at_least=1)
+        if isinstance(self.depth, bool | str) and self.depth != "adaptive":
+            raise ConfigError(f'depth is {self.depth!r}; expected 1 or more, or "adaptive"')
+        if self.depth != "adaptive":
+            checks.in_range(self, "depth", at_least=1)
         if self.side is not None and self.side not in SIDES:
             raise ConfigError(f"side is {self.side!r}; expected one of {', '.join(SIDES)}")
 
@@ -124,11 +133,19 @@ class Hit:
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds that the whole batch of queries took, stage by stage."""
+    """Milliseconds that the whole batch of queries took, stage by stage, over all depths."""
 
     embed_ms: float
     first_stage_ms: float
     rerank_ms: float
+
+    def plus(self, other: "Timings") -> "Timings":
+        """Both, one after the other."""
+        return Timings(
+            self.embed_ms + other.embed_ms,
+            self.first_stage_ms + other.first_stage_ms,
+            self.rerank_ms + other.rerank_ms,
+        )
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,8 @@ class Answer:
 
     hits: tuple[Hit, ...]
     certainty: Certainty
+    depth: int
+    """candidates that the hits are the nearest of; all items with `exact`, or where a filter allows few"""
     side: Side
     release_id: str
     model_name: str
@@ -169,3 +188,5 @@ class ReleaseInfo:
     """of the index at `nprobe` against exact search, on held-out queries"""
     takes_images: bool
     """whether queries may be pictures: it has the model that embeds them"""
+    calibrated_rate: float | None = None
+    """share of queries that may get an answer that is called calibrated and is wrong; None: no answer is"""

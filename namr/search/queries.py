@@ -34,6 +34,15 @@ class Queries(NamedTuple):
     own_ids: Ids | None
     """(Q,) what each must not find"""
 
+    def rows(self, rows: Ids) -> "Queries":
+        """Some of them."""
+        at = torch.from_numpy(rows)
+        return Queries(
+            self.x[at],
+            None if self.s is None else self.s[at],
+            None if self.own_ids is None else self.own_ids[rows],
+        )
+
 
 def given(embeddings: Floats | None, structures: Floats | None, *, dim: int, metric: Metric) -> Queries:
     """Queries of (Q, D) arrays as the model returns them; ShapeError for what can't be compared."""

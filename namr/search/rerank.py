@@ -1,12 +1,7 @@
-"""From candidates to an order by the adaptive distance, and whether nothing outside them belongs there.
+"""From candidates to an order by the adaptive distance.
 
-Everything here is arrays: no index, no model, no items. The stored vectors are those of `vectors`.
-
-**Proof.** A first stage that is exact returns the nearest candidates, so whatever it left out has a plain
-squared distance of at least that of the last candidate, L. No structure weight is below w, so no item left
-out has an adaptive squared distance below w L. If the k-th of the re-ranked candidates is nearer than that,
-the k nearest of the whole gallery are among the candidates. `outside_squared` makes L smaller by what
-rounding may have changed: the sums of float32 in the index and the float16 of the re-rank vectors.
+Everything here is arrays: no index, no model, no items. The stored vectors are those of `vectors`. Not
+covered: whether something outside the candidates belongs there (`certainty`).
 
 Legend: Q queries, M candidates of a query, D dimension, K neighbours.
 """
@@ -36,9 +31,6 @@ _BLOCK_VALUES = 1 << 19
 """values of a block of float32 candidates: 2 MB, which stays in a core's cache from step to step"""
 _FEW = 2048
 """distances that are sorted in less time than it takes to see which are worth it"""
-_FLOAT16_HALF_STEP = 2.0**-11
-_FLOAT16_SMALLEST_HALF_STEP = 2.0**-25
-_FLOAT32_HALF_STEP = 2.0**-24
 
 
 class Ranked(NamedTuple):
@@ -88,6 +80,18 @@ def rerank(
     shown = np.where(best.ids >= 0, best.ids, known[0, 0])
     plain = _own_squared(q, None, shown, vectors, side="none", stop=stop)
     return _filled(best._replace(plain_squared=plain), k)
+
+
+def merged(one: Ranked, other: Ranked, *, k: int) -> Ranked:
+    """The k nearest of both; of an item that is in both, what `one` says."""
+    ids = np.concatenate([one.ids, other.ids], axis=1)
+    order = np.argsort(ids, axis=1, kind="stable")  # an item's first column comes before its second
+    in_order = np.take_along_axis(ids, order, axis=1)
+    is_again = np.zeros(ids.shape, np.bool_)
+    np.put_along_axis(is_again, order[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
+    both = _joined(one, other)
+    both.squared[is_again] = np.inf
+    return _filled(_nearest(both, k), k)
 
 
 def nearest_exact(
@@ -188,58 +192,6 @@ def _check_usable(usable: npt.NDArray[np.bool_], ids: Ids) -> None:
             f"item {ids[~usable][0]} is in the index and has no re-rank vector, or a damaged one; restore "
             "the vectors or build the release anew"
         )
-
-
-def outside_squared(last_squared: Doubles, q: Tensor) -> Doubles:
-    """The least squared distance between q and a re-rank vector that an exact first stage left out.
-
-    last_squared (Q,): what the index said of the last candidate, inf where it left nothing out. q (Q, D).
-    The index computed it in float32, at worst as |q|^2 + |x|^2 - 2 q x, with an error of at most
-    g (|q| + |x|)^2, g = (D + 4) 2^-23 (Higham, Accuracy and Stability, 3.1); a re-rank vector is off by at
-    most half a step of float16 in each coordinate. |x| is at most |q| + d.
-    """
-    norm, dim = np.linalg.norm(q.numpy().astype(np.float64), axis=1), q.shape[1]
-    last = np.where(np.isinf(last_squared), 0, last_squared)
-    g = (dim + 4) * 2 * _FLOAT32_HALF_STEP
-    # the smallest d with d^2 + g (2 |q| + d)^2 >= last
-    rest = np.maximum(last - 4 * g * norm**2, 0)
-    d = np.maximum(np.sqrt((2 * g * norm) ** 2 + (1 + g) * rest) - 2 * g * norm, 0) / (1 + g)
-    moved = _FLOAT16_HALF_STEP * (norm + d) + _FLOAT16_SMALLEST_HALF_STEP * np.sqrt(dim)
-    bound = np.maximum(d - moved, 0) ** 2
-    return np.where(np.isinf(last_squared), np.inf, bound)
-
-
-def least_weight(s_q: Tensor | None, *, side: Side, gallery_min: float, num_queries: int) -> Doubles:
-    """(Q,) what an adaptive squared distance is at least, as a multiple of the plain one."""
-    if side == "none":
-        return np.ones(num_queries)
-    if side == "scale":
-        return np.full(num_queries, np.sqrt(gallery_min))
-    if s_q is None:
-        raise ValueError(f"side {side!r} without structures")
-    least = s_q.min(dim=1).values.double().numpy()
-    return least if side == "query" else (least + gallery_min) / 2
-
-
-def is_proved(
-    kth_squared: Doubles,
-    last_squared: Doubles,
-    q: Tensor,
-    s_q: Tensor | None,
-    *,
-    side: Side,
-    gallery_min: float,
-) -> npt.NDArray[np.bool_]:
-    """(Q,) True where everything that an exact first stage left out is farther than the k-th re-ranked.
-
-    kth_squared (Q,): adaptive squared distance of the k-th. last_squared (Q,): plain squared distance of
-    the last candidate as the index gave it, inf where nothing was left out. gallery_min: the smallest
-    structure weight in the gallery.
-    """
-    least = least_weight(s_q, side=side, gallery_min=gallery_min, num_queries=len(q))
-    rounding = 1 + (q.shape[1] + 8) * 2 * _FLOAT32_HALF_STEP
-    nothing_left = np.isinf(last_squared)
-    return nothing_left | (kth_squared * rounding < least * outside_squared(last_squared, q))
 
 
 def _pairwise(q: Tensor, s_q: Tensor | None, x: Tensor, s: Tensor, side: Side) -> Tensor:

@@ -6,7 +6,8 @@ have unit length, so a plain distance d is a cosine similarity of 1 - d^2 / 2.
 
 An answer is **proved** when no other item of the release can belong to it: what it compares are the stored
 vectors, or for side "none" those of an index that isn't compressed. That takes an exact first stage: index
-key Flat, or IVF<n>,Flat with all lists probed. Items at the same distance may stand for each other.
+key Flat, or IVF<n>,Flat with all lists probed. It is **calibrated** when held-out queries say so, see
+`release.calibrated`. Items at the same distance may stand for each other.
 
 Not covered: what a filter may say (`filters`), and approximate search over several machines.
 """
@@ -73,7 +74,12 @@ class Searcher:
         self.release, self.manifest = release, release.manifest
         self.model = query_model
         self.index, self.vectors, self._dead = index, vectors, dead
-        self._stages = Stages(index, vectors, gallery_min=release.manifest.gallery_min_structure)
+        self._stages = Stages(
+            index,
+            vectors,
+            gallery_min=self.manifest.gallery_min_structure,
+            calibration=self.manifest.calibration,
+        )
         self._all_items, self._shown = items, _Shown(items, dead)
         self.taken_down = np.empty(0, np.int64)
         self._device = device
@@ -174,6 +180,7 @@ class Searcher:
             depth=manifest.depth,
             recall_at_10=manifest.recall_at_10,
             takes_images=self.model is not None,
+            calibrated_rate=manifest.calibration.adaptive_rate if manifest.calibration else None,
         )
 
     def search(
@@ -312,7 +319,8 @@ class Searcher:
         manifest = self.manifest
         return Answer(
             hits=tuple(hits),
-            certainty="proved" if neighbours.proved[row] else "unproved",
+            certainty=neighbours.certainty(row),
+            depth=int(neighbours.depths[row]),
             side=side,
             release_id=manifest.release_id,
             model_name=manifest.model_name,

@@ -1,8 +1,9 @@
 """The stages of one search, as arrays: the index, then the order by structure, and what that proves.
 
 Candidates of a compressed index are ordered by the stored vectors for every side, "none" too: reading these
-is what refines them, and the adaptive distance comes with it. No model and no items here. `first_stage` and
-`rerank` do the work.
+is what refines them, and the adaptive distance comes with it. Of several queries at once an adaptive search
+goes on with those only whose answer isn't sure yet, and never forgets a neighbour that it had. No model and
+no items here. `first_stage`, `rerank` and `certainty` do the work.
 
 Legend: Q queries, K neighbours.
 """
@@ -16,9 +17,11 @@ import numpy.typing as npt
 from namr.data.shards import among
 from namr.errors import ShapeError
 from namr.index import ivf
+from namr.release.calibrated import Calibration, Weight
 from namr.release.releases import ReleaseManifest
-from namr.search import first_stage, rerank
-from namr.search.answers import SearchOptions, Timings
+from namr.search import certainty, first_stage, rerank
+from namr.search.answers import Certainty, SearchOptions, Timings
+from namr.search.certainty import Flags, Level
 from namr.search.queries import Queries
 from namr.search.rerank import Ranked, Stop
 from namr.search.vectors import GalleryVectors
@@ -40,8 +43,16 @@ class Neighbours(NamedTuple):
     """(Q, K) ascending"""
     plain_distances: Floats
     """(Q, K) Euclidean, whatever the order is by"""
-    proved: npt.NDArray[np.bool_]
+    proved: Flags
     """(Q,)"""
+    calibrated: Flags
+    """(Q,) of those that are not proved"""
+    depths: Ids
+    """(Q,) candidates that they are the nearest of"""
+
+    def certainty(self, row: int) -> Certainty:
+        """How sure the answer of one query is, in a word."""
+        return "proved" if self.proved[row] else "calibrated" if self.calibrated[row] else "unproved"
 
 
 class Plan(NamedTuple):
@@ -53,27 +64,57 @@ class Plan(NamedTuple):
     nprobe: int
     exact: bool
     is_widened: bool = False
-    """whether more lists are searched where few items are allowed"""
+    """whether more lists are searched where few items are allowed, or answers are not sure"""
+    is_adaptive: bool = False
+    """whether `depth` is only where a search begins"""
 
 
 def plan_of(options: SearchOptions, own: ReleaseManifest) -> Plan:
     """What a search does: what it was asked for, and what the release has for the rest."""
+    is_adaptive = options.depth == "adaptive"
     return Plan(
         k=options.k,
         side=own.structure_side if options.side is None else options.side,
-        depth=own.depth if options.depth is None else options.depth,
+        depth=own.depth if options.depth is None or options.depth == "adaptive" else options.depth,
         nprobe=own.nprobe if options.nprobe is None else options.nprobe,
         exact=options.exact,
         is_widened=options.nprobe is None,
+        is_adaptive=is_adaptive,
     )
+
+
+class _Found(NamedTuple):
+    """What a search knows of some queries after a level."""
+
+    ranked: Ranked
+    proved: Flags
+    calibrated: Flags
+
+    def ranked_of(self, rows: Ids) -> Ranked:
+        """The neighbours of some of the queries."""
+        ids, squared, plain_squared = self.ranked
+        return Ranked(ids[rows], squared[rows], plain_squared[rows])
+
+    def put(self, rows: Ids, more: "_Found") -> None:
+        """Know `more` of some of the queries from now on."""
+        for whole, part in zip((*self.ranked, *self[1:]), (*more.ranked, *more[1:]), strict=True):
+            whole[rows] = part
 
 
 class Stages:
     """Index and vectors of one gallery. Safe to use from several threads at once."""
 
-    def __init__(self, index: ivf.Index, vectors: GalleryVectors, *, gallery_min: float) -> None:
-        """gallery_min: no structure weight of the gallery is below it."""
+    def __init__(
+        self,
+        index: ivf.Index,
+        vectors: GalleryVectors,
+        *,
+        gallery_min: float,
+        calibration: Calibration | None = None,
+    ) -> None:
+        """gallery_min: no structure weight of the gallery is below it. calibration: None says nothing."""
         self._index, self._vectors, self._gallery_min = index, vectors, gallery_min
+        self._calibration = calibration
 
     def search(
         self,
@@ -90,58 +131,111 @@ class Stages:
         allowed: of these, ids, ascending, of those that this search may find; None: all. Few are compared
         one by one.
         """
-        k, side = plan.k, plan.side
-        q, s_q, own_ids = asked
-        if side in ("query", "both") and s_q is None:
+        if plan.side in ("query", "both") and asked.s is None:
             raise ShapeError(
-                f"side {side!r} needs structures with the embeddings; or ask for side 'none' or 'scale'"
+                f"side {plan.side!r} needs structures with the embeddings; or ask for side 'none' or 'scale'"
             )
-        num_others = _num_others(num_items, allowed, own_ids)
-        began = time.perf_counter()
+        num_others = _num_others(asked, num_items, allowed)
         if plan.exact or (allowed is not None and len(allowed) <= _FEW_ALLOWED):
-            ranked = rerank.nearest_exact(
-                q,
-                s_q,
-                self._vectors,
-                k=k,
-                side=side,
-                hidden=hidden,
-                own_ids=own_ids,
-                allowed=allowed,
-                stop=stop,
+            return self._one_by_one(asked, plan, hidden, allowed, num_others, stop)
+        first, *deeper = self._levels(plan, allowed)
+        found, timings = self._at(first, asked, plan, hidden, allowed, num_others, stop)
+        depths = np.full(len(num_others), first.depth)
+        for level in deeper:
+            rows = np.flatnonzero(~(found.proved | found.calibrated))
+            if not len(rows):
+                break
+            more, took = self._at(
+                level, asked.rows(rows), plan, hidden, allowed, num_others[rows], stop, found.ranked_of(rows)
             )
-            timings = Timings(0.0, (time.perf_counter() - began) * 1e3, 0.0)
-            return _neighbours(ranked, np.ones(len(q), np.bool_), num_others), timings
-        refines = side != "none" or self._index.is_compressed
-        num = max(k, plan.depth) if refines else k
-        nprobe = self._nprobe(plan, allowed)
+            found.put(rows, more)
+            depths[rows] = level.depth
+            timings = timings.plus(took)
+        return _neighbours(found, depths), timings
+
+    def _one_by_one(
+        self, asked: Queries, plan: Plan, hidden: Ids, allowed: Ids | None, num_others: Ids, stop: Stop
+    ) -> tuple[Neighbours, Timings]:
+        began = time.perf_counter()
+        ranked = rerank.nearest_exact(
+            asked.x,
+            asked.s,
+            self._vectors,
+            k=plan.k,
+            side=plan.side,
+            hidden=hidden,
+            own_ids=asked.own_ids,
+            allowed=allowed,
+            stop=stop,
+        )
+        found = _Found(ranked, _has_all(ranked, num_others), np.zeros(len(num_others), np.bool_))
+        return _neighbours(found, num_others), Timings(0.0, (time.perf_counter() - began) * 1e3, 0.0)
+
+    def _at(
+        self,
+        level: Level,
+        asked: Queries,
+        plan: Plan,
+        hidden: Ids,
+        allowed: Ids | None,
+        num_others: Ids,
+        stop: Stop,
+        before: Ranked | None = None,
+    ) -> tuple[_Found, Timings]:
+        """The nearest of the level's candidates and of those that were found before."""
+        index, vectors, side, (q, s_q, own_ids) = self._index, self._vectors, plan.side, asked
+        began = time.perf_counter()
         first = first_stage.candidates(
-            self._index,
+            index,
             q.numpy(),
-            num,
-            nprobe=nprobe,
+            level.depth,
+            nprobe=max(1, level.nprobe),
             hidden=hidden,
             own_ids=own_ids,
             allowed=allowed,
             stop=stop,
         )
         between = time.perf_counter()
-        proved = np.full(len(q), first_stage.is_exact(self._index, nprobe))
         ranked = first
-        if refines:
-            ranked = rerank.rerank(q, s_q, first.ids, self._vectors, k=k, side=side, stop=stop)
+        if self._refines(side):
+            ranked = rerank.rerank(q, s_q, first.ids, vectors, k=plan.k, side=side, stop=stop)
+        if before is not None:
+            ranked = rerank.merged(ranked, before, k=plan.k)
+        kth = ranked.squared[:, -1]
+        proved = np.full(len(q), first_stage.is_exact(index, level.nprobe))
         if side != "none" and proved.any():
-            proved &= rerank.is_proved(
-                ranked.squared[:, -1],
-                first.squared[:, -1],
-                q,
-                s_q,
-                side=side,
-                gallery_min=self._gallery_min,
+            least = self._gallery_min
+            proved &= certainty.is_proved(kth, first.squared[:, -1], q, s_q, side=side, gallery_min=least)
+        calibrated = np.zeros(len(q), np.bool_)
+        weight = self._weight(level, plan) if allowed is None else None
+        if weight is not None:
+            last = certainty.last_squared(
+                first, weight.depth, q, vectors, is_compressed=index.is_compressed, stop=stop
             )
-        ended = time.perf_counter()
+            calibrated = certainty.is_calibrated(kth, last, q, weight=weight.weight) & ~proved
+        has_all, ended = _has_all(ranked, num_others), time.perf_counter()
         timings = Timings(0.0, (between - began) * 1e3, (ended - between) * 1e3)
-        return _neighbours(ranked, proved, num_others), timings
+        return _Found(ranked, proved & has_all, calibrated & has_all), timings
+
+    def _refines(self, side: Side) -> bool:
+        return side != "none" or self._index.is_compressed
+
+    def _levels(self, plan: Plan, allowed: Ids | None) -> list[Level]:
+        """How far the search looks; where it is adaptive, at first and then for those that are not sure."""
+        index = self._index
+        nprobe = self._nprobe(plan, allowed)
+        levels = certainty.levels(plan.depth, nprobe, num_lists=index.num_lists)
+        different: dict[tuple[int, int], Level] = {}
+        for level in levels if plan.is_adaptive else levels[:1]:
+            depth = max(plan.k, level.depth) if self._refines(plan.side) else plan.k
+            lists = level.nprobe if plan.is_widened else levels[0].nprobe
+            different.setdefault((min(depth, index.num_vectors), lists), Level(depth, lists))
+        return list(different.values())
+
+    def _weight(self, level: Level, plan: Plan) -> Weight | None:
+        if self._calibration is None or not self._refines(plan.side):
+            return None
+        return self._calibration.weight(side=plan.side, k=plan.k, depth=level.depth, nprobe=level.nprobe)
 
     def _nprobe(self, plan: Plan, allowed: Ids | None) -> int:
         """As many lists as hold as many allowed entries as the plan's would hold of all."""
@@ -150,19 +244,27 @@ class Stages:
         return min(max(1, self._index.num_lists), -(-plan.nprobe * self._index.num_vectors // len(allowed)))
 
 
-def _num_others(num_items: int, allowed: Ids | None, own_ids: Ids | None) -> Ids:
-    """How many items there are for each query to find, (Q,) or ()."""
+def _num_others(asked: Queries, num_items: int, allowed: Ids | None) -> Ids:
+    """How many items there are for each query to find, (Q,)."""
+    num_queries, own_ids = len(asked.x), asked.own_ids
     if allowed is None:
-        return np.asarray(num_items - (own_ids is not None))
-    return np.asarray(len(allowed) - (0 if own_ids is None else among(own_ids, allowed).astype(np.int64)))
+        return np.full(num_queries, num_items - (own_ids is not None))
+    return len(allowed) - (np.zeros(num_queries, np.int64) if own_ids is None else among(own_ids, allowed))
 
 
-def _neighbours(ranked: Ranked, proved: npt.NDArray[np.bool_], num_others: Ids) -> Neighbours:
-    """num_others: what could be found; an answer that has fewer, and fewer than k, proves nothing."""
+def _has_all(ranked: Ranked, num_others: Ids) -> Flags:
+    """(Q,) False for an answer that has fewer items than could be found, and than k: it proves nothing."""
     num_hits = (ranked.ids >= 0).sum(axis=1)
+    return np.asarray(num_hits >= np.minimum(ranked.ids.shape[1], num_others))
+
+
+def _neighbours(found: _Found, depths: Ids) -> Neighbours:
+    ranked = found.ranked
     return Neighbours(
         ids=ranked.ids,
         distances=np.sqrt(ranked.squared).astype(np.float32),
         plain_distances=np.sqrt(ranked.plain_squared).astype(np.float32),
-        proved=proved & (num_hits >= np.minimum(ranked.ids.shape[1], num_others)),
+        proved=found.proved,
+        calibrated=found.calibrated,
+        depths=depths,
     )

@@ -48,7 +48,8 @@ def create_app(
         title="namr search",
         summary="Which images look like this one?",
         description="Distances are distances (not squared), smaller is nearer. An answer is `proved` when no "
-        "other item of the release can belong to it.",
+        "other item of the release can belong to it, and `calibrated` when held-out queries say so, with the "
+        "rate of error that /release tells.",
         lifespan=lifespan,
         responses={
             422: {"description": "The query can't be answered as it is; `error.message` says why."},

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from namr import checks
 from namr.errors import Busy, ConfigError, TimedOut
+from namr.search.certainty import NUM_DOUBLINGS
 from namr.search.rerank import Stop
 
 T = TypeVar("T")
@@ -60,8 +61,21 @@ class Limits:
         checks.in_range(self, "max_exact_items", "max_waiting", at_least=0)
         checks.in_range(self, "deadline_s", "header_timeout_s", "body_timeout_s", above=0)
 
-    def check_search(self, *, num_queries: int, k: int, depth: int, num_items: int, exact: bool) -> None:
-        """ConfigError for a search that would take too much; depth: candidates that each query gets."""
+    def check_search(
+        self,
+        *,
+        num_queries: int,
+        k: int,
+        depth: int,
+        num_items: int,
+        exact: bool,
+        is_adaptive: bool = False,
+    ) -> None:
+        """ConfigError for a search that would take too much.
+
+        depth: candidates that each query gets, with an adaptive depth at first. What that may take is
+        counted as if no answer were ever sure.
+        """
         if exact and num_items > self.max_exact_items:
             raise ConfigError(
                 f"exact reads every vector, and this gallery has {num_items} items; expected at most "
@@ -69,12 +83,17 @@ class Limits:
             )
         costs = [("hits", "k", k, self.max_hits)]
         if not exact:
-            costs.append(("candidates", "depth" if depth > k else "k", max(k, depth), self.max_candidates))
+            depths = [depth << doublings for doublings in range(NUM_DOUBLINGS + 1 if is_adaptive else 1)]
+            option = "depth" if depths[-1] > k else "k"
+            costs.append(("candidates", option, sum(max(k, each) for each in depths), self.max_candidates))
         for what, option, each, most in costs:
             if num_queries * each > most:
+                asked, mend = f"{option} {each}", f"lower {option}"
+                if is_adaptive and option == "depth":
+                    asked, mend = f"an adaptive depth, each up to {each} in all,", "give a depth"
                 raise ConfigError(
-                    f"{num_queries} queries with {option} {each} are {num_queries * each} {what}; expected "
-                    f"at most {most} in one request: lower {option}, or send fewer queries at once"
+                    f"{num_queries} queries with {asked} are {num_queries * each} {what}; expected "
+                    f"at most {most} in one request: {mend}, or send fewer queries at once"
                 )
 
 

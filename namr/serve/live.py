@@ -17,6 +17,7 @@ import numpy as np
 
 from namr.data.reading import Pictures
 from namr.errors import Busy
+from namr.search import stages
 from namr.search.answers import Answer, SearchOptions
 from namr.search.rerank import Stop
 from namr.search.searcher import Searcher
@@ -88,13 +89,15 @@ class Live:
         Raises ConfigError for more than a request may ask for, Busy, TimedOut, and what the search raises.
         """
         own = searcher.manifest
-        side = options.side or own.structure_side
+        plan = stages.plan_of(options, own)
+        refines = plan.side != "none" or searcher.index.is_compressed
         self.limits.check_search(
             num_queries=num_queries,
             k=options.k,
-            depth=options.k if side == "none" else options.depth or own.depth,
+            depth=plan.depth if refines else plan.k,
             num_items=len(searcher.items),
             exact=options.exact,
+            is_adaptive=plan.is_adaptive,
         )
         answers = await self._slots.run(work)
         self.metrics.searched(

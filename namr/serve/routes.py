@@ -10,7 +10,7 @@ import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -34,6 +34,7 @@ _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'",
     "Cache-Control": "no-cache",
 }
+_NUMBERS = ("k", "depth", "nprobe")
 _OPTIONS = {option.name: option for option in dataclasses.fields(SearchOptions)}
 
 
@@ -42,7 +43,9 @@ class Options(SearchOptions):
     """The options of a search within the limits of a service."""
 
     k: int = field(default=SearchOptions.k, metadata={**_OPTIONS["k"].metadata, "ge": 1, "le": MAX_K})
-    depth: int | None = field(default=None, metadata={**_OPTIONS["depth"].metadata, "ge": 1, "le": MAX_DEPTH})
+    depth: Annotated[int, Query(ge=1, le=MAX_DEPTH)] | Literal["adaptive"] | None = field(
+        default=None, metadata=_OPTIONS["depth"].metadata
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +253,10 @@ _of_form.__signature__ = _form_signature()  # type: ignore[attr-defined]
 
 
 def _knows(query: type[SearchOptions], *more: str) -> Any:
-    """A dependency that refuses a body with a field that `query` has not, and names the nearest it has."""
+    """A dependency that refuses a body with a field that `query` has not, and names the nearest it has.
+
+    True and false are refused for options that are numbers, since Python counts with them.
+    """
     known = [option.name for option in dataclasses.fields(query)] + list(more)
 
     async def check(request: Request) -> None:
@@ -261,6 +267,8 @@ def _knows(query: type[SearchOptions], *more: str) -> Any:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"perhaps you meant {near[0]}" if near else f"expected {', '.join(sorted(known))}"
                 raise ConfigError(f"a search has no field {name!r}: {hint}")
+            if name in _NUMBERS and isinstance(body[name], bool):
+                raise ConfigError(f"{name} is {json.dumps(body[name])}; expected a number")
 
     return Depends(check)
 

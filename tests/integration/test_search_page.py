@@ -86,8 +86,7 @@ def test_an_uploaded_picture_shows_its_neighbours_side_by_side(
         distances = page.locator(f"#{name} .distance").all_text_contents()
         assert distances == [f"{hit.distance:.3f}" for hit in answer.hits]
         expect(page.locator(f"#{name}-time")).to_have_text(re.compile(r"^[\d.]+ ms$"))
-        wanted = "proved" if answer.certainty == "proved" else "not proved"
-        expect(page.locator(f"#{name}-badge")).to_have_text(wanted)
+        expect(page.locator(f"#{name}-badge")).to_have_text(answer.certainty)
     expect(page.locator("#about")).to_contain_text("digit-17.png")
     expect(page.locator("#preview")).to_be_visible()
     shown = page.locator("#plain img").first
@@ -133,6 +132,15 @@ def test_controls_change_the_answer(page: Page, searcher: Searcher) -> None:
     page.locator("#k").press("Enter")
     expect(page.locator("#plain .card")).to_have_count(5)
     page.locator("#side").select_option("query")
+    page.locator("#deepen").check()
+    expect(page.locator("#depth")).to_be_disabled()
+    answer = searcher.search(keys=["digit/33"], options=SearchOptions(k=5, side="query", depth="adaptive"))[0]
+    expect(page.locator("#adaptive-badge")).to_have_text(answer.certainty)
+    expect(page.locator("#adaptive-badge")).to_have_attribute(
+        "title", re.compile(f"Nearest of {answer.depth} candidates")
+    )
+    page.locator("#deepen").uncheck()
+    expect(page.locator("#depth")).to_be_enabled()
     page.locator("#exact").check()
     expect(page.locator("#depth")).to_be_disabled()
     expect(page.locator("#adaptive-badge")).to_have_text("proved")

@@ -12,6 +12,7 @@ from namr.measure import report
 from namr.measure.report import Section
 from namr.nightly import assessment, release_report, structure_section
 from namr.nightly.assessment import AssessmentConfig
+from namr.nightly.calibration import CertaintyReport, Shares
 from namr.nightly.release_report import ReleaseReport
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
@@ -31,6 +32,7 @@ def page_of(
     num_queries: int,
     sections: Sequence[Section] = (),
     considered: Sequence[Considered] = (),
+    certainty: CertaintyReport | None = None,
 ) -> release_report.ReportPage:
     keys = assessment.held_out_keys(searcher, num_queries, seed=0)
     measured = ReleaseReport(
@@ -41,6 +43,7 @@ def page_of(
         build_s=1.0,
         assessment=assessment.assess(searcher, keys, AssessmentConfig(depth=30)),
         considered=tuple(considered),
+        certainty=certainty,
     )
     return release_report.page("a release", searcher.manifest, measured, [], sections)
 
@@ -65,6 +68,26 @@ def test_lists_are_spoken_of_where_there_are_some(
     (recall,) = [fact for fact in page.summary if fact.name == "recall@10"]
     assert recall.note.endswith(words)
     assert len(page.plots) == num_plots
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [((0.002, 0.01), "at most 0.2 % (adaptive: 1 %)"), ((None, None), "too few to calibrate")],
+)
+def test_the_page_tells_how_sure_answers_are(
+    rates: tuple[float | None, float | None], words: str, tmp_path: Path
+) -> None:
+    shares = (
+        Shares(side="both", is_adaptive=False, proved=0.1, calibrated=0.0, right=None, mean_depth=30.0),
+        Shares(side="both", is_adaptive=True, proved=0.2, calibrated=0.7, right=0.995, mean_depth=81.5),
+    )
+    certainty = CertaintyReport(num_queries=24, rate=rates[0], adaptive_rate=rates[1], shares=shares)
+    page = page_of(searcher_of(tmp_path, "Flat"), 24, certainty=certainty)
+    assert words in page.tables[1].title
+    assert page.tables[1].rows == [
+        ["both", "30", "30", "10.0", "0.0", "90.0", ""],
+        ["both", "adaptive", "82", "20.0", "70.0", "10.0", "99.50"],
+    ]
 
 
 def test_the_page_ends_with_what_the_structure_embedding_says(tmp_path: Path) -> None:

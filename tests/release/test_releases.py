@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -12,6 +13,7 @@ from namr.data.shards import make_id
 from namr.errors import ConfigError, Conflict, ManifestError
 from namr.index import index_files
 from namr.release import publication, releases, takedowns
+from namr.release.calibrated import Calibration, Weight
 from namr.release.releases import ReleaseManifest
 from namr.search.searcher import Searcher
 from namr.store import storage
@@ -139,12 +141,21 @@ def test_releases_are_listed_by_age_and_a_damaged_one_hides_no_other(three: str)
 def test_a_manifest_of_an_earlier_namr_opens_if_its_layout_is_the_same(three: str) -> None:
     path = Path(three, "second", "manifest.json")
     body = json.loads(path.read_text())
-    del body["config_digest"]
+    del body["config_digest"], body["calibration"]
     path.write_text(json.dumps(body))
-    assert releases.open_release(three, "second").manifest.config_digest == ""
+    manifest = releases.open_release(three, "second").manifest
+    assert (manifest.config_digest, manifest.calibration) == ("", None)
     path.write_text(json.dumps(body | {"format_version": 1}))
     with pytest.raises(ManifestError, match="has format version 1, and this namr reads 2 of namr-release"):
         releases.open_release(three, "second")
+
+
+def test_a_release_keeps_its_calibration(fresh: tuple[str, ReleaseManifest]) -> None:
+    uri, manifest = fresh
+    weight = Weight(side="both", k=10, depth=100, nprobe=4, weight=0.7)
+    kept = Calibration(num_queries=500, rate=1 / 501, adaptive_rate=5 / 501, weights=(weight,))
+    publication.publish(uri, replace(manifest, calibration=kept), expected=None)
+    assert releases.open_release(uri).manifest.calibration == kept
 
 
 def test_a_release_with_one_table_of_items_is_refused_with_the_version_that_is_read(three: str) -> None:

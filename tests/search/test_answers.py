@@ -14,6 +14,9 @@ from namr.search.answers import SearchOptions
     [
         ({"k": 0}, "k is 0; expected 1 or more"),
         ({"depth": -1}, "depth is -1"),
+        ({"depth": 0}, "depth is 0; expected 1 or more"),
+        ({"depth": True}, 'depth is True; expected 1 or more, or "adaptive"'),
+        ({"depth": "deep"}, "depth is 'deep'; expected 1 or more, or \"adaptive\""),
         ({"nprobe": 0}, "nprobe is 0"),
         ({"side": "left"}, "side is 'left'; expected one of none, query, both, scale"),
     ],

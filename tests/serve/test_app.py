@@ -99,6 +99,20 @@ def test_vectors_are_answered_in_their_order(http: httpx.Client, searcher: Searc
     )
 
 
+def test_an_adaptive_depth_is_asked_for_in_json_and_in_forms(http: httpx.Client) -> None:
+    """Of 80 items all are candidates in the end, which proves every answer."""
+    body = {"key": "digit/17", "side": "query", "depth": "adaptive"}
+    by_key = http.post("/search/key", json=body)
+    by_image = upload(http, small_release.digit(17), side="query", depth="adaptive")
+    for reply in (by_key, by_image):
+        assert (reply.json()["certainty"], reply.json()["depth"] in (50, 100)) == ("proved", True)
+    fixed = upload(http, small_release.digit(17), side="query", depth="11").json()
+    assert (fixed["certainty"], fixed["depth"]) == ("unproved", 11)
+    for wrong in ("deep", "0", "true"):
+        status, _, message = error_of(upload(http, small_release.digit(17), depth=wrong))
+        assert status == 422 and "depth" in message
+
+
 def test_a_filter_is_taken_as_json_and_as_text_of_a_form(http: httpx.Client) -> None:
     wanted = {"row": {"min": 10, "max": 12}, "label": {"in": ["0", "1", "2", None]}}
     by_key = http.post("/search/key", json={"key": "digit/17", "filter": wanted}).json()
@@ -156,6 +170,28 @@ def test_a_key_is_searched_without_itself(http: httpx.Client) -> None:
         ("/search/key", {"key": "digit/1", "k": 0}, 422, "InvalidRequest", "k: .*greater than or equal to 1"),
         ("/search/key", {"key": "digit/1", "k": 10**6}, 422, "InvalidRequest", "k: .*less than"),
         ("/search/key", {"key": "digit/1", "side": "left"}, 422, "InvalidRequest", "side: .*'none', 'query'"),
+        (
+            "/search/key",
+            {"key": "digit/1", "depth": 0},
+            422,
+            "InvalidRequest",
+            "depth.*greater than or equal",
+        ),
+        (
+            "/search/key",
+            {"key": "digit/1", "depth": 10**5},
+            422,
+            "InvalidRequest",
+            "depth.*less than or equal",
+        ),
+        ("/search/key", {"key": "digit/1", "depth": "deep"}, 422, "InvalidRequest", "depth.*'adaptive'"),
+        (
+            "/search/key",
+            {"key": "digit/1", "depth": True},
+            422,
+            "ConfigError",
+            "depth is true; expected a num",
+        ),
         ("/search/key", {"key": 5}, 422, "InvalidRequest", "key: .*string"),
         ("/search/key", {}, 422, "InvalidRequest", "key: .*required"),
         ("/search/vector", {"embeddings": []}, 422, "InvalidRequest", "embeddings: .*at least 1"),
@@ -332,6 +368,11 @@ def test_what_takes_too_much_is_refused_with_what_to_lower(searcher: Searcher) -
         for more, message in (
             ({"depth": 20}, "5 queries with depth 20 are 100 candidates; expected at most 99"),
             ({}, "5 queries with depth 50 are 250 candidates"),
+            (
+                {"depth": "adaptive"},
+                "5 queries with an adaptive depth, each up to 1550 in all, are 7750 candidates; expected at "
+                "most 99 in one request: give a depth, or send fewer queries at once",
+            ),
             ({"k": 5, "side": "none"}, "5 queries with k 5 are 25 hits; expected at most 20"),
             ({"exact": True}, "80 items; expected at most 79"),
         ):

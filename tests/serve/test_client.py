@@ -52,6 +52,18 @@ def test_answers_are_those_of_the_searcher(client: Client, searcher: Searcher) -
     assert answer.certainty == "proved"
 
 
+def test_an_adaptive_depth_is_asked_for_and_told(client: Client, searcher: Searcher) -> None:
+    options = SearchOptions(k=4, side="both", depth="adaptive")
+    expected = searcher.search(keys=["digit/3"], options=options)[0]
+    answer = client.search_key("digit/3", options)
+    assert (answer.certainty, answer.depth, answer.hits) == ("proved", expected.depth, expected.hits)
+    x, s = searcher.embed([small_release.digit(3)])
+    expected = searcher.search(embeddings=x, structures=s, options=options)[0]
+    (answer,) = client.search_vectors(x, s, options=options)
+    assert (answer.certainty, answer.depth) == ("proved", expected.depth)
+    assert client.release().calibrated_rate is None
+
+
 def test_numpy_vectors_are_taken(client: Client, searcher: Searcher) -> None:
     x, s = searcher.embed([small_release.digit(number) for number in (5, 6)])
     answers = client.search_vectors(x, s, options=SearchOptions(k=3))

@@ -42,6 +42,11 @@ def test_limits_that_are_wrong_are_named(wrong: dict[str, float]) -> None:
             {"num_queries": 256, "k": 200, "depth": 200},
             "256 queries with k 200 are 51200 hits; expected at most 25600 in one request: lower k",
         ),
+        (
+            {"num_queries": 100, "is_adaptive": True},
+            "100 queries with an adaptive depth, each up to 3100 in all, are 310000 candidates; expected at "
+            "most 262144 in one request: give a depth",
+        ),
         ({"exact": True, "num_items": 200_001}, "this gallery has 200001 items; expected at most 200000"),
     ],
 )
@@ -58,6 +63,7 @@ def test_a_search_that_would_take_too_much_is_told_what_to_lower(
 def test_the_largest_search_of_one_query_is_allowed() -> None:
     Limits().check_search(num_queries=1, k=1000, depth=10_000, num_items=10**9, exact=False)
     Limits().check_search(num_queries=256, k=100, depth=1000, num_items=200_000, exact=True)
+    Limits().check_search(num_queries=84, k=10, depth=100, num_items=10**9, exact=False, is_adaptive=True)
 
 
 class Held:

@@ -73,6 +73,15 @@ function movement(rankBefore, rank) {
     : { kind: "down", text: `▼ ${steps}`, words: `moved down ${steps}` };
 }
 
+function certaintyInWords(certainty) {
+  if (certainty === "proved") return "No other image of the gallery can belong to this list.";
+  if (certainty === "calibrated") {
+    const rate = (100 * release.calibrated_rate).toPrecision(2);
+    return `As sure as held-out queries tell: lists that say so and are wrong are at most ${rate} % of all.`;
+  }
+  return "An image outside the candidates might belong to this list. Ask for an adaptive depth, or for exact.";
+}
+
 function showAnswer(name, answer, rankBefore) {
   const cards = answer.hits.map((hit, index) =>
     card(hit, {
@@ -83,13 +92,11 @@ function showAnswer(name, answer, rankBefore) {
   );
   at(name).replaceChildren(...(cards.length ? cards : [element("li", "empty", "Nothing was found.")]));
   const badge = at(`${name}-badge`);
-  const proved = answer.certainty === "proved";
   badge.hidden = false;
-  badge.textContent = proved ? "proved" : "not proved";
-  badge.classList.toggle("proved", proved);
-  badge.title = proved
-    ? "No other image of the gallery can belong to this list."
-    : "An image outside the candidates might belong to this list. Raise the depth, or ask for exact.";
+  badge.textContent = answer.certainty;
+  badge.classList.toggle("proved", answer.certainty === "proved");
+  badge.classList.toggle("calibrated", answer.certainty === "calibrated");
+  badge.title = `${certaintyInWords(answer.certainty)} Nearest of ${answer.depth.toLocaleString()} candidates.`;
   const times = answer.timings;
   const total = times.embed_ms + times.first_stage_ms + times.rerank_ms;
   at(`${name}-time`).textContent = `${total < 10 ? total.toFixed(1) : Math.round(total)} ms`;
@@ -101,7 +108,9 @@ function showAnswer(name, answer, rankBefore) {
 function options(side) {
   const exact = at("exact").checked;
   const chosen = { k: at("k").valueAsNumber, side, exact };
-  if (side !== "none" && !exact) chosen.depth = at("depth").valueAsNumber;
+  if (exact) return chosen;
+  if (at("deepen").checked) chosen.depth = "adaptive";
+  else if (side !== "none") chosen.depth = at("depth").valueAsNumber;
   return chosen;
 }
 
@@ -272,7 +281,8 @@ function listen() {
   });
   at("controls").addEventListener("submit", (event) => event.preventDefault());
   at("controls").addEventListener("change", () => {
-    at("depth").disabled = at("exact").checked;
+    at("deepen").disabled = at("exact").checked;
+    at("depth").disabled = at("exact").checked || at("deepen").checked;
     search();
   });
   at("others").addEventListener("click", async () => {
