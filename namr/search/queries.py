@@ -34,6 +34,13 @@ class Queries(NamedTuple):
     own_ids: Ids | None
     """(Q,) what each must not find"""
 
+    def rows(self, some: slice) -> "Queries":
+        """Some of them."""
+        s, own_ids = self.s, self.own_ids
+        return Queries(
+            self.x[some], None if s is None else s[some], None if own_ids is None else own_ids[some]
+        )
+
 
 def given(embeddings: Floats | None, structures: Floats | None, *, dim: int, metric: Metric) -> Queries:
     """Queries of (Q, D) arrays as the model returns them; ShapeError for what can't be compared."""

@@ -73,7 +73,7 @@ class Searcher:
         self.release, self.manifest = release, release.manifest
         self.model = query_model
         self.index, self.vectors, self._dead = index, vectors, dead
-        self._stages = Stages(index, vectors, gallery_min=release.manifest.gallery_min_structure)
+        self.stages = Stages(index, vectors, gallery_min=release.manifest.gallery_min_structure)
         self._all_items, self._shown = items, _Shown(items, dead)
         self.taken_down = np.empty(0, np.int64)
         self._device = device
@@ -83,6 +83,11 @@ class Searcher:
     def items(self) -> Items:
         """What can be found."""
         return self._shown.items
+
+    @property
+    def hidden(self) -> Ids:
+        """Ids of the index that can't be found, ascending."""
+        return self._shown.hidden
 
     @classmethod
     def open(
@@ -209,7 +214,7 @@ class Searcher:
             if own_ids is not None
             else self._given(embeddings, structures)
         )
-        neighbours, timings = self._stages.search(
+        neighbours, timings = self.stages.search(
             asked, plan, hidden=shown.hidden, num_items=len(shown.items), allowed=allowed, stop=stop
         )
         timings = replace(timings, embed_ms=embedded_ms)
@@ -233,7 +238,7 @@ class Searcher:
         batch, and for sides "query" and "both" without structures; ManifestError for damaged vectors.
         """
         shown, asked = self._shown, self._given(embeddings, structures)
-        return self._stages.search(
+        return self.stages.search(
             asked,
             stages.plan_of(options, self.manifest),
             hidden=shown.hidden,
