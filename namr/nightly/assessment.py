@@ -22,7 +22,8 @@ import numpy.typing as npt
 from namr import checks
 from namr.errors import ConfigError
 from namr.model.distances import Side
-from namr.nightly import truth, tuning
+from namr.nightly import selectivity, truth, tuning
+from namr.nightly.selectivity import FilteredResult
 from namr.release import held_out
 from namr.search import queries
 from namr.search.answers import Item
@@ -87,6 +88,8 @@ class Assessment:
     depth: int
     queries_per_s: float
     """of plain search at `nprobe`, by items, in batches of 256"""
+    filtered: tuple[FilteredResult, ...] = ()
+    """of plain search under filters, the least selective first; none where an earlier namr measured"""
 
     @property
     def probed(self) -> str:
@@ -122,14 +125,14 @@ def assess(
         raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
     ids = np.array([item.id for item in items], np.int64)
     asked = queries.stored(ids, searcher.vectors)
-    true = truth.neighbours(searcher, asked, k=_K, cache=cache).of_all
+    true, of_shares = truth.neighbours(searcher, asked, k=_K, shares=selectivity.SHARES, cache=cache)
     seconds: dict[tuple[int, int], float] = {}
 
     def recall_of(nprobe: int, depth: int) -> float:
         began = time.perf_counter()
         found = _found(searcher, asked, "none", nprobe, depth)
         seconds[nprobe, depth] = time.perf_counter() - began
-        return agreement(found.ids, true.of("none"))
+        return truth.recall(found.ids, true.of("none"))
 
     points = tuning.tuned(
         recall_of,
@@ -153,21 +156,15 @@ def assess(
             SideResult(
                 side=side,
                 recall_at_1=labels.recall_at_1(searcher.items, found.ids),
-                recall_at_10=agreement(found.ids, true.of(side)),
+                recall_at_10=truth.recall(found.ids, true.of(side)),
                 proved=float(found.proved.mean()),
             )
             for side, found in sides
         ),
         depth=depth,
         queries_per_s=len(items) / seconds[nprobe, depth],
+        filtered=selectivity.measured(searcher, asked, of_shares, k=_K, nprobe=nprobe, depth=depth),
     )
-
-
-def agreement(ids: Ids, true: Ids) -> float:
-    """Share of the true neighbours (Q, K) that were found, by id: of items at one distance only the true."""
-    right = (ids[:, :, None] == true[:, None, :]) & (true >= 0)[:, None, :]
-    total = int((true >= 0).sum())
-    return float(right.sum()) / total if total else 1.0
 
 
 class _Labels(NamedTuple):

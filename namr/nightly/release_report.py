@@ -7,6 +7,7 @@ from typing import ClassVar
 from namr.data.reading import Pictures
 from namr.measure import report
 from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
+from namr.nightly import selectivity
 from namr.nightly.assessment import Assessment
 from namr.release.releases import Counts, Release, ReleaseManifest
 from namr.search.answers import Answer, Item, SearchOptions
@@ -87,6 +88,12 @@ def page(
         ]
         for side in assessed.sides
     ]
+    filtered = []
+    if assessed.filtered:
+        told = selectivity.table(
+            assessed.filtered, recall_at_10=assessed.recall_at_10, queries_per_s=assessed.queries_per_s
+        )
+        filtered.append(told)
     return ReportPage(
         title=title,
         subtitle=f"release {manifest.release_id}, made {manifest.created}",
@@ -111,7 +118,8 @@ def page(
                 title=f"Held-out queries: {assessed.num_queries}, re-ranked: the first {assessed.depth}",
                 columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)", "proved (%)"],
                 rows=rows,
-            )
+            ),
+            *filtered,
         ],
         plots=plots,
         grids=grids,

@@ -153,6 +153,7 @@ class _Products:
     """What matrix products say of the queries' distances to a block, and which pairs may be near."""
 
     def __init__(self, q: Tensor, s_q: Tensor) -> None:
+        self._q, self._s_q = q, s_q
         norms_squared, weighted = q.square().sum(1, keepdim=True), s_q * q
         self._plain = torch.cat([-2 * q, torch.ones_like(norms_squared), norms_squared], dim=1)
         self._by_query = torch.cat([-2 * weighted, s_q, (weighted * q).sum(1, keepdim=True)], dim=1)
@@ -177,17 +178,17 @@ class _Products:
         some = plain <= _above(np.maximum(unweighted, weighted / self._least) + error)[:, None]
         if np.count_nonzero(some) * _FEW_OF < some.size:
             rows, columns = np.divmod(np.flatnonzero(some), some.shape[1])
-            surely = plain[rows, columns] - error[rows]
-            surely_by_query = self._least[rows] * surely
+            by_query = self._pairs_by_query(rows, columns, block)
         else:
-            by_query = self._products_by_query(block)
+            products = self._products_by_query(block)
             # both sides' distance is the mean of the query's and one of at least plain * least
             farthest = np.maximum(within["query"], within["both"] * 2 / (1 + least.min() / self._most))
-            some = by_query <= _above(farthest + 2 * self._most * error)[:, None]
+            some = products <= _above(farthest + 2 * self._most * error)[:, None]
             some |= plain <= _above(unweighted + error)[:, None]
             rows, columns = np.divmod(np.flatnonzero(some), some.shape[1])
-            surely = plain[rows, columns] - error[rows]
-            surely_by_query = by_query[rows, columns] - (self._most * error)[rows]
+            by_query = products[rows, columns]
+        surely = plain[rows, columns] - error[rows]
+        surely_by_query = by_query - (self._most * error)[rows]
         surely_by_both = (surely_by_query + least[columns] * surely) / 2
         lowest = {
             "none": surely,
@@ -202,6 +203,18 @@ class _Products:
         """(Q, n) squared distances by the query's weights, off by up to the largest of them times that."""
         right = torch.cat([block.x, block.x.square(), torch.ones_like(block.x[:, :1])], dim=1)
         squared: Floats = distances.inner(self._by_query, right).numpy()
+        return squared
+
+    def _pairs_by_query(self, rows: Ids, columns: Ids, block: _Centred) -> Floats:
+        """The same of pairs (m,), by difference."""
+        squared = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _PAIRS_AT_ONCE):
+            some = slice(start, start + _PAIRS_AT_ONCE)
+            r, c = torch.from_numpy(rows[some]), torch.from_numpy(columns[some])
+            of_some = distances.rerank_squared(
+                self._q[r], self._s_q[r], block.x[c][:, None], None, side="query"
+            )
+            squared[some] = of_some[:, 0].numpy()
         return squared
 
 

@@ -203,6 +203,7 @@ class Searcher:
                 f"a search takes one of {', '.join(given)}; got {' and '.join(names) or 'none'}"
             )
         plan, shown = stages.plan_of(options, self.manifest), self._shown
+        filtering = time.perf_counter()
         allowed = self._allowed(options, shown.items)
         began = time.perf_counter()
         own_ids = None if keys is None else self._ids_of(keys, shown.items)
@@ -217,7 +218,8 @@ class Searcher:
         neighbours, timings = self.stages.search(
             asked, plan, hidden=shown.hidden, num_items=len(shown.items), allowed=allowed, stop=stop
         )
-        timings = replace(timings, embed_ms=embedded_ms)
+        filtered_ms = (began - filtering) * 1e3 if allowed is not None else 0.0
+        timings = replace(timings, embed_ms=embedded_ms, filter_ms=filtered_ms)
         return [
             self._answer(neighbours, row, shown.items, plan.side, timings)
             for row in range(len(neighbours.ids))

@@ -60,20 +60,28 @@ class Limits:
         checks.in_range(self, "max_exact_items", "max_waiting", at_least=0)
         checks.in_range(self, "deadline_s", "header_timeout_s", "body_timeout_s", above=0)
 
-    def check_search(self, *, num_queries: int, k: int, depth: int, num_items: int, exact: bool) -> None:
-        """ConfigError for a search that would take too much; depth: candidates that each query gets."""
+    def check_search(
+        self, *, num_queries: int, k: int, depth: int, num_items: int, exact: bool, times: int = 1
+    ) -> None:
+        """ConfigError for a search that would take too much; depth: candidates that each query gets.
+
+        times: how many times as deep the index is searched for them, because of a filter.
+        """
         if exact and num_items > self.max_exact_items:
             raise ConfigError(
                 f"exact reads every vector, and this gallery has {num_items} items; expected at most "
                 f"{self.max_exact_items}: use depth"
             )
-        costs = [("hits", "k", k, self.max_hits)]
+        costs = [("hits", "k", k, 1, self.max_hits)]
         if not exact:
-            costs.append(("candidates", "depth" if depth > k else "k", max(k, depth), self.max_candidates))
-        for what, option, each, most in costs:
-            if num_queries * each > most:
+            option = "depth" if depth > k else "k"
+            costs.append(("candidates", option, max(k, depth), times, self.max_candidates))
+        for what, option, each, deeper, most in costs:
+            total = num_queries * each * deeper
+            if total > most:
+                under = f" under a filter, {deeper} times as deep," if deeper > 1 else ""
                 raise ConfigError(
-                    f"{num_queries} queries with {option} {each} are {num_queries * each} {what}; expected "
+                    f"{num_queries} queries with {option} {each}{under} are {total} {what}; expected "
                     f"at most {most} in one request: lower {option}, or send fewer queries at once"
                 )
 

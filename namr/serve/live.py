@@ -17,6 +17,7 @@ import numpy as np
 
 from namr.data.reading import Pictures
 from namr.errors import Busy
+from namr.search import first_stage
 from namr.search.answers import Answer, SearchOptions
 from namr.search.rerank import Stop
 from namr.search.searcher import Searcher
@@ -88,11 +89,12 @@ class Live:
         Raises ConfigError for more than a request may ask for, Busy, TimedOut, and what the search raises.
         """
         own = searcher.manifest
-        side = options.side or own.structure_side
+        refines = (options.side or own.structure_side) != "none" or searcher.index.is_compressed
         self.limits.check_search(
             num_queries=num_queries,
             k=options.k,
-            depth=options.k if side == "none" else options.depth or own.depth,
+            depth=options.depth or own.depth if refines else options.k,
+            times=1 if options.filter is None else first_stage.FEW_OF,
             num_items=len(searcher.items),
             exact=options.exact,
         )

@@ -1,5 +1,6 @@
 """What a release is measured by, and the page that shows it: real answers of a small release."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
+from namr.store import manifests
 from namr.store.cache import Cache
 from tests import small_release
 from tests.small_release import Recipe
@@ -57,6 +59,31 @@ def test_lists_are_spoken_of_where_there_are_some(
     (recall,) = [fact for fact in page.summary if fact.name == "recall@10"]
     assert recall.note.endswith(words)
     assert len(page.plots) == num_plots
+
+
+def test_filters_have_a_table_by_what_they_let_through(tmp_path: Path) -> None:
+    page = page_of(searcher_of(tmp_path, "IVF4,Flat"), 24)
+    (_, table) = page.tables
+    assert table.title == "Plain search under a filter"
+    assert [row[0] for row in table.rows[:3]] == ["all", "50 %", "10 %"]
+    assert table.rows[1][2] == "100.0"
+
+
+def test_a_report_of_a_namr_that_measured_no_filters_has_no_table_of_them(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "Flat")
+    measured = ReleaseReport(
+        counts=searcher.manifest.counts,
+        index_key="Flat",
+        num_parts=1,
+        imbalance=1.0,
+        build_s=1.0,
+        assessment=assessment.assess(searcher, ["digit/1"], AssessmentConfig()),
+    )
+    before = json.loads(manifests.encode_manifest(measured))
+    del before["assessment"]["filtered"]
+    read = manifests.decode_manifest(json.dumps(before).encode(), ReleaseReport, "report.json")
+    assert read.assessment.filtered == ()
+    assert len(release_report.page("a release", searcher.manifest, read, []).tables) == 1
 
 
 def test_the_page_ends_with_what_the_structure_embedding_says(tmp_path: Path) -> None:

@@ -319,6 +319,7 @@ def test_what_takes_too_much_is_refused_with_what_to_lower(searcher: Searcher) -
         for more, message in (
             ({"depth": 20}, "5 queries with depth 20 are 100 candidates; expected at most 99"),
             ({}, "5 queries with depth 50 are 250 candidates"),
+            ({"depth": 19, "filter": {}}, "5 queries with depth 19 under a filter, 4 times as deep, are 380"),
             ({"k": 5, "side": "none"}, "5 queries with k 5 are 25 hits; expected at most 20"),
             ({"exact": True}, "80 items; expected at most 79"),
         ):

@@ -42,6 +42,10 @@ def test_limits_that_are_wrong_are_named(wrong: dict[str, float]) -> None:
             {"num_queries": 256, "k": 200, "depth": 200},
             "256 queries with k 200 are 51200 hits; expected at most 25600 in one request: lower k",
         ),
+        (
+            {"num_queries": 256, "depth": 1000, "times": 4},
+            "256 queries with depth 1000 under a filter, 4 times as deep, are 1024000 candidates; expected",
+        ),
         ({"exact": True, "num_items": 200_001}, "this gallery has 200001 items; expected at most 200000"),
     ],
 )
