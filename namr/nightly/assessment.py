@@ -3,8 +3,8 @@
 The queries are items whose vectors the template was not trained on, and each is left out of its own answer,
 so no number is flattered by an image that finds itself. All of it goes through the stages of the very
 `Searcher` that will serve; `truth` says what they should find, `selectivity` asks under filters. The loss of
-each stage is told apart: the index against exact plain search, the depth of the re-rank against exact adaptive
-search, and, where images have labels, what structure does to Recall@1.
+each stage is told apart: the index against exact plain search, the depth of the re-rank against exact
+adaptive search, and, where images have labels, what structure does to Recall@1.
 
 Not covered: whether the numbers are good enough (`gate` decides), the method on unseen classes
 (`evaluation`).
