@@ -338,7 +338,7 @@ def with_items(searcher: Searcher, items: Items) -> Searcher:
     """The same release with other items than it lists."""
     return Searcher(
         searcher.release,
-        index=searcher._stages._index,
+        index=searcher.index,
         vectors=searcher.vectors,
         items=items,
         dead=searcher._dead,

@@ -1,9 +1,10 @@
 """What a release that is not published yet would answer, measured on held-out images.
 
 The queries are items whose vectors the template was not trained on, and each is left out of its own answer,
-so no number is flattered by an image that finds itself. All of it goes through the very `Searcher` that will
-serve. The loss of each stage is told apart: the index against exact plain search, the depth of the re-rank
-against exact adaptive search, and, where images have labels, what structure does to Recall@1.
+so no number is flattered by an image that finds itself. All of it goes through the stages of the very
+`Searcher` that will serve; `truth` says what they should find, `selectivity` asks under filters. The loss of
+each stage is told apart: the index against exact plain search, the depth of the re-rank against exact
+adaptive search, and, where images have labels, what structure does to Recall@1.
 
 Not covered: whether the numbers are good enough (`gate` decides), the method on unseen classes
 (`evaluation`).
@@ -14,18 +15,27 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from namr import checks
 from namr.errors import ConfigError
 from namr.model.distances import Side
-from namr.nightly import tuning
+from namr.nightly import selectivity, truth, tuning
+from namr.nightly.selectivity import FilteredResult
 from namr.release import held_out
-from namr.search.answers import Answer, SearchOptions
+from namr.search import queries
+from namr.search.answers import Item
 from namr.search.items import Items
+from namr.search.queries import Queries
+from namr.search.rerank import go_on
 from namr.search.searcher import Searcher
+from namr.search.stages import Neighbours, Plan
+from namr.store.cache import Cache
+
+Ids = npt.NDArray[np.int64]
 
 _K = 10
 _SIDES: tuple[Side, ...] = ("none", "scale", "query", "both")
@@ -78,7 +88,9 @@ class Assessment:
     sides: tuple[SideResult, ...]
     depth: int
     queries_per_s: float
-    """of plain search at `nprobe`, by key, in batches of 256"""
+    """of plain search at `nprobe`, by items, in batches of 256"""
+    filtered: tuple[FilteredResult, ...] = ()
+    """of plain search under filters, the least selective first; none where an earlier namr measured"""
 
     @property
     def probed(self) -> str:
@@ -102,18 +114,26 @@ def held_out_keys(searcher: Searcher, num: int, *, seed: int) -> list[str]:
     return [item.key for item in itertools.islice(searcher.items, num)]
 
 
-def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) -> Assessment:
-    """Measure a release by the keys of its held-out items; at least one, else ConfigError."""
-    if not keys:
+def assess(
+    searcher: Searcher, keys: Sequence[str], config: AssessmentConfig, *, cache: Cache | None = None
+) -> Assessment:
+    """Measure a release by the keys of its held-out items; at least one, else ConfigError.
+
+    cache: where the release was opened from; with it a large one is compared by Ray tasks.
+    """
+    items = [item for key in keys if (item := searcher.items.by_key(key))]
+    if not items:
         raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
-    truth = _answers(searcher, keys, side="none", exact=True)
+    ids = np.array([item.id for item in items], np.int64)
+    asked = queries.stored(ids, searcher.vectors)
+    true, of_shares = truth.neighbours(searcher, asked, k=_K, shares=selectivity.SHARES, cache=cache)
     seconds: dict[tuple[int, int], float] = {}
 
     def recall_of(nprobe: int, depth: int) -> float:
         began = time.perf_counter()
-        answers = _answers(searcher, keys, side="none", nprobe=nprobe, depth=depth)
+        found = _found(searcher, asked, "none", nprobe, depth)
         seconds[nprobe, depth] = time.perf_counter() - began
-        return _agreement(answers, truth)
+        return truth.recall(found.ids, true.of("none"))
 
     points = tuning.tuned(
         recall_of,
@@ -123,18 +143,28 @@ def assess(searcher: Searcher, keys: Sequence[str], config: AssessmentConfig) ->
         max_depth=_MOST_DEEPER * config.depth if searcher.index.is_compressed else config.depth,
     )
     nprobe, depth, recall = points[-1]
-    labels = _Labels.of(searcher.items, keys)
+    labels = _Labels.of(searcher.items, items)
+    sides = [(side, _found(searcher, asked, side, nprobe, depth)) for side in _SIDES]
     return Assessment(
-        num_queries=len(keys),
+        num_queries=len(items),
         num_labelled=len(labels.by_query),
         num_items=len(searcher.items),
         nprobe=nprobe,
         num_lists=searcher.index.num_lists,
         recall_at_10=recall,
         recall_by_nprobe=tuple(sorted((point.nprobe, point.recall) for point in points)),
-        sides=tuple(_side_result(searcher, keys, labels, side, nprobe, depth) for side in _SIDES),
+        sides=tuple(
+            SideResult(
+                side=side,
+                recall_at_1=labels.recall_at_1(searcher.items, found.ids),
+                recall_at_10=truth.recall(found.ids, true.of(side)),
+                proved=float(found.proved.mean()),
+            )
+            for side, found in sides
+        ),
         depth=depth,
-        queries_per_s=len(keys) / seconds[nprobe, depth],
+        queries_per_s=len(items) / seconds[nprobe, depth],
+        filtered=selectivity.measured(searcher, asked, of_shares, k=_K, nprobe=nprobe, depth=depth),
     )
 
 
@@ -144,45 +174,31 @@ class _Labels(NamedTuple):
     by_query: dict[int, str]
 
     @classmethod
-    def of(cls, items: Items, keys: Sequence[str]) -> "_Labels":
+    def of(cls, items: Items, asked: Sequence[Item]) -> "_Labels":
         num: Counter[str] = Counter()
         for file in items.files:
             num.update(file.label_counts())
-        found = ((at, items.by_key(key)) for at, key in enumerate(keys))
-        labels = ((at, item.label) for at, item in found if item)
+        labels = ((at, item.label) for at, item in enumerate(asked))
         return cls({at: label for at, label in labels if label is not None and num[label] > 1})
 
-    def recall_at_1(self, answers: Sequence[Answer]) -> float | None:
-        right = [
-            answers[at].hits[0].label == label for at, label in self.by_query.items() if answers[at].hits
-        ]
-        return sum(right) / len(self.by_query) if self.by_query else None
+    def recall_at_1(self, items: Items, ids: Ids) -> float | None:
+        """ids (Q, K), nearest first."""
+        first = ((label, items.by_id(int(ids[at, 0]))) for at, label in self.by_query.items())
+        right = [item is not None and item.label == label for label, item in first]
+        return sum(right) / len(right) if right else None
 
 
-def _side_result(
-    searcher: Searcher, keys: Sequence[str], labels: _Labels, side: Side, nprobe: int, depth: int
-) -> SideResult:
-    answers = _answers(searcher, keys, side=side, nprobe=nprobe, depth=depth)
-    return SideResult(
-        side=side,
-        recall_at_1=labels.recall_at_1(answers),
-        recall_at_10=_agreement(answers, _answers(searcher, keys, side=side, exact=True)),
-        proved=sum(answer.certainty == "proved" for answer in answers) / len(answers),
-    )
-
-
-def _answers(searcher: Searcher, keys: Sequence[str], *, side: Side, **how: Any) -> list[Answer]:
-    answers: list[Answer] = []
-    for start in range(0, len(keys), _BLOCK):
-        some = keys[start : start + _BLOCK]
-        answers += searcher.search(keys=some, options=SearchOptions(k=_K, side=side, **how))
-    return answers
-
-
-def _agreement(answers: Sequence[Answer], truth: Sequence[Answer]) -> float:
-    """Share of the true neighbours that were found, by id: of items at one distance only the true ones."""
-    right = total = 0
-    for answer, true in zip(answers, truth, strict=True):
-        total += len(true.hits)
-        right += len({hit.id for hit in true.hits} & {hit.id for hit in answer.hits})
-    return right / total if total else 1.0
+def _found(searcher: Searcher, asked: Queries, side: Side, nprobe: int, depth: int) -> Neighbours:
+    """What the searcher answers these items, in batches as they are served."""
+    plan = Plan(k=_K, side=side, depth=depth, nprobe=nprobe, exact=False)
+    found = [
+        searcher.stages.search(
+            asked.rows(slice(start, start + _BLOCK)),
+            plan,
+            hidden=searcher.hidden,
+            num_items=len(searcher.items),
+            stop=go_on,
+        )[0]
+        for start in range(0, len(asked.x), _BLOCK)
+    ]
+    return Neighbours(*(np.concatenate(column) for column in zip(*found, strict=True)))

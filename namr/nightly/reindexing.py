@@ -111,7 +111,7 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
     with scratch.folder("assess-") as folder:
         cache = Cache(Path(folder), max_bytes=1 << 40)
         searcher = Searcher.of(Release(root, draft), cache=cache, query_model=None)
-        manifest, measured = _measured(searcher, draft, built, config)
+        manifest, measured = _measured(searcher, draft, built, config, cache)
     gate.check(config.gate, Release(root, manifest), measured, dataset, current=current)
     published = publication.publish(root, manifest, expected=expected)
     return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured)
@@ -185,11 +185,11 @@ def _draft(
 
 
 def _measured(
-    searcher: Searcher, draft: ReleaseManifest, built: BuildReport, config: ReindexConfig
+    searcher: Searcher, draft: ReleaseManifest, built: BuildReport, config: ReindexConfig, cache: Cache
 ) -> tuple[ReleaseManifest, ReleaseReport]:
     """The manifest with what was measured, its reports stored."""
     keys = assessment.held_out_keys(searcher, config.build.num_held_out, seed=config.build.seed)
-    assessed = assessment.assess(searcher, keys, config.assessment)
+    assessed = assessment.assess(searcher, keys, config.assessment, cache=cache)
     sure = calibration.calibrate(searcher, keys, depth=assessed.depth, nprobe=assessed.nprobe)
     measured = ReleaseReport(
         counts=built.counts,

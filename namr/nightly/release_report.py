@@ -8,6 +8,7 @@ from namr.data.reading import Pictures
 from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
+from namr.nightly import selectivity
 from namr.nightly.assessment import Assessment
 from namr.nightly.calibration import CertaintyReport
 from namr.release.releases import Counts, Release, ReleaseManifest
@@ -92,6 +93,12 @@ def page(
         ]
         for side in assessed.sides
     ]
+    filtered = []
+    if assessed.filtered:
+        told = selectivity.table(
+            assessed.filtered, recall_at_10=assessed.recall_at_10, queries_per_s=assessed.queries_per_s
+        )
+        filtered.append(told)
     return ReportPage(
         title=title,
         subtitle=f"release {manifest.release_id}, made {manifest.created}",
@@ -117,6 +124,7 @@ def page(
                 columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)"],
                 rows=rows,
             ),
+            *filtered,
             *([_certainty_table(measured.certainty, assessed.depth)] if measured.certainty else []),
             *_choice(measured),
         ],

@@ -14,7 +14,10 @@ from namr.measure import report, structure
 from namr.measure.report import Grid, Plot, Section, Table
 from namr.measure.structure import Agreement, Changes, Hubs, Rankings, Spread
 from namr.nightly import release_report
-from namr.search.answers import Answer, SearchOptions
+from namr.search import queries, stages
+from namr.search.answers import SearchOptions
+from namr.search.queries import Queries
+from namr.search.rerank import go_on
 from namr.search.searcher import Searcher
 from namr.sides import Side
 
@@ -44,7 +47,7 @@ def section(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = Non
     probe; None: the release's.
     """
     manifest = searcher.manifest
-    ids = np.array(sorted(item.id for item in searcher.items.draw(_MOST_IMAGES, seed=_SEED)), np.int64)
+    ids = np.sort(searcher.items.draw_ids(_MOST_IMAGES, seed=_SEED))
     if len(ids) < _FEWEST_IMAGES:
         return Section(title=TITLE, text=[f"Of {len(ids)} images there is nothing to say."])
     x = searcher.vectors.embeddings(ids).float().numpy()
@@ -149,33 +152,34 @@ class _Answered(NamedTuple):
 
 def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int | None) -> _Answered | None:
     """What the release answers these queries; None where none has a label."""
-    items = [searcher.items.by_key(key) for key in keys]
-    labels = [item.label if item else None for item in items]
-    if not any(label is not None for label in labels):
+    items = [item for key in keys if (item := searcher.items.by_key(key))]
+    if not any(item.label is not None for item in items):
         return None
-    num_shown = release_report.NUM_NEIGHBOURS_SHOWN
-    plain, adaptive = (
-        searcher.search(keys=keys, options=SearchOptions(k=num_shown, side=each, nprobe=nprobe))
+    asked = queries.stored(np.array([item.id for item in items], np.int64), searcher.vectors)
+    how = [
+        SearchOptions(k=release_report.NUM_NEIGHBOURS_SHOWN, side=each, nprobe=nprobe)
         for each in ("none", side)
-    )
+    ]
+    plain, adaptive = (_first_labels(searcher, asked, options) for options in how)
+    labels = [item.label for item in items]
     number = {label: at for at, label in enumerate(sorted({label for label in labels if label is not None}))}
 
     def numbers(of: Sequence[str | None]) -> Ids:
         return np.array([-1 if label is None else number.get(label, -1) for label in of], np.int64)
 
-    changes = structure.changes(numbers(labels), numbers(_first(plain)), numbers(_first(adaptive)))
+    changes = structure.changes(numbers(labels), numbers(plain), numbers(adaptive))
     grids = []
     for name, rows in (("mended", changes.mended), ("spoiled", changes.spoiled)):
         shown = rows[release_report.spread_evenly(len(rows), _NUM_CHANGED_SHOWN)].tolist()
         if shown:
+            of_shown = [items[row].key for row in shown]
             grids.append(
                 Grid(
                     title=f"Queries that re-ranking {name}, {len(shown)} of {len(rows)}",
                     rows=release_report.grid_rows(
                         searcher,
-                        [keys[row] for row in shown],
-                        [plain[row] for row in shown],
-                        [adaptive[row] for row in shown],
+                        of_shown,
+                        *(searcher.search(keys=of_shown, options=options) for options in how),
                     ),
                     note=f"above the first hits before re-ranking, below those after it, by side {side!r}",
                 )
@@ -183,8 +187,17 @@ def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int |
     return _Answered(changes, grids)
 
 
-def _first(answers: Sequence[Answer]) -> list[str | None]:
-    return [answer.hits[0].label if answer.hits else None for answer in answers]
+def _first_labels(searcher: Searcher, asked: Queries, options: SearchOptions) -> list[str | None]:
+    """Of the first hit of each query; the other hits are looked up for the few that are shown."""
+    found, _ = searcher.stages.search(
+        asked,
+        stages.plan_of(options, searcher.manifest),
+        hidden=searcher.hidden,
+        num_items=len(searcher.items),
+        stop=go_on,
+    )
+    hits = [searcher.items.by_id(each) for each in found.ids[:, 0].tolist()]
+    return [hit.label if hit else None for hit in hits]
 
 
 def _hub_table(before: Hubs, after: Hubs, *, k: int, num: int) -> Table:

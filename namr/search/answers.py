@@ -138,6 +138,8 @@ class Timings:
     embed_ms: float
     first_stage_ms: float
     rerank_ms: float
+    filter_ms: float = 0.0
+    """finding the items that the filter lets through"""
 
     def plus(self, other: "Timings") -> "Timings":
         """Both, one after the other."""

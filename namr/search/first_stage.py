@@ -20,8 +20,8 @@ _PRODUCTS = 1 << 33
 """multiplications between two looks at `stop`: about a second of one core"""
 _CELLS = 1 << 22
 """neighbours that are asked for at once: 50 MB"""
-_FEW_OF = 4
-"""allowed ids are few where they are less than one of so many"""
+FEW_OF = 4
+"""allowed ids are few where they are less than one of so many; else the index is searched so much deeper"""
 _NO_ID = np.iinfo(np.int64).max
 
 
@@ -47,10 +47,10 @@ def candidates(
     searched deeper and the others are dropped, since FAISS's own selection hashes every id for each search.
     """
     depth, selector = num + min(num, len(hidden)), None
-    if allowed is not None and len(allowed) * _FEW_OF <= index.num_vectors:
+    if allowed is not None and len(allowed) * FEW_OF <= index.num_vectors:
         depth, selector = num, index_files.selector(allowed)
     elif allowed is not None:
-        depth = num * _FEW_OF
+        depth = num * FEW_OF
     stage = _Stage(index, num, nprobe, hidden, allowed, selector, stop)
     depth += own_ids is not None
     squared, ids = stage.nearest(q, own_ids, depth)

@@ -97,18 +97,25 @@ class Items:
 
     def draw(self, num: int, *, seed: int) -> list[Item]:
         """Up to `num` different items at random, in random order."""
+        return [_item(file, row) for file, row in self._drawn(num, seed=seed)]
+
+    def draw_ids(self, num: int, *, seed: int) -> Ids:
+        """(n,) the ids of what `draw` returns."""
+        return np.array([file.ids[row] for file, row in self._drawn(num, seed=seed)], np.int64)
+
+    def _drawn(self, num: int, *, seed: int) -> list[tuple[ItemFile, int]]:
         total = len(self) + len(self._hidden)
         drawn = np.random.default_rng(seed).choice(total, min(num + len(self._hidden), total), False)
-        items = []
+        places: list[tuple[ItemFile, int]] = []
         for place in drawn.tolist():
             at = int(np.searchsorted(self._ends, place, side="right"))
             file = self.files[at]
             row = place - int(self._ends[at]) + len(file)
             if not self._is_hidden(file.ids[row]):
-                items.append(_item(file, row))
-            if len(items) == num:
+                places.append((file, row))
+            if len(places) == num:
                 break
-        return items
+        return places
 
     def _place_of_id(self, item_id: int) -> tuple[ItemFile, int] | None:
         if not 0 <= item_id < 2**63:

@@ -34,13 +34,13 @@ class Queries(NamedTuple):
     own_ids: Ids | None
     """(Q,) what each must not find"""
 
-    def rows(self, rows: Ids) -> "Queries":
+    def rows(self, some: slice | Ids) -> "Queries":
         """Some of them."""
-        at = torch.from_numpy(rows)
+        at = some if isinstance(some, slice) else torch.from_numpy(some)
         return Queries(
             self.x[at],
             None if self.s is None else self.s[at],
-            None if self.own_ids is None else self.own_ids[rows],
+            None if self.own_ids is None else self.own_ids[some],
         )
 
 

@@ -71,7 +71,7 @@ def rerank(
             return _nothing(num_queries, k)
         known = np.where(present, candidate_ids, candidate_ids[present][0])
     squared = _own_squared(q, s_q, known, vectors, side=side, stop=stop)
-    _check_usable((squared >= 0) & (squared < np.inf), known)  # False for NaN too
+    check_usable((squared >= 0) & (squared < np.inf), known)  # False for NaN too
     if not has_all:
         squared[~present] = np.inf
     best = _nearest(Ranked(candidate_ids, squared, squared), k)
@@ -121,7 +121,7 @@ def nearest_exact(
             continue
         at = torch.from_numpy(np.flatnonzero(kept))
         ids, x, s = ids[kept], x[at].double(), s[at].double()
-        _check_usable((torch.isfinite(x.sum(1) + s.sum(1)) & (s > 0).all(dim=1)).numpy(), ids)
+        check_usable((torch.isfinite(x.sum(1) + s.sum(1)) & (s > 0).all(dim=1)).numpy(), ids)
         plain = distances.pairwise_squared(q64, x).numpy()
         squared = _pairwise(q64, s64, x, s, side).numpy() if side != "none" else plain.copy()
         block_ids = np.broadcast_to(ids, squared.shape)
@@ -186,7 +186,8 @@ def _blocks(num_rows: int, num_columns: int, *, most: int) -> Iterator[tuple[sli
             yield slice(row, row + height), slice(column, column + width)
 
 
-def _check_usable(usable: npt.NDArray[np.bool_], ids: Ids) -> None:
+def check_usable(usable: npt.NDArray[np.bool_], ids: Ids) -> None:
+    """ManifestError that names the first of these ids that is not."""
     if not usable.all():
         raise ManifestError(
             f"item {ids[~usable][0]} is in the index and has no re-rank vector, or a damaged one; restore "

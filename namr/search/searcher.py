@@ -74,7 +74,7 @@ class Searcher:
         self.release, self.manifest = release, release.manifest
         self.model = query_model
         self.index, self.vectors, self._dead = index, vectors, dead
-        self._stages = Stages(
+        self.stages = Stages(
             index,
             vectors,
             gallery_min=self.manifest.gallery_min_structure,
@@ -89,6 +89,11 @@ class Searcher:
     def items(self) -> Items:
         """What can be found."""
         return self._shown.items
+
+    @property
+    def hidden(self) -> Ids:
+        """Ids of the index that can't be found, ascending."""
+        return self._shown.hidden
 
     @classmethod
     def open(
@@ -207,6 +212,7 @@ class Searcher:
                 f"a search takes one of {', '.join(given)}; got {' and '.join(names) or 'none'}"
             )
         plan, shown = stages.plan_of(options, self.manifest), self._shown
+        filtering = time.perf_counter()
         allowed = self._allowed(options, shown.items)
         began = time.perf_counter()
         own_ids = None if keys is None else self._ids_of(keys, shown.items)
@@ -218,10 +224,11 @@ class Searcher:
             if own_ids is not None
             else self._given(embeddings, structures)
         )
-        neighbours, timings = self._stages.search(
+        neighbours, timings = self.stages.search(
             asked, plan, hidden=shown.hidden, num_items=len(shown.items), allowed=allowed, stop=stop
         )
-        timings = replace(timings, embed_ms=embedded_ms)
+        filtered_ms = (began - filtering) * 1e3 if allowed is not None else 0.0
+        timings = replace(timings, embed_ms=embedded_ms, filter_ms=filtered_ms)
         return [
             self._answer(neighbours, row, shown.items, plan.side, timings)
             for row in range(len(neighbours.ids))
@@ -242,7 +249,7 @@ class Searcher:
         batch, and for sides "query" and "both" without structures; ManifestError for damaged vectors.
         """
         shown, asked = self._shown, self._given(embeddings, structures)
-        return self._stages.search(
+        return self.stages.search(
             asked,
             stages.plan_of(options, self.manifest),
             hidden=shown.hidden,

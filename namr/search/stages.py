@@ -29,6 +29,8 @@ from namr.sides import Side
 
 _FEW_ALLOWED = 8192
 """items that are compared in about the time that a search of the index takes"""
+_MORE_LISTS = 4
+"""under a filter, beside those that hold enough entries"""
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -238,10 +240,15 @@ class Stages:
         return self._calibration.weight(side=plan.side, k=plan.k, depth=level.depth, nprobe=level.nprobe)
 
     def _nprobe(self, plan: Plan, allowed: Ids | None) -> int:
-        """As many lists as hold as many allowed entries as the plan's would hold of all."""
+        """As many lists as hold as many allowed entries as the plan's would hold of all, and few more.
+
+        Those that are allowed lie farther apart, across more borders of lists: where few are probed, that
+        takes recall away.
+        """
         if allowed is None or not plan.is_widened:
             return plan.nprobe
-        return min(max(1, self._index.num_lists), -(-plan.nprobe * self._index.num_vectors // len(allowed)))
+        as_many = -(-plan.nprobe * self._index.num_vectors // len(allowed))
+        return min(max(1, self._index.num_lists), as_many + _MORE_LISTS)
 
 
 def _num_others(asked: Queries, num_items: int, allowed: Ids | None) -> Ids:

@@ -9,6 +9,7 @@ Legend: n ids, D dimension, N rows of a file.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,27 @@ Rows = npt.NDArray[np.void]
 """(N,) vectors or pairs of them, each one item that numpy moves without looking into it"""
 
 _BLOCK_ROWS = 8192
+
+
+class Block(NamedTuple):
+    """Some rows as they lie in a file."""
+
+    ids: Ids
+    """(n,)"""
+    x: Tensor
+    """(n, D) float16 embeddings"""
+    s: Tensor
+    """(n, D) float16 structures"""
+
+
+def blocks_of(path: Path, ids: Ids, *, dim: int, start: int, num_rows: int | None = None) -> Iterator[Block]:
+    """The rows of a file of vectors from `start` on, one for each of ids (n,), up to num_rows at once."""
+    file = arrays.map_array(path, np.float16, (None, 2, dim))
+    step = num_rows or _BLOCK_ROWS
+    for first in range(0, len(ids), step):
+        some = ids[first : first + step]
+        rows = torch.from_numpy(file[start + first : start + first + len(some)])
+        yield Block(some, rows[:, 0], rows[:, 1])
 
 
 class GalleryVectors:
@@ -55,13 +77,17 @@ class GalleryVectors:
         """(n,) ids -> embeddings and structures, (n, D) float16."""
         return self._as_both(self._gather(ids, self._pairs))
 
-    def blocks(self) -> Iterator[tuple[Ids, Tensor, Tensor]]:
-        """Ids (n,), embeddings and structures (n, D) of all rows as they lie in the files, in pieces."""
-        ids = self._places.ids(int(self._starts[-1]))
+    def ids(self) -> Ids:
+        """(N,) of all rows, one file after the other."""
+        return self._places.ids(int(self._starts[-1]))
+
+    def blocks(self, *, num_rows: int | None = None) -> Iterator[Block]:
+        """All rows as they lie in the files, up to num_rows at once."""
+        ids, step = self.ids(), num_rows or _BLOCK_ROWS
         for file, first in zip(self._pairs, self._starts.tolist(), strict=False):
-            for start in range(0, len(file), _BLOCK_ROWS):
-                x, s = self._as_both(file[start : start + _BLOCK_ROWS])
-                yield ids[first + start : first + start + len(x)], x, s
+            for start in range(0, len(file), step):
+                x, s = self._as_both(file[start : start + step])
+                yield Block(ids[first + start : first + start + len(x)], x, s)
 
     def _gather(self, ids: Ids, files: Sequence[Rows]) -> Rows:
         """(n,) ids -> (n,) what they have in these files."""

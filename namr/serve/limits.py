@@ -70,29 +70,34 @@ class Limits:
         num_items: int,
         exact: bool,
         is_adaptive: bool = False,
+        times: int = 1,
     ) -> None:
         """ConfigError for a search that would take too much.
 
         depth: candidates that each query gets, with an adaptive depth at first. What that may take is
-        counted as if no answer were ever sure.
+        counted as if no answer were ever sure. times: how many times as deep the index is searched for
+        them, because of a filter.
         """
         if exact and num_items > self.max_exact_items:
             raise ConfigError(
                 f"exact reads every vector, and this gallery has {num_items} items; expected at most "
                 f"{self.max_exact_items}: use depth"
             )
-        costs = [("hits", "k", k, self.max_hits)]
+        costs = [("hits", "k", k, 1, self.max_hits)]
         if not exact:
             depths = [depth << doublings for doublings in range(NUM_DOUBLINGS + 1 if is_adaptive else 1)]
             option = "depth" if depths[-1] > k else "k"
-            costs.append(("candidates", option, sum(max(k, each) for each in depths), self.max_candidates))
-        for what, option, each, most in costs:
-            if num_queries * each > most:
+            in_all = sum(max(k, each) for each in depths)
+            costs.append(("candidates", option, in_all, times, self.max_candidates))
+        for what, option, each, deeper, most in costs:
+            total = num_queries * each * deeper
+            if total > most:
                 asked, mend = f"{option} {each}", f"lower {option}"
                 if is_adaptive and option == "depth":
                     asked, mend = f"an adaptive depth, each up to {each} in all,", "give a depth"
+                under = f" under a filter, {deeper} times as deep," if deeper > 1 else ""
                 raise ConfigError(
-                    f"{num_queries} queries with {asked} are {num_queries * each} {what}; expected "
+                    f"{num_queries} queries with {asked}{under} are {total} {what}; expected "
                     f"at most {most} in one request: {mend}, or send fewer queries at once"
                 )
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from namr.data.reading import Pictures
 from namr.errors import Busy
-from namr.search import stages
+from namr.search import first_stage, stages
 from namr.search.answers import Answer, SearchOptions
 from namr.search.rerank import Stop
 from namr.search.searcher import Searcher
@@ -95,6 +95,7 @@ class Live:
             num_queries=num_queries,
             k=options.k,
             depth=plan.depth if refines else plan.k,
+            times=1 if options.filter is None else first_stage.FEW_OF,
             num_items=len(searcher.items),
             exact=options.exact,
             is_adaptive=plan.is_adaptive,

@@ -90,6 +90,31 @@ def test_the_page_tells_how_sure_answers_are(
     ]
 
 
+def test_filters_have_a_table_by_what_they_let_through(tmp_path: Path) -> None:
+    page = page_of(searcher_of(tmp_path, "IVF4,Flat"), 24)
+    (_, table) = page.tables
+    assert table.title == "Plain search under a filter"
+    assert [row[0] for row in table.rows[:3]] == ["all", "50 %", "10 %"]
+    assert table.rows[1][2] == "100.0"
+
+
+def test_a_report_of_a_namr_that_measured_no_filters_has_no_table_of_them(tmp_path: Path) -> None:
+    searcher = searcher_of(tmp_path, "Flat")
+    measured = ReleaseReport(
+        counts=searcher.manifest.counts,
+        index_key="Flat",
+        num_parts=1,
+        imbalance=1.0,
+        build_s=1.0,
+        assessment=assessment.assess(searcher, ["digit/1"], AssessmentConfig()),
+    )
+    before = json.loads(manifests.encode_manifest(measured))
+    del before["assessment"]["filtered"]
+    read = manifests.decode_manifest(json.dumps(before).encode(), ReleaseReport, "report.json")
+    assert read.assessment.filtered == ()
+    assert len(release_report.page("a release", searcher.manifest, read, []).tables) == 1
+
+
 def test_the_page_ends_with_what_the_structure_embedding_says(tmp_path: Path) -> None:
     searcher = searcher_of(tmp_path, "Flat")
     section = structure_section.section(searcher, assessment.held_out_keys(searcher, 24, seed=0))

@@ -96,3 +96,18 @@ def test_membership_keeps_the_shape_of_what_is_asked() -> None:
     asked = np.array([[1, 3], [8, 9]])
     assert shards.among(asked, IDS).tolist() == [[False, True], [True, False]]
     assert not shards.among(asked, IDS[:0]).any()
+
+
+def test_drawn_ids_are_those_of_drawn_items() -> None:
+    table = SampleTable(
+        ids=np.arange(9, dtype=np.int64),
+        keys=[str(at) for at in range(9)],
+        labels=[None] * 9,
+        fields=["{}"] * 9,
+        offsets=np.zeros(9, np.int64),
+        sizes=np.ones(9, np.int64),
+    )
+    items = small_release.as_items(table).without(np.array([2, 3], np.int64))
+    drawn = items.draw_ids(5, seed=1)
+    assert drawn.tolist() == [item.id for item in items.draw(5, seed=1)]
+    assert len(items.draw_ids(20, seed=1)) == 7

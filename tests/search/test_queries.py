@@ -8,6 +8,7 @@ import torch
 
 from namr.errors import ManifestError, ShapeError
 from namr.search import queries
+from namr.search.queries import Queries
 from tests.search.test_rerank import make
 
 BAD = np.full((2, 16), np.nan)
@@ -61,3 +62,11 @@ def test_items_of_the_gallery_are_asked_by_their_stored_vectors(tmp_path: Path) 
     assert asked.own_ids.tolist() == gallery.ids[[4, 50]].tolist()
     with pytest.raises(ManifestError, match="has no re-rank vector"):
         queries.stored(np.array([1 << 40]), gallery.vectors)
+
+
+def test_some_rows_of_queries_keep_what_belongs_to_them() -> None:
+    x, ids = torch.arange(12.0).reshape(4, 3), np.arange(4)
+    some = Queries(x, x + 1, ids).rows(slice(1, 3))
+    assert some.x.tolist() == x[1:3].tolist() and some.s.tolist() == (x[1:3] + 1).tolist()
+    assert some.own_ids.tolist() == [1, 2]
+    assert Queries(x, None, None).rows(slice(0, 1))[1:] == (None, None)

@@ -224,6 +224,9 @@ def test_answers_name_what_they_found(searchers) -> None:
     )
     assert [answer.certainty == "proved" for answer in answers] == found.proved.tolist()
     assert answer.timings.first_stage_ms > 0 < answer.timings.rerank_ms
+    assert answer.timings.filter_ms == 0
+    (filtered,) = searcher.search(keys=["digit/1"], options=SearchOptions(k=4, filter={"label": "1"}))
+    assert filtered.timings.filter_ms > 0
     assert {item.label for item in searcher.items.draw(500, seed=0)} >= {None, "0", "9"}
 
 

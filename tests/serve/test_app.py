@@ -373,6 +373,7 @@ def test_what_takes_too_much_is_refused_with_what_to_lower(searcher: Searcher) -
                 "5 queries with an adaptive depth, each up to 1550 in all, are 7750 candidates; expected at "
                 "most 99 in one request: give a depth, or send fewer queries at once",
             ),
+            ({"depth": 19, "filter": {}}, "5 queries with depth 19 under a filter, 4 times as deep, are 380"),
             ({"k": 5, "side": "none"}, "5 queries with k 5 are 25 hits; expected at most 20"),
             ({"exact": True}, "80 items; expected at most 79"),
         ):

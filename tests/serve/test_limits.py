@@ -47,6 +47,10 @@ def test_limits_that_are_wrong_are_named(wrong: dict[str, float]) -> None:
             "100 queries with an adaptive depth, each up to 3100 in all, are 310000 candidates; expected at "
             "most 262144 in one request: give a depth",
         ),
+        (
+            {"num_queries": 256, "depth": 1000, "times": 4},
+            "256 queries with depth 1000 under a filter, 4 times as deep, are 1024000 candidates; expected",
+        ),
         ({"exact": True, "num_items": 200_001}, "this gallery has 200001 items; expected at most 200000"),
     ],
 )

@@ -98,7 +98,7 @@ function showAnswer(name, answer, rankBefore) {
   badge.classList.toggle("calibrated", answer.certainty === "calibrated");
   badge.title = `${certaintyInWords(answer.certainty)} Nearest of ${answer.depth.toLocaleString()} candidates.`;
   const times = answer.timings;
-  const total = times.embed_ms + times.first_stage_ms + times.rerank_ms;
+  const total = times.filter_ms + times.embed_ms + times.first_stage_ms + times.rerank_ms;
   at(`${name}-time`).textContent = `${total < 10 ? total.toFixed(1) : Math.round(total)} ms`;
   at(`${name}-time`).title =
     `embedding ${times.embed_ms.toFixed(1)} ms, first stage ${times.first_stage_ms.toFixed(1)} ms, ` +
