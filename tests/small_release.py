@@ -25,6 +25,7 @@ from namr.model import distances, model
 from namr.release import arrays, places, publication, releases, vector_steps
 from namr.release.releases import Counts, ReleaseManifest, Segment, StoredVectors, VectorFile
 from namr.search.items import Items
+from namr.search.opening import Opened
 from namr.search.searcher import Searcher
 from namr.store import item_files, manifests, storage, tables
 from namr.store.manifests import StoredObject
@@ -338,9 +339,7 @@ def with_items(searcher: Searcher, items: Items) -> Searcher:
     """The same release with other items than it lists."""
     return Searcher(
         searcher.release,
-        index=searcher.index,
-        vectors=searcher.vectors,
-        items=items,
+        Opened(searcher.index, searcher.vectors, items),
         dead=searcher._dead,
         query_model=searcher.model,
         device="cpu",

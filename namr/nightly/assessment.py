@@ -21,19 +21,17 @@ import numpy as np
 import numpy.typing as npt
 
 from namr import checks
-from namr.errors import ConfigError
 from namr.model.distances import Side
 from namr.nightly import selectivity, truth, tuning
 from namr.nightly.selectivity import FilteredResult
+from namr.nightly.truth import HeldOut
 from namr.release import held_out
-from namr.search import queries
 from namr.search.answers import Item
 from namr.search.items import Items
 from namr.search.queries import Queries
 from namr.search.rerank import go_on
 from namr.search.searcher import Searcher
 from namr.search.stages import Neighbours, Plan
-from namr.store.cache import Cache
 
 Ids = npt.NDArray[np.int64]
 
@@ -114,26 +112,16 @@ def held_out_keys(searcher: Searcher, num: int, *, seed: int) -> list[str]:
     return [item.key for item in itertools.islice(searcher.items, num)]
 
 
-def assess(
-    searcher: Searcher, keys: Sequence[str], config: AssessmentConfig, *, cache: Cache | None = None
-) -> Assessment:
-    """Measure a release by the keys of its held-out items; at least one, else ConfigError.
-
-    cache: where the release was opened from; with it a large one is compared by Ray tasks.
-    """
-    items = [item for key in keys if (item := searcher.items.by_key(key))]
-    if not items:
-        raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
-    ids = np.array([item.id for item in items], np.int64)
-    asked = queries.stored(ids, searcher.vectors)
-    true, of_shares = truth.neighbours(searcher, asked, k=_K, shares=selectivity.SHARES, cache=cache)
+def assess(searcher: Searcher, held: HeldOut, config: AssessmentConfig) -> Assessment:
+    """Measure a release by its held-out items."""
+    items, asked, (true, of_shares) = held
     seconds: dict[tuple[int, int], float] = {}
 
     def recall_of(nprobe: int, depth: int) -> float:
         began = time.perf_counter()
         found = _found(searcher, asked, "none", nprobe, depth)
         seconds[nprobe, depth] = time.perf_counter() - began
-        return truth.recall(found.ids, true.of("none"))
+        return truth.recall(found.ids, true.of("none")[:, :_K])
 
     points = tuning.tuned(
         recall_of,
@@ -157,7 +145,7 @@ def assess(
             SideResult(
                 side=side,
                 recall_at_1=labels.recall_at_1(searcher.items, found.ids),
-                recall_at_10=truth.recall(found.ids, true.of(side)),
+                recall_at_10=truth.recall(found.ids, true.of(side)[:, :_K]),
                 proved=float(found.proved.mean()),
             )
             for side, found in sides

@@ -17,21 +17,23 @@ from typing import NamedTuple
 import numpy as np
 
 from namr.data.shards import among
+from namr.nightly import truth
+from namr.nightly.truth import HeldOut
 from namr.release.calibrated import Calibration, Weight
-from namr.search import certainty, first_stage, queries, rerank
+from namr.search import certainty, first_stage
 from namr.search.certainty import Flags, Level
+from namr.search.exact import Exact
 from namr.search.queries import Queries
-from namr.search.rerank import Doubles, Ids, Ranked, go_on
+from namr.search.rerank import Doubles, Ids, go_on
 from namr.search.searcher import Searcher
 from namr.search.stages import Plan, Stages
 from namr.sides import SIDES, Side
 
-_KS = (10, 100)
+_KS = (10, truth.K)
 """neighbours that weights are measured for; who asks for fewer gets the next of them"""
 _QUANTILE = 0.001
 _LEAST_QUERIES = 100
 """of a half: with fewer, more than one answer in a hundred might be called calibrated and be wrong"""
-_BLOCK = 256
 _SAME = 1e-5
 """by what share two distances may differ that were summed in float32 and in float64"""
 
@@ -75,13 +77,13 @@ class Calibrated(NamedTuple):
     report: CertaintyReport
 
 
-def calibrate(searcher: Searcher, keys: Sequence[str], *, depth: int, nprobe: int) -> Calibrated:
-    """Measure how sure answers of a release are that looks so far; keys: those of its held-out items."""
-    measured = _Measured.of(searcher, keys)
+def calibrate(searcher: Searcher, held: HeldOut, *, depth: int, nprobe: int) -> Calibrated:
+    """Measure how sure answers of a release are that looks so far, by its held-out items."""
+    measured, num_queries = _Measured(searcher, held.asked, held.truth.of_all), len(held.items)
     levels = list(dict.fromkeys(certainty.levels(depth, nprobe, num_lists=searcher.index.num_lists)))
     table = measured.table(levels)
-    halves = [rows for first in (0, 1) if len(rows := np.arange(first, len(keys), 2))]
-    is_enough = len(keys) >= 2 * _LEAST_QUERIES
+    halves = [rows for first in (0, 1) if len(rows := np.arange(first, num_queries, 2))]
+    is_enough = num_queries >= 2 * _LEAST_QUERIES
     of_halves = [_weights(table, rows) if is_enough else () for rows in halves]
     shares = []
     for side in SIDES:
@@ -102,7 +104,7 @@ def calibrate(searcher: Searcher, keys: Sequence[str], *, depth: int, nprobe: in
             shares.append(_Tried(*map(np.concatenate, zip(*tried, strict=True))).shares(plan))
     kept = _lower(table, halves, of_halves) if is_enough else None
     report = CertaintyReport(
-        num_queries=len(keys),
+        num_queries=num_queries,
         rate=None if kept is None else kept.rate,
         adaptive_rate=None if kept is None else kept.adaptive_rate,
         shares=tuple(shares),
@@ -191,17 +193,9 @@ class _Measured:
     """Held-out queries and their true neighbours."""
 
     searcher: Searcher
-    hidden: Ids
     asked: Queries
-    truth: Mapping[Side, Ranked]
-    """(Q, T) by exact search"""
-
-    @classmethod
-    def of(cls, searcher: Searcher, keys: Sequence[str]) -> "_Measured":
-        items = [searcher.items.by_key(key) for key in keys]
-        asked = queries.stored(np.array([item.id for item in items if item], np.int64), searcher.vectors)
-        hidden = searcher.release.tombstones()
-        return cls(searcher, hidden, asked, {side: _exact(searcher, asked, side, hidden) for side in SIDES})
+    true: Exact
+    """(S, Q, T)"""
 
     def table(self, levels: Sequence[Level]) -> _Table:
         """The ratios of all queries; none for a side whose answers are the candidates themselves."""
@@ -213,17 +207,17 @@ class _Measured:
                 q.numpy(),
                 level.depth,
                 nprobe=max(1, level.nprobe),
-                hidden=self.hidden,
+                hidden=self.searcher.hidden,
                 own_ids=own_ids,
             )
             last = certainty.last_squared(
                 first, level.depth, q, self.searcher.vectors, is_compressed=index.is_compressed
             )
             for side in SIDES if index.is_compressed else SIDES[1:]:
-                true = self.truth[side]
-                lacks = left_out(true.ids, first.ids)
+                squared = self.true.squared[SIDES.index(side)]
+                lacks = left_out(self.true.of(side), first.ids)
                 for k in _KS:
-                    table[side, k, level] = ratios(true.squared[:, :k], lacks[:, :k], last)
+                    table[side, k, level] = ratios(squared[:, :k], lacks[:, :k], last)
         return table
 
     def tried(self, plan: Plan, rows: Ids, weights: tuple[Weight, ...]) -> _Tried:
@@ -236,20 +230,8 @@ class _Measured:
             calibration=Calibration(num_queries=1, rate=1.0, adaptive_rate=1.0, weights=weights),
         )
         found, _ = stages.search(
-            self.asked.rows(rows), plan, hidden=self.hidden, num_items=len(searcher.items), stop=go_on
+            self.asked.rows(rows), plan, hidden=searcher.hidden, num_items=len(searcher.items), stop=go_on
         )
-        true = np.sqrt(self.truth[plan.side].squared[rows, : plan.k])
+        true = np.sqrt(self.true.squared[SIDES.index(plan.side)][rows, : plan.k])
         is_same = np.isclose(found.distances, true, rtol=_SAME, atol=_SAME * _SAME)
         return _Tried(found.proved, found.calibrated, np.asarray(is_same.all(axis=1)), found.depths)
-
-
-def _exact(searcher: Searcher, asked: Queries, side: Side, hidden: Ids) -> Ranked:
-    """(Q, T) true neighbours by one side."""
-    vectors, k = searcher.vectors, _KS[-1]
-    parts = [
-        rerank.nearest_exact(some.x, some.s, vectors, k=k, side=side, hidden=hidden, own_ids=some.own_ids)
-        for start in range(0, len(asked.x), _BLOCK)
-        for some in [asked.rows(np.arange(start, min(start + _BLOCK, len(asked.x))))]
-    ]
-    ids, squared, plain_squared = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return Ranked(ids, squared, plain_squared)

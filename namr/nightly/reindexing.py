@@ -22,7 +22,7 @@ from namr.embed.extraction import ExtractionConfig, ExtractReport
 from namr.measure import report
 from namr.model import model
 from namr.model.model import NamrModel
-from namr.nightly import assessment, calibration, gate, release_report, structure_section
+from namr.nightly import assessment, calibration, gate, release_report, structure_section, truth
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
@@ -189,8 +189,9 @@ def _measured(
 ) -> tuple[ReleaseManifest, ReleaseReport]:
     """The manifest with what was measured, its reports stored."""
     keys = assessment.held_out_keys(searcher, config.build.num_held_out, seed=config.build.seed)
-    assessed = assessment.assess(searcher, keys, config.assessment, cache=cache)
-    sure = calibration.calibrate(searcher, keys, depth=assessed.depth, nprobe=assessed.nprobe)
+    held = truth.of_items(searcher, keys, cache=cache)
+    assessed = assessment.assess(searcher, held, config.assessment)
+    sure = calibration.calibrate(searcher, held, depth=assessed.depth, nprobe=assessed.nprobe)
     measured = ReleaseReport(
         counts=built.counts,
         index_key=built.index_key,

@@ -25,7 +25,6 @@ from namr.search.stages import Plan
 
 Ids = npt.NDArray[np.int64]
 
-SHARES = (0.5, 0.1, 0.01, 0.001)
 _BLOCK = 256
 
 
@@ -46,9 +45,10 @@ class FilteredResult:
 def measured(
     searcher: Searcher, asked: Queries, true: Sequence[Exact], *, k: int, nprobe: int, depth: int
 ) -> tuple[FilteredResult, ...]:
-    """One result for each of `SHARES`, with the release's nprobe and depth; true: what `truth` found of each.
+    """One result for each of `truth.SHARES`, with the release's nprobe and depth.
 
-    Asked are the `truth.thinned` queries. Shares that no item belongs to are left out.
+    true: what `truth` found of each, the k nearest at least. Asked are the `truth.thinned` queries. Shares
+    that no item belongs to are left out.
     """
     asked = truth.thinned(asked)
     none_allowed = np.empty(0, np.int64)
@@ -57,7 +57,7 @@ def measured(
     ids = ids[~among(ids, searcher.hidden)]
     plan = Plan(k=k, side="none", depth=depth, nprobe=nprobe, exact=False, is_widened=True)
     results = []
-    for share, of_share in zip(SHARES, true, strict=True):
+    for share, of_share in zip(truth.SHARES, true, strict=True):
         allowed = ids[truth.is_in_share(ids, share)]
         if not len(allowed):
             continue
@@ -78,7 +78,7 @@ def measured(
             FilteredResult(
                 share=share,
                 num_items=len(allowed),
-                recall_at_10=truth.recall(np.concatenate(found), of_share.of("none")),
+                recall_at_10=truth.recall(np.concatenate(found), of_share.of("none")[:, :k]),
                 queries_per_s=len(asked.x) / took_s,
             )
         )

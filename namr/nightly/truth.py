@@ -20,9 +20,11 @@ import numpy.typing as npt
 
 from namr import progress, ray_connection
 from namr.data import shards
+from namr.errors import ConfigError
 from namr.release import held_out
 from namr.release.releases import Release
-from namr.search import exact, vectors
+from namr.search import exact, queries, vectors
+from namr.search.answers import Item
 from namr.search.exact import Exact
 from namr.search.queries import Queries
 from namr.search.rerank import go_on
@@ -49,6 +51,12 @@ _SEED = 0
 _MOST_BYTES = 1 << 40
 
 
+K = 100
+"""true neighbours of a query"""
+SHARES = (0.5, 0.1, 0.01, 0.001)
+"""of the items, drawn at random, that filters let through"""
+
+
 class Truth(NamedTuple):
     """What is nearest to each query, itself left out."""
 
@@ -56,6 +64,24 @@ class Truth(NamedTuple):
     """(S, Q, K)"""
     of_shares: list[Exact]
     """among each share of the items for the `thinned` queries, by plain distance alone"""
+
+
+class HeldOut(NamedTuple):
+    """Items as queries, and what they should find."""
+
+    items: list[Item]
+    asked: Queries
+    truth: Truth
+    """the `K` nearest, of all and of `SHARES`"""
+
+
+def of_items(searcher: Searcher, keys: Sequence[str], *, cache: Cache | None = None) -> HeldOut:
+    """The items of these keys; at least one, else ConfigError. cache: see `neighbours`."""
+    items = [item for key in keys if (item := searcher.items.by_key(key))]
+    if not items:
+        raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
+    asked = queries.stored(np.array([item.id for item in items], np.int64), searcher.vectors)
+    return HeldOut(items, asked, neighbours(searcher, asked, k=K, shares=SHARES, cache=cache))
 
 
 def neighbours(

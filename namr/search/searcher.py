@@ -25,21 +25,18 @@ import torch
 
 from namr.data import images
 from namr.errors import ConfigError, ImageRefused, ManifestError, ModelMismatch, ShapeError
-from namr.index import ivf
 from namr.model import model
 from namr.model.model import NamrModel
 from namr.release import releases, takedowns
-from namr.release.places import Places
 from namr.release.releases import Release
-from namr.search import filters, queries, stages
+from namr.search import filters, opening, queries, stages
 from namr.search.answers import Answer, Hit, ReleaseInfo, SearchOptions, Timings
 from namr.search.items import Items
+from namr.search.opening import Opened
 from namr.search.queries import Queries
 from namr.search.rerank import Stop, go_on
 from namr.search.stages import Neighbours, Stages
-from namr.search.vectors import GalleryVectors
 from namr.sides import Side
-from namr.store import item_files
 from namr.store.cache import Cache
 
 Floats = npt.NDArray[np.float32]
@@ -63,24 +60,22 @@ class Searcher:
     def __init__(
         self,
         release: Release,
+        opened: Opened,
         *,
-        index: ivf.Index,
-        vectors: GalleryVectors,
-        items: Items,
         dead: Ids,
         query_model: NamrModel | None,
         device: str,
     ) -> None:
         self.release, self.manifest = release, release.manifest
         self.model = query_model
-        self.index, self.vectors, self._dead = index, vectors, dead
+        self.index, self.vectors, self._dead = opened.index, opened.vectors, dead
         self.stages = Stages(
-            index,
-            vectors,
+            opened.index,
+            opened.vectors,
             gallery_min=self.manifest.gallery_min_structure,
             calibration=self.manifest.calibration,
         )
-        self._all_items, self._shown = items, _Shown(items, dead)
+        self._all_items, self._shown = opened.items, _Shown(opened.items, dead)
         self.taken_down = np.empty(0, np.int64)
         self._device = device
         self._embedding = threading.Lock()  # the model takes all cores, or the device, by itself
@@ -132,30 +127,10 @@ class Searcher:
         device: str = "cpu",
     ) -> "Searcher":
         """`open` of a release and a model that are at hand already; nothing is hidden."""
-        manifest = release.manifest
         if query_model is not None:
             _check_model(query_model, release)
-        listed = [segment.file for segment in manifest.segments]
-        release.fetch([*listed, *manifest.vectors.objects(), *manifest.items], cache)
-        index = ivf.open_index(
-            [release.path(stored, cache) for stored in listed],
-            num_threads=num_threads or torch.get_num_threads(),
-        )
-        _check_index(index, release)
-        vectors = manifest.vectors
-        places = Places.open(
-            release.path(vectors.shards, cache), release.path(vectors.rows, cache), num_rows=vectors.num_rows
-        )
-        paths = [release.path(each.file, cache) for each in vectors.files]
-        return cls(
-            release,
-            index=index,
-            vectors=GalleryVectors(paths, places, dim=manifest.embedding_dim),
-            items=Items([item_files.open_file(release.path(stored, cache)) for stored in manifest.items]),
-            dead=release.tombstones(),
-            query_model=query_model,
-            device=device,
-        )
+        opened = opening.opened(release, cache, num_threads=num_threads or torch.get_num_threads())
+        return cls(release, opened, dead=release.tombstones(), query_model=query_model, device=device)
 
     def hide(self, taken_down: Ids) -> None:
         """From now on none of these ids is found, shown or counted; in place of those hidden before.
@@ -343,16 +318,4 @@ def _check_model(query_model: NamrModel, release: Release) -> None:
             f"release {manifest.release_id} was made by model {manifest.model_name} version "
             f"{manifest.model_version} with digest {manifest.model_digest}, the model that is loaded has "
             f"{actual}: their embeddings can't be compared; load that version"
-        )
-
-
-def _check_index(index: ivf.Index, release: Release) -> None:
-    manifest = release.manifest
-    said = (manifest.index_key, manifest.embedding_dim, manifest.template_hash)
-    num_entries = sum(segment.num_entries for segment in manifest.segments)
-    if (index.key, index.dim, index.template_hash) != said or index.num_vectors != num_entries:
-        raise ManifestError(
-            f"release {manifest.release_id} lists {num_entries} vectors in {said[0]}, dimension {said[1]}, "
-            f"template {said[2][:12]}; its segments hold {index.num_vectors} in {index.key}, dimension "
-            f"{index.dim}, template {index.template_hash[:12]}: build the release anew"
         )

@@ -27,6 +27,7 @@ from namr.release import releases
 from namr.release.releases import Counts, Release, ReleaseManifest, Segment, StoredVectors
 from namr.search.answers import SearchOptions
 from namr.search.items import Items
+from namr.search.opening import Opened
 from namr.search.searcher import Searcher
 from namr.search.vectors import GalleryVectors
 from namr.store.cache import Cache
@@ -189,11 +190,14 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
     cache = Cache(folder / "cache", 1 << 40)
     release = Release(uri, manifest)
     paths = [release.path(each.file, cache) for each in vectors.files]
+    opened = Opened(
+        ivf.open_index(path, num_threads=options.threads),
+        GalleryVectors(paths, release.places(), dim=options.dim),
+        Items([]),
+    )
     searcher = Searcher(
         release,
-        index=ivf.open_index(path, num_threads=options.threads),
-        vectors=GalleryVectors(paths, release.places(), dim=options.dim),
-        items=Items([]),
+        opened,
         dead=np.empty(0, np.int64),
         query_model=None,
         device="cpu",

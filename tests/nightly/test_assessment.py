@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from namr.errors import ConfigError
-from namr.nightly import assessment
+from namr.nightly import assessment, truth
 from namr.nightly.assessment import AssessmentConfig
 from namr.search.searcher import Searcher
 from namr.store.cache import Cache
@@ -51,13 +51,17 @@ def test_where_none_is_held_out_some_query_all_the_same(flat: Searcher, monkeypa
 
 
 def test_as_few_lists_are_probed_as_reach_the_target(with_lists: Searcher) -> None:
-    whole = assessment.assess(with_lists, KEYS, AssessmentConfig(target_recall=1.0, depth=50))
+    whole = assessment.assess(
+        with_lists, truth.of_items(with_lists, KEYS), AssessmentConfig(target_recall=1.0, depth=50)
+    )
     assert {1, 2, 4} < {nprobe for nprobe, _ in whole.recall_by_nprobe}
     recalls = [recall for _, recall in whole.recall_by_nprobe]
     assert recalls == sorted(recalls)
     assert recalls[-1] == whole.recall_at_10 == 1.0
     assert recalls[0] < 1.0
-    less = assessment.assess(with_lists, KEYS, AssessmentConfig(target_recall=recalls[0], depth=50))
+    less = assessment.assess(
+        with_lists, truth.of_items(with_lists, KEYS), AssessmentConfig(target_recall=recalls[0], depth=50)
+    )
     assert (less.nprobe, less.recall_at_10) == (1, recalls[0])
     assert less.probed == "1 of 8 lists"
 
@@ -66,15 +70,17 @@ def test_a_compressed_index_is_looked_at_deeper_until_it_finds_enough(tmp_path: 
     """Codes of 2 bits an axis and ten candidates find less than wanted in all lists."""
     searcher = searcher_of(tmp_path, "IVF8,PQ2x4fs")
     config = AssessmentConfig(target_recall=0.97, depth=10)
-    assessed = assessment.assess(searcher, KEYS, config)
+    assessed = assessment.assess(searcher, truth.of_items(searcher, KEYS), config)
     assert assessed.depth > 10 and assessed.recall_at_10 >= 0.97
     assert (assessed.nprobe, assessed.recall_at_10) in assessed.recall_by_nprobe
-    again = assessment.assess(searcher, KEYS, AssessmentConfig(target_recall=0.97, depth=assessed.depth))
+    again = assessment.assess(
+        searcher, truth.of_items(searcher, KEYS), AssessmentConfig(target_recall=0.97, depth=assessed.depth)
+    )
     assert (again.nprobe, again.recall_at_10) == (assessed.nprobe, assessed.recall_at_10)
 
 
 def test_without_lists_everything_is_compared(flat: Searcher) -> None:
-    assessed = assessment.assess(flat, KEYS, AssessmentConfig(depth=50))
+    assessed = assessment.assess(flat, truth.of_items(flat, KEYS), AssessmentConfig(depth=50))
     assert (assessed.nprobe, assessed.num_lists, assessed.recall_at_10) == (1, 0, 1.0)
     assert assessed.probed == "all images compared"
     assert assessed.result("none").recall_at_10 == 1.0
@@ -82,8 +88,8 @@ def test_without_lists_everything_is_compared(flat: Searcher) -> None:
 
 
 def test_re_ranking_everything_is_exact_and_a_few_candidates_are_not(flat: Searcher) -> None:
-    deep = assessment.assess(flat, KEYS, AssessmentConfig(depth=NUM_SHARDS * ROWS))
-    shallow = assessment.assess(flat, KEYS, AssessmentConfig(depth=10))
+    deep = assessment.assess(flat, truth.of_items(flat, KEYS), AssessmentConfig(depth=NUM_SHARDS * ROWS))
+    shallow = assessment.assess(flat, truth.of_items(flat, KEYS), AssessmentConfig(depth=10))
     assert {side.recall_at_10 for side in deep.sides} == {1.0}
     assert shallow.result("both").recall_at_10 < 1.0
     assert (deep.depth, shallow.depth) == (120, 10)
@@ -107,21 +113,21 @@ def test_recall_at_1_is_that_of_labelled_queries_and_never_finds_itself(flat: Se
         squared[at] = np.inf
         num_labelled += 1
         right += items.labels[int(np.argmin(squared))] == items.labels[at]
-    assessed = assessment.assess(flat, KEYS, AssessmentConfig())
+    assessed = assessment.assess(flat, truth.of_items(flat, KEYS), AssessmentConfig())
     assert assessed.num_labelled == num_labelled < assessed.num_queries == len(KEYS)
     assert assessed.result("none").recall_at_1 == right / num_labelled
 
 
 def test_images_without_labels_have_no_recall_at_1(flat: Searcher) -> None:
     unlabelled = [f"digit/{row}" for row in range(9, 120, 10)]
-    assessed = assessment.assess(flat, unlabelled, AssessmentConfig())
+    assessed = assessment.assess(flat, truth.of_items(flat, unlabelled), AssessmentConfig())
     assert assessed.num_labelled == 0
     assert {side.recall_at_1 for side in assessed.sides} == {None}
 
 
 def test_nothing_to_query_with_is_told(flat: Searcher) -> None:
     with pytest.raises(ConfigError, match="no held-out items to query with"):
-        assessment.assess(flat, [], AssessmentConfig())
+        assessment.assess(flat, truth.of_items(flat, []), AssessmentConfig())
 
 
 @pytest.mark.parametrize(

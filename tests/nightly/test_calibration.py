@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from namr.nightly import calibration
+from namr.nightly import calibration, truth
 from namr.nightly.calibration import Calibrated
 from namr.release.calibrated import Calibration
 from namr.search.answers import Answer, SearchOptions
@@ -49,7 +49,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> "functools._lru_cache_
     @functools.cache
     def of(key: str) -> Measured:
         searcher = released(tmp_path_factory.mktemp("released"), key)
-        return Measured(searcher, calibration.calibrate(searcher, KEYS, depth=DEPTH, nprobe=2))
+        return Measured(
+            searcher, calibration.calibrate(searcher, truth.of_items(searcher, KEYS), depth=DEPTH, nprobe=2)
+        )
 
     return of
 
@@ -170,8 +172,13 @@ def test_a_report_tells_what_was_said_and_how_deep_it_took(measured, key: str) -
 def test_few_queries_calibrate_nothing(measured) -> None:
     searcher, _ = measured("Flat")
     for num in (1, 2, 199):
-        found = calibration.calibrate(searcher, KEYS[:num], depth=DEPTH, nprobe=1)
+        found = calibration.calibrate(searcher, truth.of_items(searcher, KEYS[:num]), depth=DEPTH, nprobe=1)
         assert found.calibration is None
         assert (found.report.num_queries, found.report.rate) == (num, None)
         assert {each.calibrated for each in found.report.shares} == {0.0}
-    assert calibration.calibrate(searcher, KEYS[:200], depth=DEPTH, nprobe=1).calibration is not None
+    assert (
+        calibration.calibrate(
+            searcher, truth.of_items(searcher, KEYS[:200]), depth=DEPTH, nprobe=1
+        ).calibration
+        is not None
+    )

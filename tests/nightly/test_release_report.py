@@ -10,7 +10,7 @@ from namr.index import planning
 from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Section
-from namr.nightly import assessment, release_report, structure_section
+from namr.nightly import assessment, release_report, structure_section, truth
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.calibration import CertaintyReport, Shares
 from namr.nightly.release_report import ReleaseReport
@@ -41,7 +41,7 @@ def page_of(
         num_parts=1,
         imbalance=1.0,
         build_s=1.0,
-        assessment=assessment.assess(searcher, keys, AssessmentConfig(depth=30)),
+        assessment=assessment.assess(searcher, truth.of_items(searcher, keys), AssessmentConfig(depth=30)),
         considered=tuple(considered),
         certainty=certainty,
     )
@@ -106,7 +106,7 @@ def test_a_report_of_a_namr_that_measured_no_filters_has_no_table_of_them(tmp_pa
         num_parts=1,
         imbalance=1.0,
         build_s=1.0,
-        assessment=assessment.assess(searcher, ["digit/1"], AssessmentConfig()),
+        assessment=assessment.assess(searcher, truth.of_items(searcher, ["digit/1"]), AssessmentConfig()),
     )
     before = json.loads(manifests.encode_manifest(measured))
     del before["assessment"]["filtered"]
@@ -168,7 +168,7 @@ def test_what_was_considered_is_read_back_as_it_was_stored(tmp_path: Path) -> No
         num_parts=1,
         imbalance=1.0,
         build_s=1.0,
-        assessment=assessment.assess(searcher, ["digit/3"], AssessmentConfig()),
+        assessment=assessment.assess(searcher, truth.of_items(searcher, ["digit/3"]), AssessmentConfig()),
         considered=considered,
     )
     data = manifests.encode_manifest(measured)

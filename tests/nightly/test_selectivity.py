@@ -26,7 +26,7 @@ def opened(root: Path, index_key: str) -> tuple[Searcher, Queries]:
 
 
 def results(searcher: Searcher, asked: Queries, *, nprobe: int, depth: int) -> tuple[FilteredResult, ...]:
-    true = truth.neighbours(searcher, asked, k=K, shares=selectivity.SHARES).of_shares
+    true = truth.neighbours(searcher, asked, k=K, shares=truth.SHARES).of_shares
     return selectivity.measured(searcher, asked, true, k=K, nprobe=nprobe, depth=depth)
 
 
@@ -52,7 +52,7 @@ def test_what_few_let_through_is_exact_and_as_many_as_are_said(tmp_path: Path) -
     assert {result.recall_at_10 for result in under_filters} == {1.0}
     ids = np.array([item.id for item in searcher.items], np.int64)
     assert [result.num_items for result in under_filters] == [
-        num for share in selectivity.SHARES if (num := int(truth.is_in_share(ids, share).sum()))
+        num for share in truth.SHARES if (num := int(truth.is_in_share(ids, share).sum()))
     ]
     assert all(result.queries_per_s > 0 for result in under_filters)
 

@@ -15,7 +15,7 @@ from namr.data.shards import make_id
 from namr.errors import ConfigError, ImageRefused, ManifestError, ModelMismatch, ShapeError
 from namr.model import model
 from namr.model.distances import for_search
-from namr.release import releases, takedowns
+from namr.release import takedowns
 from namr.search import vectors
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
@@ -391,17 +391,6 @@ def test_an_item_without_a_place_in_the_table_is_damage(tmp_path: Path) -> None:
     searcher = small_release.with_items(whole, small_release.as_items(table))
     with pytest.raises(ManifestError, match="id 0 is in the index and no item"):
         searcher.search(keys=["digit/4"], options=SearchOptions(k=39))
-
-
-def test_an_index_of_another_release_is_damage(tmp_path: Path) -> None:
-    small_release.publish(tmp_path, Recipe())
-    release = releases.open_release(str(tmp_path / "releases"))
-    wrong = replace(release, manifest=replace(release.manifest, template_hash="f" * 64))
-    with pytest.raises(ManifestError, match="template ffffffffffff; its segments hold 120 in Flat"):
-        Searcher.of(wrong, cache=Cache(tmp_path / "cache", 10**9), query_model=None)
-    other_kind = replace(release, manifest=replace(release.manifest, index_key="IVF4,SQ8"))
-    with pytest.raises(ManifestError, match=r"in IVF4,SQ8, .*its segments hold 120 in Flat"):
-        Searcher.of(other_kind, cache=Cache(tmp_path / "cache", 10**9), query_model=None)
 
 
 @pytest.fixture(scope="module")
