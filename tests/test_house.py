@@ -232,7 +232,6 @@ def test_a_module_has_tests_of_its_name(path: Path) -> None:
 
 TESTED_WITH: dict[str, str] = {
     "serve.follower": "serve/test_live.py runs it under a service",
-    "serve.routes": "serve/test_app.py asks every route over HTTP",
     "sides": "words only, which search/test_answers.py and all searches use",
     "store.folders": "store/test_storage.py runs every test on both kinds of store",
     "store.buckets": "store/test_storage.py runs every test on both kinds of store",

@@ -184,5 +184,5 @@ def test_dropping_and_selecting_find_the_same(
     monkeypatch.setattr(stages, "_FEW_ALLOWED", 0)
     options = SearchOptions(k=9, depth=15, filter={"row": {"min": 10, "max": 60}})
     usual = searcher.search_arrays(*QUERIES, options=options)
-    monkeypatch.setattr(first_stage, "_FEW_OF", few_of)
+    monkeypatch.setattr(first_stage, "FEW_OF", few_of)
     np.testing.assert_array_equal(searcher.search_arrays(*QUERIES, options=options).ids, usual.ids)

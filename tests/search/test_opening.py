@@ -14,7 +14,7 @@ from tests.small_release import Recipe
 
 
 def test_index_vectors_and_items_are_those_of_the_release(tmp_path: Path) -> None:
-    release = small_release.publish(tmp_path, Recipe(num_shards=2, rows_per_shard=30, dead=[3]))
+    release = small_release.publish(tmp_path, Recipe(num_shards=2, rows_per_shard=30))
     opened = opening.opened(release, Cache(tmp_path / "cache", 10**9), num_threads=1)
     ids = opened.vectors.ids()
     assert opened.index.num_vectors == len(ids) == len(opened.items) == release.manifest.counts.num_indexed

@@ -1,13 +1,11 @@
 """The service over real HTTP: what it answers, what it refuses and how, and how it takes up a new release."""
 
-import dataclasses
 import functools
 import io
 import json
 import os
 import re
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,30 +30,6 @@ from tests import small_release
 from tests.running import running, wait_for
 from tests.search.test_searcher import flip
 from tests.small_release import Recipe
-
-MAX_BYTES = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder with a release that a real model made, and the folder of the model."""
-    root = tmp_path_factory.mktemp("served")
-    return root, small_release.publish_with_model(root)
-
-
-@pytest.fixture(scope="module")
-def searcher(published: tuple[Path, Path]) -> Searcher:
-    root, folder = published
-    return Searcher.open(
-        str(root / "releases"), cache=Cache(root / "cache", 10**9), model_folder=folder, num_threads=1
-    )
-
-
-@pytest.fixture(scope="module")
-def http(searcher: Searcher) -> Iterator[httpx.Client]:
-    app = create_app(searcher, limits=Limits(max_upload_bytes=MAX_BYTES))
-    with running(app) as url, httpx.Client(base_url=url, timeout=30) as client:
-        yield client
 
 
 def error_of(reply: httpx.Response) -> tuple[int, str, str]:
@@ -468,47 +442,3 @@ def test_queries_that_leave_float32_are_refused_and_no_answer_has_nulls(http: ht
     hits = largest.json()["answers"][0]["hits"]
     assert len(hits) == 7
     assert all(hit["distance"] > 0 and hit["plain_distance"] > 0 for hit in hits)
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "message"),
-    [
-        ("/search/key", {"key": "digit/1", "deph": 5}, "no field 'deph': perhaps you meant depth"),
-        (
-            "/search/key",
-            {"key": "digit/1", "structures": []},
-            "no field 'structures': expected depth, exact, filter, k",
-        ),
-        ("/search/vector", {"embedings": [[1.0]]}, "no field 'embedings': perhaps you meant embeddings"),
-        (
-            "/search/vector",
-            {"embeddings": [[1.0]], "Side": "none"},
-            "no field 'Side': perhaps you meant side",
-        ),
-    ],
-)
-def test_an_unknown_field_is_refused_with_the_nearest(
-    http: httpx.Client, path: str, body: dict[str, object], message: str
-) -> None:
-    status, kind, said = error_of(http.post(path, json=body))
-    assert (status, kind) == (422, "ConfigError")
-    assert message in said
-
-
-def test_an_unknown_field_of_a_form_is_refused_with_the_nearest(http: httpx.Client) -> None:
-    status, kind, said = error_of(upload(http, small_release.digit(0), n_probe="5"))
-    assert (status, kind) == (422, "ConfigError")
-    assert "no field 'n_probe': perhaps you meant nprobe" in said
-    assert error_of(upload(http, small_release.digit(0), nprobe="0"))[1] == "ConfigError"
-    assert "k: " in error_of(upload(http, small_release.digit(0), k="1001"))[2]
-
-
-def test_every_option_of_a_search_is_described_for_every_way_of_searching(http: httpx.Client) -> None:
-    schemas = http.get("/openapi.json").json()["components"]["schemas"]
-    (form,) = [name for name in schemas if name.startswith("Body_search_by_image")]
-    for name in ("KeyQuery", "VectorQuery", form):
-        described = schemas[name]["properties"]
-        for option in dataclasses.fields(SearchOptions):
-            assert described[option.name]["description"] == option.metadata["description"]
-        assert described["k"]["maximum"] == 1000
-        assert "additionalProperties" not in schemas[name]
