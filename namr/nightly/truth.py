@@ -51,7 +51,7 @@ _SEED = 0
 _MOST_BYTES = 1 << 40
 
 
-K = 100
+K = 20
 """true neighbours of a query"""
 SHARES = (0.5, 0.1, 0.01, 0.001)
 """of the items, drawn at random, that filters let through"""

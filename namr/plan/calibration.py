@@ -22,17 +22,20 @@ from namr.index.ivf import Index
 from namr.plan import rehearsal
 from namr.plan.constants import CodeCosts, Constants, Found
 from namr.plan.rehearsal import Floats, Rehearsal, timed
-from namr.search import rerank
-from namr.sides import Side
+from namr.search import exact, rerank
+from namr.search.exact import Exact
+from namr.search.queries import Queries
+from namr.search.vectors import GalleryVectors
 from namr.store import scratch
 
 _VALUES = 12_800_000
 _FEWEST, _MOST = 20_000, 100_000
 _QUERIES, _K, _DEPTH = 256, 10, 100
-_SIDES: tuple[Side, Side] = ("none", "both")
 _DEEPEST = 1600
 """as deep as the measuring of a release looks"""
 _ASSIGNED = 16_384
+_TRUE, _ROWS = 20, 8192
+"""neighbours that the measuring of a release finds, and rows that it compares at once with so many queries"""
 
 Ids = npt.NDArray[np.int64]
 
@@ -118,16 +121,9 @@ def _measure(folder: Path, num: int, dim: int, today: date) -> Constants:
     q = torch.from_numpy(queries)
     s_q = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, q.shape).astype(np.float32))
     candidates = opened["SQ8"].search(queries, _DEPTH, num_lists)[1]
-    nobody = np.empty(0, np.int64)
     compare = _least(lambda: rerank.rerank(q, s_q, candidates, sides.vectors, k=_K, side="both"))
-    plain, adaptive = (
-        _least(
-            lambda side=side: rerank.nearest_exact(q, s_q, sides.vectors, k=_K, side=side, hidden=nobody),
-            num_times=1,
-        )
-        / (_QUERIES * num * dim)
-        for side in _SIDES
-    )
+    asked = Queries(q, s_q, None)
+    exact_s = timed(lambda: find_exactly(asked, candidates, sides.vectors))[1] / (_QUERIES * num * dim)
     fast = opened[f"PQ{axes[0]}" if axes else "SQ8"]
     of_one_list = _least(lambda: fast.search(queries, _DEPTH, 1)) / _QUERIES
     of_codecs = {"Flat": "Flat", "SQ8": "SQ8"} | ({"PQ": f"PQ{axes[0]}"} if axes else {})
@@ -149,14 +145,22 @@ def _measure(folder: Path, num: int, dim: int, today: date) -> Constants:
         store_s_per_byte=sides.vectors_s / (num * 4 * dim),
         items_s_per_image=sides.items_s / num,
         items_bytes_per_image=sides.items_bytes / num,
-        exact_s_per_axis=plain,
-        exact_adaptive_s_per_axis=adaptive,
+        exact_s_per_axis=exact_s,
         compare_s_per_byte=compare / (_QUERIES * _DEPTH * 4 * dim),
         query_s=max(of_one_list - num_lists * dim * assign, 0.0),
         imbalance=flat.imbalance,
         by_lists=tuple(by_lists),
         by_depth=by_depth,
     )
+
+
+def find_exactly(asked: Queries, candidates: Ids, vectors: GalleryVectors) -> Exact:
+    """What the measuring of a release does first: the neighbours by every side."""
+    bounds = exact.bounds_of(asked, candidates, vectors, k=_TRUE)
+    search = exact.Search(asked, k=_TRUE, bounds=bounds)
+    for block in vectors.blocks(num_rows=_ROWS):
+        search.add(block)
+    return search.found()
 
 
 def _costs(searched: _Searched, train_s_per_axis: float, part_s_per_byte: float) -> CodeCosts:

@@ -63,9 +63,7 @@ class Constants:
     items_s_per_image: float
     items_bytes_per_image: float
     exact_s_per_axis: float
-    """queries x vectors x D, plain"""
-    exact_adaptive_s_per_axis: float
-    """by both structures"""
+    """queries x vectors x D, of exact search by every side in one pass"""
     compare_s_per_byte: float
     """of candidates' stored vectors, by both structures, in memory"""
     query_s: float

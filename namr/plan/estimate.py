@@ -26,8 +26,6 @@ _GB = 1 << 30
 _PROCESS_BYTES = 1 << 29
 _PLACE_BYTES = 4
 _MOST_TRAINING_THREADS = 8
-_PLAIN_SEARCHES, _ADAPTIVE_SEARCHES = 3, 2
-"""of each held-out query, exactly: what the answers of each side are compared with"""
 _DEPTHS = (100, 200, 400, 800, 1600)
 """that the measuring of a release tries"""
 _MOST_VECTORS = 10**12
@@ -171,11 +169,7 @@ def _stages(
     training = plan.num_training_vectors * lists * dim * constants.train_s_per_distance_axis
     assigning = num * lists * dim * constants.assign_s_per_distance_axis
     held = min(config.num_held_out, max(1, num // 5))
-    exact_s_per_axis = (
-        _PLAIN_SEARCHES * constants.exact_s_per_axis
-        + _ADAPTIVE_SEARCHES * constants.exact_adaptive_s_per_axis
-    )
-    exact = held * num * dim * exact_s_per_axis
+    exact = held * num * dim * constants.exact_s_per_axis
     tried = math.log2(max(1, 2 * lists)) / 2 + 6
     cores = config.num_cores
     work = (

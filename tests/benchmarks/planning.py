@@ -23,6 +23,7 @@ from namr.plan import calibration, constants, estimate, rehearsal
 from namr.plan.estimate import PlanConfig
 from namr.plan.rehearsal import timed
 from namr.search import rerank
+from namr.search.queries import Queries
 from tests.benchmarks.search import share_found
 
 TARGET = 0.5
@@ -82,19 +83,21 @@ def queries(
 ) -> None:
     index = ivf.open_index(built.index_path)
     x = rehearsal.draw(QUERIES, made.dim, seed=10**6 + 1)
-    q, s_q = torch.from_numpy(x), torch.ones(x.shape)
-    nobody = np.empty(0, np.int64)
-    exact, exact_s = timed(
-        lambda: rerank.nearest_exact(q, s_q, sides.vectors, k=K, side="none", hidden=nobody)
+    q, s_q = (
+        torch.from_numpy(x),
+        torch.from_numpy(np.random.default_rng(2).uniform(0.5, 1.5, x.shape)).float(),
     )
-    show("exact, plain", planned_exact_s, exact_s, "s")
+    candidates = index.search(x, 100, index.num_lists)[1]
+    exact, exact_s = timed(lambda: calibration.find_exactly(Queries(q, s_q, None), candidates, sides.vectors))
+    show("exact", planned_exact_s, exact_s, "s")
+    true = exact.of("none")[:, :K]
 
     def search(nprobe: int, depth: int, side: str) -> np.ndarray:
         ids = index.search(x, depth, nprobe)[1]
         return rerank.rerank(q, s_q, ids, sides.vectors, k=K, side=side).ids  # type: ignore[arg-type]
 
     best = tuning.tuned(
-        lambda nprobe, depth: share_found(search(nprobe, depth, "none"), exact.ids),
+        lambda nprobe, depth: share_found(search(nprobe, depth, "none"), true),
         num_lists=index.num_lists,
         target=0.95,
         depth=100,
@@ -102,7 +105,7 @@ def queries(
     )[-1]
     show("nprobe", told.nprobe, best.nprobe, "")
     show("depth", told.depth, best.depth, "")
-    planned = share_found(search(told.nprobe, told.depth, "none"), exact.ids)
+    planned = share_found(search(told.nprobe, told.depth, "none"), true)
     print(
         f"recall@10 at the planned nprobe and depth {planned:.3f}, at those that were found {best.recall:.3f}"
     )
