@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.search [--vectors 1000000] [--dim 256] [--lists 1024] [--threads 2]
 
-Both answer the same batches of 256 held-out queries, in turns; of each batch the fastest round counts,
-because what disturbs a round only ever makes it slower. nprobe is the smallest, to within an eighth, with
-recall@10 of 0.95 or more against exact search. Before anything is timed, both must have found the same ids at
-the same distances.
+Both answer the same held-out queries in batches of 256, and some singly, in turns; of each batch the fastest
+round counts, because what disturbs a round only ever makes it slower. nprobe is the smallest, to within an
+eighth, with recall@10 of 0.95 or more against exact search. Before anything is timed, both must have found
+the same ids at the same distances.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from namr.store.cache import Cache
 from tests import small_release
 
 TARGET = 0.9
-BATCH, NUM_QUERIES, K, DEPTH = 256, 1024, 10, 100
+BATCH, NUM_QUERIES, NUM_SINGLE, K, DEPTH = 256, 1024, 128, 10, 100
 ROWS_PER_SHARD = 10_000
 NUM_CENTRES, LATENT_DIM = 5000, 32
 MIN_RECALL = 0.95
@@ -86,9 +86,15 @@ def main() -> None:
             one, other = through_faiss(rows), through_searcher(rows)
             np.testing.assert_allclose(one[0], other[0], rtol=1e-6)
             assert (one[1] == other[1]).mean() > 0.9999, "other ids than raw FAISS"  # ties may be swapped
-        raw_s, own_s = fastest([through_faiss, through_searcher], num_rounds=options.rounds)
-        print(f"raw FAISS {NUM_QUERIES / raw_s:.0f} queries/s, Searcher {NUM_QUERIES / own_s:.0f} queries/s")
-        print(f"search ratio {raw_s / own_s:.2f} target {TARGET}")
+        worst = np.inf
+        for batch, num in ((BATCH, NUM_QUERIES), (1, NUM_SINGLE)):
+            raw_s, own_s = fastest(
+                [through_faiss, through_searcher], num_rounds=options.rounds, of=batches(num, batch)
+            )
+            print(f"batch {batch}: raw FAISS {num / raw_s:.0f} queries/s, Searcher {num / own_s:.0f}")
+            print(f"search ratio, batch {batch}: {raw_s / own_s:.2f} target {TARGET}")
+            worst = min(worst, raw_s / own_s)
+        print(f"search ratio {worst:.2f} target {TARGET}")
 
 
 def parse(

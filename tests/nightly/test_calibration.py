@@ -129,7 +129,7 @@ def is_right(answers: list[Answer], true: list[Answer]) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("key", "side", "k"),
-    [("Flat", "both", 12), ("Flat", "query", 30), ("IVF8,PQ6x4fs", "both", 10), ("IVF8,PQ6x4fs", "none", 5)],
+    [("Flat", "both", 12), ("Flat", "query", 20), ("IVF8,PQ6x4fs", "both", 10), ("IVF8,PQ6x4fs", "none", 5)],
 )
 def test_calibrated_answers_are_right_as_often_as_claimed_on_queries_not_seen(
     measured, key: str, side: str, k: int
