@@ -150,10 +150,11 @@ def test_controls_change_the_answer(page: Page, searcher: Searcher) -> None:
 
 def test_everything_is_reached_by_keyboard(page: Page) -> None:
     reached = []
-    for _ in range(9):
+    for _ in range(10):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
-    assert reached == ["", "file", "k", "side", "depth", "exact", "add-condition", "others", "card"]
+    controls = ["k", "side", "depth", "deepen", "exact", "add-condition", "others"]
+    assert reached == ["", "file", *controls, "card"]
     label = page.evaluate("document.activeElement.getAttribute('aria-label')")
     assert label.endswith("Search with this image")
     page.keyboard.press("Enter")
