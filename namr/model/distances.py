@@ -86,7 +86,8 @@ def rerank_squared(
     scales (Q, M) for "scale", and not read for "none" and "query". s_q is read for "query" and "both".
     A NaN candidate (a refused image) gets a NaN distance.
     """
-    squared = (_widened(candidates) - _widened(q)[:, None, :]).square()
+    # In place wherever it can be: large temporaries cost more than what is computed in them.
+    squared = (_widened(candidates) - _widened(q)[:, None, :]).square_()
     if side == "none":
         return squared.sum(-1)
     if side == "scale":
@@ -96,8 +97,8 @@ def rerank_squared(
     if side == "both":
         of_candidates = _required(s_candidates, "s_candidates", side)
         _check_same_shape("s_candidates", of_candidates, "candidates", candidates)
-        weights = (weights + _widened(of_candidates)) / 2
-    return (weights * squared).sum(-1)
+        return (_widened(of_candidates) + weights).mul_(squared).sum(-1) / 2
+    return squared.mul_(weights).sum(-1)
 
 
 def for_search(x: Tensor, metric: Metric) -> Tensor:
