@@ -50,7 +50,7 @@ types: install
 	$(BIN)/mypy
 
 quick: install
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m '$(QUICK)'
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m '$(QUICK)'
 
 thorough: install
 	$(BIN)/python -m pytest -q -m 'not soak and not ($(QUICK))'
