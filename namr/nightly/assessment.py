@@ -28,8 +28,6 @@ from namr.nightly.truth import HeldOut
 from namr.release import held_out
 from namr.search.answers import Item
 from namr.search.items import Items
-from namr.search.queries import Queries
-from namr.search.rerank import go_on
 from namr.search.searcher import Searcher
 from namr.search.stages import Neighbours, Plan
 
@@ -37,7 +35,6 @@ Ids = npt.NDArray[np.int64]
 
 _K = 10
 _SIDES: tuple[Side, ...] = ("none", "scale", "query", "both")
-_BLOCK = 256
 _MOST_DEEPER = 16
 """times the depth of the config"""
 
@@ -117,9 +114,12 @@ def assess(searcher: Searcher, held: HeldOut, config: AssessmentConfig) -> Asses
     items, asked, (true, of_shares) = held
     seconds: dict[tuple[int, int], float] = {}
 
+    def found_by(side: Side, nprobe: int, depth: int) -> Neighbours:
+        return searcher.neighbours(asked, Plan(k=_K, side=side, depth=depth, nprobe=nprobe, exact=False))
+
     def recall_of(nprobe: int, depth: int) -> float:
         began = time.perf_counter()
-        found = _found(searcher, asked, "none", nprobe, depth)
+        found = found_by("none", nprobe, depth)
         seconds[nprobe, depth] = time.perf_counter() - began
         return truth.recall(found.ids, true.of("none")[:, :_K])
 
@@ -132,7 +132,7 @@ def assess(searcher: Searcher, held: HeldOut, config: AssessmentConfig) -> Asses
     )
     nprobe, depth, recall = points[-1]
     labels = _Labels.of(searcher.items, items)
-    sides = [(side, _found(searcher, asked, side, nprobe, depth)) for side in _SIDES]
+    sides = [(side, found_by(side, nprobe, depth)) for side in _SIDES]
     return Assessment(
         num_queries=len(items),
         num_labelled=len(labels.by_query),
@@ -174,19 +174,3 @@ class _Labels(NamedTuple):
         first = ((label, items.by_id(int(ids[at, 0]))) for at, label in self.by_query.items())
         right = [item is not None and item.label == label for label, item in first]
         return sum(right) / len(right) if right else None
-
-
-def _found(searcher: Searcher, asked: Queries, side: Side, nprobe: int, depth: int) -> Neighbours:
-    """What the searcher answers these items, in batches as they are served."""
-    plan = Plan(k=_K, side=side, depth=depth, nprobe=nprobe, exact=False)
-    found = [
-        searcher.stages.search(
-            asked.rows(slice(start, start + _BLOCK)),
-            plan,
-            hidden=searcher.hidden,
-            num_items=len(searcher.items),
-            stop=go_on,
-        )[0]
-        for start in range(0, len(asked.x), _BLOCK)
-    ]
-    return Neighbours(*(np.concatenate(column) for column in zip(*found, strict=True)))

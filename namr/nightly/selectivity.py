@@ -11,21 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from namr.data.shards import among
 from namr.measure.report import Table
 from namr.nightly import truth
 from namr.search.exact import Exact
 from namr.search.queries import Queries
-from namr.search.rerank import go_on
 from namr.search.searcher import Searcher
 from namr.search.stages import Plan
-
-Ids = npt.NDArray[np.int64]
-
-_BLOCK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +42,7 @@ def measured(
     that no item belongs to are left out.
     """
     asked = truth.thinned(asked)
-    none_allowed = np.empty(0, np.int64)
-    of_files = [file.ids for file in searcher.items.files]
-    ids = np.concatenate([none_allowed, *of_files])
-    ids = ids[~among(ids, searcher.hidden)]
+    ids = searcher.items.matching({})
     plan = Plan(k=k, side="none", depth=depth, nprobe=nprobe, exact=False, is_widened=True)
     results = []
     for share, of_share in zip(truth.SHARES, true, strict=True):
@@ -62,23 +50,13 @@ def measured(
         if not len(allowed):
             continue
         began = time.perf_counter()
-        found = [
-            searcher.stages.search(
-                asked.rows(slice(start, start + _BLOCK)),
-                plan,
-                hidden=searcher.hidden,
-                num_items=len(ids),
-                allowed=allowed,
-                stop=go_on,
-            )[0].ids
-            for start in range(0, len(asked.x), _BLOCK)
-        ]
+        found = searcher.neighbours(asked, plan, allowed=allowed)
         took_s = time.perf_counter() - began
         results.append(
             FilteredResult(
                 share=share,
                 num_items=len(allowed),
-                recall_at_10=truth.recall(np.concatenate(found), of_share.of("none")[:, :k]),
+                recall_at_10=truth.recall(found.ids, of_share.of("none")[:, :k]),
                 queries_per_s=len(asked.x) / took_s,
             )
         )

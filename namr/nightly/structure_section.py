@@ -17,7 +17,6 @@ from namr.nightly import release_report
 from namr.search import queries, stages
 from namr.search.answers import SearchOptions
 from namr.search.queries import Queries
-from namr.search.rerank import go_on
 from namr.search.searcher import Searcher
 from namr.sides import Side
 
@@ -189,13 +188,7 @@ def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int |
 
 def _first_labels(searcher: Searcher, asked: Queries, options: SearchOptions) -> list[str | None]:
     """Of the first hit of each query; the other hits are looked up for the few that are shown."""
-    found, _ = searcher.stages.search(
-        asked,
-        stages.plan_of(options, searcher.manifest),
-        hidden=searcher.hidden,
-        num_items=len(searcher.items),
-        stop=go_on,
-    )
+    found = searcher.neighbours(asked, stages.plan_of(options, searcher.manifest))
     hits = [searcher.items.by_id(each) for each in found.ids[:, 0].tolist()]
     return [hit.label if hit else None for hit in hits]
 

@@ -27,7 +27,6 @@ from namr.search import exact, queries, vectors
 from namr.search.answers import Item
 from namr.search.exact import Exact
 from namr.search.queries import Queries
-from namr.search.rerank import go_on
 from namr.search.searcher import Searcher
 from namr.search.stages import Plan
 from namr.search.vectors import Block
@@ -197,10 +196,7 @@ def _bounds(searcher: Searcher, asked: Queries, k: int) -> Doubles:
     """(S, Q) what no k-th neighbour is farther than, squared: of what the index finds in few lists."""
     nprobe = max(1, int(_PROBED * searcher.index.num_lists))
     plan = Plan(k=max(k, _CANDIDATES), side="none", depth=4 * k, nprobe=nprobe, exact=False)
-    found, _ = searcher.stages.search(
-        asked, plan, hidden=searcher.hidden, num_items=len(searcher.items), stop=go_on
-    )
-    return exact.bounds_of(asked, found.ids, searcher.vectors, k=k)
+    return exact.bounds_of(asked, searcher.neighbours(asked, plan).ids, searcher.vectors, k=k)
 
 
 def _ranges(release: Release) -> list[tuple[int, int, int]]:

@@ -35,7 +35,7 @@ from namr.search.items import Items
 from namr.search.opening import Opened
 from namr.search.queries import Queries
 from namr.search.rerank import Stop, go_on
-from namr.search.stages import Neighbours, Stages
+from namr.search.stages import Neighbours, Plan, Stages
 from namr.sides import Side
 from namr.store.cache import Cache
 
@@ -43,6 +43,7 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 _EMBED_ROWS = 32
+_BATCH = 256
 _DEFAULTS = SearchOptions()
 
 
@@ -69,7 +70,7 @@ class Searcher:
         self.release, self.manifest = release, release.manifest
         self.model = query_model
         self.index, self.vectors, self._dead = opened.index, opened.vectors, dead
-        self.stages = Stages(
+        self._stages = Stages(
             opened.index,
             opened.vectors,
             gallery_min=self.manifest.gallery_min_structure,
@@ -199,7 +200,7 @@ class Searcher:
             if own_ids is not None
             else self._given(embeddings, structures)
         )
-        neighbours, timings = self.stages.search(
+        neighbours, timings = self._stages.search(
             asked, plan, hidden=shown.hidden, num_items=len(shown.items), allowed=allowed, stop=stop
         )
         filtered_ms = (began - filtering) * 1e3 if allowed is not None else 0.0
@@ -224,7 +225,7 @@ class Searcher:
         batch, and for sides "query" and "both" without structures; ManifestError for damaged vectors.
         """
         shown, asked = self._shown, self._given(embeddings, structures)
-        return self.stages.search(
+        return self._stages.search(
             asked,
             stages.plan_of(options, self.manifest),
             hidden=shown.hidden,
@@ -232,6 +233,25 @@ class Searcher:
             allowed=self._allowed(options, shown.items),
             stop=stop,
         )[0]
+
+    def neighbours(self, asked: Queries, plan: Plan, *, allowed: Ids | None = None) -> Neighbours:
+        """`search_arrays` of queries and a plan that are made, at least one, in batches as they are served.
+
+        allowed: ids, ascending, that the search may find, none of them hidden; None: all.
+        """
+        shown = self._shown
+        found = [
+            self._stages.search(
+                asked.rows(slice(start, start + _BATCH)),
+                plan,
+                hidden=shown.hidden,
+                num_items=len(shown.items),
+                allowed=allowed,
+                stop=go_on,
+            )[0]
+            for start in range(0, len(asked.x), _BATCH)
+        ]
+        return Neighbours(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
     def embed(self, pictures: Sequence[bytes], *, stop: Stop = go_on) -> tuple[Floats, Floats]:
         """Embeddings and structures (Q, D) of encoded pictures, by the release's model."""

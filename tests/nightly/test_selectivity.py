@@ -36,9 +36,7 @@ def test_no_filter_takes_recall_away(tmp_path: Path, index_key: str, monkeypatch
     monkeypatch.setattr(stages, "_FEW_ALLOWED", 0)
     searcher, asked = opened(tmp_path, index_key)
     plan = stages.Plan(k=K, side="none", depth=50, nprobe=1, exact=False)
-    plain, _ = searcher.stages.search(
-        asked, plan, hidden=searcher.hidden, num_items=len(searcher.items), stop=lambda: None
-    )
+    plain = searcher.neighbours(asked, plan)
     recall = truth.recall(plain.ids, truth.neighbours(searcher, asked, k=K).of_all.of("none"))
     assert recall < 1
     under_filters = results(searcher, asked, nprobe=1, depth=50)
