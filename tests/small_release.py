@@ -28,6 +28,7 @@ from namr.search.items import Items
 from namr.search.opening import Opened
 from namr.search.searcher import Searcher
 from namr.store import item_files, manifests, storage, tables
+from namr.store.cache import Cache
 from namr.store.manifests import StoredObject
 from namr.store.tables import EmbeddingTable, SampleTable
 
@@ -344,3 +345,8 @@ def with_items(searcher: Searcher, items: Items) -> Searcher:
         query_model=searcher.model,
         device="cpu",
     )
+
+
+def places_of(release: releases.Release) -> places.Places:
+    """Where the vectors of a release on a disk lie."""
+    return release.places(Cache(Path(release.releases_uri).with_name("cache-of-places"), 1 << 30))

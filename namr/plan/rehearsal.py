@@ -6,7 +6,7 @@ Legend: n vectors, D dimension.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,11 +18,9 @@ from namr.data.datasets import ShardEntry
 from namr.embed.embeddings import EmbeddingFile
 from namr.index import ivf, planning
 from namr.index.planning import IndexPlan
-from namr.release import arrays, build, build_steps, segments, vector_steps
+from namr.release import arrays, build, build_steps, segments
 from namr.release.build_steps import HeldOut, MergeTask, PartTask, SampleTask, VectorSource
 from namr.release.places import Places
-from namr.release.releases import VectorFile
-from namr.release.vector_steps import PlaceTask, SortTask
 from namr.search.vectors import GalleryVectors
 from namr.store import manifests, tables
 from namr.store.manifests import StoredObject
@@ -32,6 +30,7 @@ _ROWS_PER_SHARD = 10_000
 _NUM_CENTRES, _LATENT_DIM = 5000, 32
 
 Floats = npt.NDArray[np.float32]
+A = TypeVar("A")
 R = TypeVar("R")
 
 
@@ -164,57 +163,39 @@ def build_index(made: Materials, key: str, *, num_parts: int = 4) -> Rehearsal:
 
 def store_sides(made: Materials, segment: StoredObject) -> StoredSides:
     """Store the re-rank vectors in the order of the segment, and the items."""
-    root, work = made.releases_uri, str(made.folder / "work-vectors")
-    sizes = np.array([(entry.number, entry.num_samples) for entry in made.entries], np.int64)
-    starts, row_bytes = np.cumsum(sizes[:, 1]) - sizes[:, 1], 4 * made.dim
-    rows_per_file = max(1, vector_steps.FILE_BYTES // row_bytes)
-
-    def store_vectors() -> list[VectorFile]:
-        placed = vector_steps.place(PlaceTask(segment, sizes, work, root))
-        pieces = []
-        for number, (start, stop) in enumerate(
-            build.groups(sizes[:, 1].tolist(), vector_steps.PIECE_BYTES // row_bytes)
-        ):
-            num = int(sizes[start:stop, 1].sum())
-            span = placed.span(int(starts[start]), num, of=made.num_vectors, root_uri=root)
-            pieces.append(
-                vector_steps.sort(
-                    SortTask(
-                        made.source,
-                        made.files[start:stop],
-                        sizes[start:stop],
-                        span,
-                        placed.num_rows,
-                        rows_per_file,
-                        work,
-                        number,
-                    )
-                )
-            )
-        tasks = vector_steps.join_tasks(
-            pieces,
-            num_rows=placed.num_rows,
-            rows_per_file=rows_per_file,
+    root = made.releases_uri
+    (placed, stored, shards), vectors_s = timed(
+        lambda: build.store_vectors(
+            made.source,
+            made.entries,
+            made.files,
+            segment=segment,
             dim=made.dim,
-            work_uri=work,
+            work_uri=str(made.folder / "work-vectors"),
             releases_uri=root,
+            in_order=_in_order,
         )
-        return [vector_steps.join(task) for task in tasks]
+    )
 
     def store_items() -> list[StoredObject]:
+        num_indexed = [shard.num_indexed for shard in shards]
         tasks = build.items_tasks(
-            str(made.folder), made.entries, sizes[:, 1].tolist(), placed=placed, releases_uri=root
+            str(made.folder), made.entries, num_indexed, placed=placed, releases_uri=root
         )
-        return [build_steps.store_items(task) for task in tasks]
+        return _in_order("", build_steps.store_items, tasks)
 
-    files, vectors_s = timed(store_vectors)
-    placed = vector_steps.place(PlaceTask(segment, sizes, work, root))
     items, items_s = timed(store_items)
     places = Places.open(
         Path(root, placed.shards.name), Path(root, placed.rows.name), num_rows=placed.num_rows
     )
-    vectors = GalleryVectors([Path(root, each.file.name) for each in files], places, dim=made.dim)
+    paths = [Path(root, each.file.name) for each in stored.files]
+    vectors = GalleryVectors(paths, places, dim=made.dim)
     return StoredSides(vectors, vectors_s, items_s, sum(each.size_bytes for each in items))
+
+
+def _in_order(_: str, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
+    """Here, one after the other."""
+    return [function(each) for each in arguments]
 
 
 def timed(act: Callable[[], R]) -> tuple[R, float]:

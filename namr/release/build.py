@@ -17,16 +17,16 @@ queries), and deleting work that is done with.
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from namr import checks, ray_connection
 from namr.data.datasets import Dataset, ShardEntry
 from namr.embed import embeddings
-from namr.embed.embeddings import SetManifest
+from namr.embed.embeddings import EmbeddingFile
 from namr.errors import ConfigError, ManifestError
 from namr.index import planning
 from namr.index.ivf import IndexInfo
@@ -48,7 +48,8 @@ _ITEMS_PER_FILE = 1 << 18
 _LARGEST_SEED = (1 << 31) - 1
 """FAISS takes no larger one"""
 
-Ids = npt.NDArray[np.int64]
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +149,15 @@ def build(
         releases_uri=root,
     )
     segment = made.segment
-    placed = _placed(dataset, segment.stored, work, root)
-    vectors, shards = _vectors(dataset, source, described, placed, work, root)
+    placed, vectors, shards = store_vectors(
+        source,
+        dataset.shards,
+        described.files,
+        segment=segment.stored,
+        dim=described.embedding_dim,
+        work_uri=work,
+        releases_uri=root,
+    )
     counts = _reconcile(dataset, segment.info, shards)
     num_indexed = [shard.num_indexed for shard in shards]
     item_tasks = items_tasks(dataset.uri, dataset.shards, num_indexed, placed=placed, releases_uri=root)
@@ -205,67 +213,69 @@ def _digest_of(*decisive: object) -> str:
     return storage.sha256(json.dumps(decisive, default=vars).encode())[:32]
 
 
-def _placed(dataset: Dataset, segment: StoredObject, work: str, releases_uri: str) -> Placed:
-    """Which row each sample has in the order of the segment's lists."""
-    sizes = _sizes(dataset)
-    (placed,) = ray_connection.in_order(
-        "placing re-rank vectors", vector_steps.place, [PlaceTask(segment, sizes, work, releases_uri)]
-    )
-    return placed
+class InOrder(Protocol):
+    """How the steps of a build are run: each argument's result, in the order of the arguments."""
+
+    def __call__(self, what: str, function: Callable[[A], R], arguments: Sequence[A], /) -> list[R]: ...
 
 
-def _sizes(dataset: Dataset) -> Ids:
-    """(S, 2) number and how many samples of each shard."""
-    return np.array([(entry.number, entry.num_samples) for entry in dataset.shards], np.int64).reshape(-1, 2)
+class Vectors(NamedTuple):
+    """The re-rank vectors of a segment."""
+
+    placed: Placed
+    stored: StoredVectors
+    shards: list[ShardVectors]
+    """what each shard brought"""
 
 
-def _vectors(
-    dataset: Dataset,
+def store_vectors(
     source: VectorSource,
-    described: SetManifest,
-    placed: Placed,
-    work: str,
+    entries: Sequence[ShardEntry],
+    files: Sequence[EmbeddingFile],
+    *,
+    segment: StoredObject,
+    dim: int,
+    work_uri: str,
     releases_uri: str,
-) -> tuple[StoredVectors, list[ShardVectors]]:
-    """The re-rank vectors in the order of the segment's lists, and what each shard brought."""
-    sizes = _sizes(dataset)
-    files, starts, row_bytes = described.files, places.starts_of(sizes), 4 * described.embedding_dim
+    in_order: InOrder = ray_connection.in_order,
+) -> Vectors:
+    """Store the re-rank vectors of shards and their embeddings, in the order of the segment's lists."""
+    sizes = np.array([(entry.number, entry.num_samples) for entry in entries], np.int64).reshape(-1, 2)
+    (placed,) = in_order(
+        "placing re-rank vectors", vector_steps.place, [PlaceTask(segment, sizes, work_uri, releases_uri)]
+    )
+    starts, row_bytes = places.starts_of(sizes), 4 * dim
     rows_per_file = max(1, vector_steps.FILE_BYTES // row_bytes)
     tasks = []
     for number, (start, stop) in enumerate(
         groups(sizes[:, 1].tolist(), vector_steps.PIECE_BYTES // row_bytes)
     ):
+        some, of_some = list(files[start:stop]), sizes[start:stop]
         span = placed.span(
-            int(starts[start]),
-            int(sizes[start:stop, 1].sum()),
-            of=int(sizes[:, 1].sum()),
-            root_uri=releases_uri,
+            int(starts[start]), int(of_some[:, 1].sum()), of=int(sizes[:, 1].sum()), root_uri=releases_uri
         )
-        some = list(files[start:stop])
         tasks.append(
-            SortTask(
-                source.of(some), some, sizes[start:stop], span, placed.num_rows, rows_per_file, work, number
-            )
+            SortTask(source.of(some), some, of_some, span, placed.num_rows, rows_per_file, work_uri, number)
         )
-    pieces = ray_connection.in_order("sorting re-rank vectors", vector_steps.sort, tasks)
+    pieces = in_order("sorting re-rank vectors", vector_steps.sort, tasks)
     joining = vector_steps.join_tasks(
         pieces,
         num_rows=placed.num_rows,
         rows_per_file=rows_per_file,
-        dim=described.embedding_dim,
-        work_uri=work,
+        dim=dim,
+        work_uri=work_uri,
         releases_uri=releases_uri,
     )
-    joined = ray_connection.in_order("joining re-rank vectors", vector_steps.join, joining)
+    joined = in_order("joining re-rank vectors", vector_steps.join, joining)
     for piece in pieces:
-        storage.delete(storage.join(work, piece.stored.name))
+        storage.delete(storage.join(work_uri, piece.stored.name))
     stored = StoredVectors(
         files=tuple(joined),
         shards=placed.shards,
         rows=placed.rows,
         min_structure=min((piece.min_structure for piece in pieces), default=1.0),
     )
-    return stored, [shard for piece in pieces for shard in piece.shards]
+    return Vectors(placed, stored, [shard for piece in pieces for shard in piece.shards])
 
 
 def groups(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:

@@ -180,9 +180,7 @@ def _checked_places(what: str, release: Release, folder: Path) -> Places:
                 f"{what}: {each.file.name} has {each.file.size_bytes} bytes, which are not {each.num_rows} "
                 f"pairs of float16 vectors of dimension {dim}"
             )
-    cache = Cache(folder, max_bytes=1 << 40)
-    paths = release.path(vectors.shards, cache), release.path(vectors.rows, cache)
-    places = Places.open(*paths, num_rows=vectors.num_rows)
+    places = release.places(Cache(folder, max_bytes=1 << 40))
     num_samples, num_placed, rows_sum, every_sum = release.manifest.counts.num_samples, 0, 0, 0
     _reconcile(
         what, "places of its re-rank vectors", len(places.rows), {"samples of its dataset": num_samples}

@@ -27,7 +27,7 @@ from namr.data import shards
 from namr.errors import ConfigError, ManifestError, NamrError, ObjectMissing, StorageError
 from namr.index import ivf
 from namr.model.distances import Metric, Side
-from namr.release import arrays, places, takedowns
+from namr.release import arrays, takedowns
 from namr.release.calibrated import Calibration
 from namr.release.places import Places
 from namr.store import item_files, manifests, read_ahead, scratch, storage
@@ -209,14 +209,10 @@ class Release:
         """What can be found, by ascending id: one file after the other, verified and held in memory."""
         return (item_files.decode(self.read(stored)) for stored in self.manifest.items)
 
-    def places(self) -> Places:
-        """Which row of the re-rank vectors an id has."""
+    def places(self, cache: Cache) -> Places:
+        """Which row of the re-rank vectors an id has, mapped into memory."""
         of = self.manifest.vectors
-        dtype = places.dtype_of(of.num_rows)
-        return Places(
-            arrays.decode_array(self.read(of.shards), np.int64),
-            arrays.decode_array(self.read(of.rows), dtype),
-        )
+        return Places.open(self.path(of.shards, cache), self.path(of.rows, cache), num_rows=of.num_rows)
 
     def tombstones(self) -> npt.NDArray[np.int64]:
         """Ids that segments hold and nobody may find, ascending."""

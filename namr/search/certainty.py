@@ -44,12 +44,15 @@ class Level(NamedTuple):
     """lists, all of them at most; 0 where there are none"""
 
 
+def doubled(num: int) -> list[int]:
+    """Candidates, or lists, of the levels of an adaptive search that begins with so many."""
+    return [num << doublings for doublings in range(NUM_DOUBLINGS + 1)]
+
+
 def levels(depth: int, nprobe: int, *, num_lists: int) -> list[Level]:
     """Those of an adaptive search: depth and lists as given, and each twice that of the one before."""
-    return [
-        Level(depth << doublings, min(nprobe << doublings, num_lists))
-        for doublings in range(NUM_DOUBLINGS + 1)
-    ]
+    of_all = zip(doubled(depth), doubled(nprobe), strict=True)
+    return [Level(candidates, min(lists, num_lists)) for candidates, lists in of_all]
 
 
 def outside_squared(last_squared: Doubles, q: Tensor) -> Doubles:

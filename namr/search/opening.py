@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from namr.errors import ManifestError
 from namr.index import ivf
-from namr.release.places import Places
 from namr.release.releases import Release
 from namr.search.items import Items
 from namr.search.vectors import GalleryVectors
@@ -34,13 +33,10 @@ def opened(release: Release, cache: Cache, *, num_threads: int) -> Opened:
     release.fetch([*segments, *vectors.objects(), *manifest.items], cache)
     index = ivf.open_index([release.path(stored, cache) for stored in segments], num_threads=num_threads)
     _check_index(index, release)
-    places = Places.open(
-        release.path(vectors.shards, cache), release.path(vectors.rows, cache), num_rows=vectors.num_rows
-    )
     paths = [release.path(each.file, cache) for each in vectors.files]
     return Opened(
         index,
-        GalleryVectors(paths, places, dim=manifest.embedding_dim),
+        GalleryVectors(paths, release.places(cache), dim=manifest.embedding_dim),
         Items([item_files.open_file(release.path(stored, cache)) for stored in manifest.items]),
     )
 

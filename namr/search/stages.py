@@ -85,6 +85,11 @@ def plan_of(options: SearchOptions, own: ReleaseManifest) -> Plan:
     )
 
 
+def refines(index: ivf.Index, side: Side) -> bool:
+    """Whether candidates are compared by their stored vectors; else the order is the index's own."""
+    return side != "none" or index.is_compressed
+
+
 class _Found(NamedTuple):
     """What a search knows of some queries after a level."""
 
@@ -199,7 +204,7 @@ class Stages:
         )
         between = time.perf_counter()
         ranked = first
-        if self._refines(side):
+        if refines(index, side):
             ranked = rerank.rerank(q, s_q, first.ids, vectors, k=plan.k, side=side, stop=stop)
         if before is not None:
             ranked = rerank.merged(ranked, before, k=plan.k)
@@ -219,9 +224,6 @@ class Stages:
         timings = Timings(0.0, (between - began) * 1e3, (ended - between) * 1e3)
         return _Found(ranked, proved & has_all, calibrated & has_all), timings
 
-    def _refines(self, side: Side) -> bool:
-        return side != "none" or self._index.is_compressed
-
     def _levels(self, plan: Plan, allowed: Ids | None) -> list[Level]:
         """How far the search looks; where it is adaptive, at first and then for those that are not sure."""
         index = self._index
@@ -229,13 +231,13 @@ class Stages:
         levels = certainty.levels(plan.depth, nprobe, num_lists=index.num_lists)
         different: dict[tuple[int, int], Level] = {}
         for level in levels if plan.is_adaptive else levels[:1]:
-            depth = max(plan.k, level.depth) if self._refines(plan.side) else plan.k
+            depth = max(plan.k, level.depth) if refines(self._index, plan.side) else plan.k
             lists = level.nprobe if plan.is_widened else levels[0].nprobe
             different.setdefault((min(depth, index.num_vectors), lists), Level(depth, lists))
         return list(different.values())
 
     def _weight(self, level: Level, plan: Plan) -> Weight | None:
-        if self._calibration is None or not self._refines(plan.side):
+        if self._calibration is None or not refines(self._index, plan.side):
             return None
         return self._calibration.weight(side=plan.side, k=plan.k, depth=level.depth, nprobe=level.nprobe)
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from namr import checks
 from namr.errors import Busy, ConfigError, TimedOut
-from namr.search.certainty import NUM_DOUBLINGS
+from namr.search import certainty
 from namr.search.rerank import Stop
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Limits:
             )
         costs = [("hits", "k", k, 1, self.max_hits)]
         if not exact:
-            depths = [depth << doublings for doublings in range(NUM_DOUBLINGS + 1 if is_adaptive else 1)]
+            depths = certainty.doubled(depth) if is_adaptive else [depth]
             option = "depth" if depths[-1] > k else "k"
             in_all = sum(max(k, each) for each in depths)
             costs.append(("candidates", option, in_all, times, self.max_candidates))

@@ -90,11 +90,10 @@ class Live:
         """
         own = searcher.manifest
         plan = stages.plan_of(options, own)
-        refines = plan.side != "none" or searcher.index.is_compressed
         self.limits.check_search(
             num_queries=num_queries,
             k=options.k,
-            depth=plan.depth if refines else plan.k,
+            depth=plan.depth if stages.refines(searcher.index, plan.side) else plan.k,
             times=1 if options.filter is None else first_stage.FEW_OF,
             num_items=len(searcher.items),
             exact=options.exact,

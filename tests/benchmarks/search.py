@@ -23,6 +23,7 @@ import torch
 from namr.index import index_files, ivf
 from namr.nightly import tuning
 from namr.nightly.tuning import Point
+from namr.plan import rehearsal
 from namr.release import releases
 from namr.release.releases import Counts, Release, ReleaseManifest, Segment, StoredVectors
 from namr.search.answers import SearchOptions
@@ -36,7 +37,6 @@ from tests import small_release
 TARGET = 0.9
 BATCH, NUM_QUERIES, NUM_SINGLE, K, DEPTH = 256, 1024, 128, 10, 100
 ROWS_PER_SHARD = 10_000
-NUM_CENTRES, LATENT_DIM = 5000, 32
 MIN_RECALL = 0.95
 
 
@@ -148,14 +148,8 @@ def draw(num: int, dim: int, *, seed: int) -> Vectors:
 
     Embeddings of images are of few dimensions too; among points that fill all 256, there are no neighbours.
     """
-    of_all = np.random.default_rng(0)
-    centres = of_all.standard_normal((NUM_CENTRES, LATENT_DIM), dtype=np.float32)
-    spread = of_all.standard_normal((LATENT_DIM, dim), dtype=np.float32) / np.sqrt(2 * LATENT_DIM * dim)
-    rng = np.random.default_rng(seed)
-    latent = centres[rng.integers(0, NUM_CENTRES, num)]
-    latent += 0.6 * rng.standard_normal((num, LATENT_DIM), dtype=np.float32)
-    x = (latent @ spread.astype(np.float32)) + 0.002 * rng.standard_normal((num, dim), dtype=np.float32)
-    return Vectors(x, rng.uniform(0.5, 1.5, (num, dim)).astype(np.float32))
+    weights = np.random.default_rng((seed, 1)).uniform(0.5, 1.5, (num, dim))
+    return Vectors(rehearsal.draw(num, dim, seed=seed), weights.astype(np.float32))
 
 
 def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
@@ -198,7 +192,7 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
     paths = [release.path(each.file, cache) for each in vectors.files]
     opened = Opened(
         ivf.open_index(path, num_threads=options.threads),
-        GalleryVectors(paths, release.places(), dim=options.dim),
+        GalleryVectors(paths, release.places(cache), dim=options.dim),
         Items([]),
     )
     searcher = Searcher(

@@ -43,14 +43,14 @@ def test_counts_that_agree_among_themselves_are_held_against_the_segments(
 def swap(rows: np.ndarray, release: Release, item_id: int, row: int) -> np.ndarray:
     """The table of rows where this item's is another."""
     other = rows.copy()
-    other[rows == release.places().of(np.array([item_id]))[0]] = row
+    other[rows == small_release.places_of(release).of(np.array([item_id]))[0]] = row
     return other
 
 
 def moved(rows: np.ndarray, release: Release, item_id: int) -> np.ndarray:
     """The table of rows where a sample that is no item has this item's row."""
     other = swap(rows, release, item_id, -1)
-    other[np.flatnonzero(rows < 0)[0]] = release.places().of(np.array([item_id]))[0]
+    other[np.flatnonzero(rows < 0)[0]] = small_release.places_of(release).of(np.array([item_id]))[0]
     return other
 
 
@@ -59,7 +59,7 @@ def test_items_are_held_against_the_counts_and_the_vectors(
 ) -> None:
     uri, manifest = fresh
     release = Release(uri, manifest)
-    ids, rows = np.concatenate([file.ids for file in release.items()]), release.places().rows
+    ids, rows = np.concatenate([file.ids for file in release.items()]), small_release.places_of(release).rows
     for harm, message in (
         (swap(rows, release, ids[5], -1), "116 samples have a place among 117 re-rank vectors, and not each"),
         (

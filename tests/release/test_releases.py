@@ -62,8 +62,8 @@ def test_re_rank_vectors_lie_in_the_order_of_the_lists(
     for row, item in enumerate(in_order.tolist()):
         x, s = (of[item & 0xFFFFFFFF] for of in expected[item >> 32])
         np.testing.assert_array_equal(both[row], np.stack([x, s]).astype(np.float16))
-    np.testing.assert_array_equal(release.places().of(in_order), np.arange(118))
-    assert release.places().of(np.array(refused)).tolist() == [-1, -1]
+    np.testing.assert_array_equal(release.places(cache).of(in_order), np.arange(118))
+    assert release.places(cache).of(np.array(refused)).tolist() == [-1, -1]
     assert release.manifest.gallery_min_structure == both[:, 1].min()
 
 

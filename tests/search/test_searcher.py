@@ -300,7 +300,7 @@ def flip(searcher: Searcher, item_id: int, what: str, value: float) -> None:
     """Damage the stored vector of an item where it lies, as a disk might."""
     (stored,) = searcher.manifest.vectors.files
     written = np.load(Path(searcher.release.releases_uri, stored.file.name), mmap_mode="r+")
-    (row,) = searcher.release.places().of(np.array([item_id]))
+    (row,) = small_release.places_of(searcher.release).of(np.array([item_id]))
     written[row, ["embedding", "structure"].index(what), 3] = value
     written.flush()
 
