@@ -27,15 +27,13 @@ def searcher_of(root: Path, index_key: str) -> Searcher:
     return Searcher.of(release, cache=Cache(root / "cache", 1 << 30), query_model=None)
 
 
-def page_of(
+def measured_of(
     searcher: Searcher,
-    num_queries: int,
-    sections: Sequence[Section] = (),
+    keys: Sequence[str],
     considered: Sequence[Considered] = (),
     certainty: CertaintyReport | None = None,
-) -> release_report.ReportPage:
-    keys = assessment.held_out_keys(searcher, num_queries, seed=0)
-    measured = ReleaseReport(
+) -> ReleaseReport:
+    return ReleaseReport(
         counts=searcher.manifest.counts,
         index_key=searcher.manifest.index_key,
         num_parts=1,
@@ -45,6 +43,17 @@ def page_of(
         considered=tuple(considered),
         certainty=certainty,
     )
+
+
+def page_of(
+    searcher: Searcher,
+    num_queries: int,
+    sections: Sequence[Section] = (),
+    considered: Sequence[Considered] = (),
+    certainty: CertaintyReport | None = None,
+) -> release_report.ReportPage:
+    keys = assessment.held_out_keys(searcher, num_queries, seed=0)
+    measured = measured_of(searcher, keys, considered, certainty)
     return release_report.page("a release", searcher.manifest, measured, [], sections)
 
 
@@ -100,14 +109,7 @@ def test_filters_have_a_table_by_what_they_let_through(tmp_path: Path) -> None:
 
 def test_a_report_of_a_namr_that_measured_no_filters_has_no_table_of_them(tmp_path: Path) -> None:
     searcher = searcher_of(tmp_path, "Flat")
-    measured = ReleaseReport(
-        counts=searcher.manifest.counts,
-        index_key="Flat",
-        num_parts=1,
-        imbalance=1.0,
-        build_s=1.0,
-        assessment=assessment.assess(searcher, truth.of_items(searcher, ["digit/1"]), AssessmentConfig()),
-    )
+    measured = measured_of(searcher, ["digit/1"])
     before = json.loads(manifests.encode_manifest(measured))
     del before["assessment"]["filtered"]
     read = manifests.decode_manifest(json.dumps(before).encode(), ReleaseReport, "report.json")
@@ -162,15 +164,7 @@ def test_a_report_of_before_has_nothing_considered_and_no_such_table(tmp_path: P
 def test_what_was_considered_is_read_back_as_it_was_stored(tmp_path: Path) -> None:
     searcher = searcher_of(tmp_path, "Flat")
     considered = tuple(planning.considered(120, 16, chosen="Flat", max_index_bytes=1 << 30))
-    measured = ReleaseReport(
-        counts=searcher.manifest.counts,
-        index_key="Flat",
-        num_parts=1,
-        imbalance=1.0,
-        build_s=1.0,
-        assessment=assessment.assess(searcher, truth.of_items(searcher, ["digit/3"]), AssessmentConfig()),
-        considered=considered,
-    )
+    measured = measured_of(searcher, ["digit/3"], considered)
     data = manifests.encode_manifest(measured)
     assert manifests.decode_manifest(data, ReleaseReport, "here") == measured
     before = {name: value for name, value in json.loads(data).items() if name != "considered"}
