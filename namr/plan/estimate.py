@@ -21,11 +21,11 @@ from namr import checks
 from namr.errors import ConfigError
 from namr.index import index_files, planning
 from namr.plan.constants import Constants, Found
+from namr.release import build_steps
 
 _GB = 1 << 30
 _PROCESS_BYTES = 1 << 29
 _PLACE_BYTES = 4
-_MOST_TRAINING_THREADS = 8
 _DEPTHS = (100, 200, 400, 800, 1600)
 """that the measuring of a release tries"""
 _MOST_VECTORS = 10**12
@@ -177,7 +177,7 @@ def _stages(
         (
             "train",
             training + (dim * codes.train_s_per_axis if lists else 0),
-            min(cores, _MOST_TRAINING_THREADS),
+            min(cores, build_steps.MOST_TRAINING_THREADS),
         ),
         ("build parts", read_s + assigning + num * dim * codes.encode_s_per_axis, min(cores, plan.num_parts)),
         ("merge", num * constants.merge_s_per_vector + plan.index_bytes * constants.merge_s_per_byte, 1),

@@ -32,7 +32,7 @@ from namr.store import item_files, manifests, scratch, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.storage import Range
 
-_MOST_TRAINING_THREADS = 8
+MOST_TRAINING_THREADS = 8
 _MOST_MERGING_THREADS = 4
 
 Floats = npt.NDArray[np.float32]
@@ -141,7 +141,7 @@ def train(task: TrainTask) -> Template:
     for some in task.sampled:
         start, stop = stop, stop + some.num_rows
         x[start:stop] = arrays.decode_array(manifests.read_object(task.work_uri, some.stored), np.float32)
-    num_threads = _threads(_MOST_TRAINING_THREADS)
+    num_threads = _threads(MOST_TRAINING_THREADS)
     return ivf.train_template(x, task.key, seed=task.seed, num_threads=num_threads, on_gpus=task.use_gpu)
 
 
