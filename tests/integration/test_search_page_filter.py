@@ -169,6 +169,17 @@ def test_the_filter_is_in_the_address_and_goes_where_it_goes(
     expect(page.locator("#values").get_by_label("no value")).to_be_checked()
 
 
+def test_going_back_ends_a_search_that_is_still_under_way(page: Page, searcher: Searcher, url: str) -> None:
+    late = re.compile(r"/items/50$")
+    page.route(late, lambda route: None)  # never answered
+    with page.expect_request(late):
+        page.goto(address(url, searcher, {"row": 5}).replace("id=33", "id=50"))
+    with page.expect_event("requestfailed", lambda request: bool(late.search(request.url)), timeout=5000):
+        page.go_back()
+    expect(page.locator("#about")).to_contain_text("digit/33")
+    expect_answer(page, searcher, None)
+
+
 def test_what_is_wrong_with_a_filter_is_said_at_the_filter(page: Page, searcher: Searcher, url: str) -> None:
     problem = page.locator("#filter-problem")
     page.goto(address(url, searcher, {"brnd": "acme"}))

@@ -8,7 +8,7 @@ const NUM_GALLERY = 20;
 
 let release = null;
 let query = null; // {key, id, label} of an item, or {file} of an upload
-let running = null; // the AbortController of the search under way
+let running = null; // the AbortController of the search under way, its item's look-up included
 let gallerySeed = Math.floor(Math.random() * 1e9);
 
 const imageOf = (id) => `/items/${id}/image?size_px=${THUMBNAIL_PX}&release=${encodeURIComponent(release.release_id)}`;
@@ -130,11 +130,16 @@ function oneSearch(side, signal) {
   });
 }
 
-async function search() {
-  if (!query || !at("controls").checkValidity()) return;
+// Of two searches the one that began last is shown, whichever is answered first.
+function takeOver() {
   running?.abort();
   running = new AbortController();
-  const { signal } = running;
+  return running.signal;
+}
+
+async function search() {
+  if (!query || !at("controls").checkValidity()) return;
+  const signal = takeOver();
   at("results").classList.add("waiting");
   try {
     const [plain, adaptive] = await Promise.all([
@@ -224,9 +229,9 @@ async function searchByAddress() {
     return;
   }
   try {
-    searchByItem(await ask(`/items/${id}`), { isNew: false });
+    searchByItem(await ask(`/items/${id}`, { signal: takeOver() }), { isNew: false });
   } catch (error) {
-    showProblem(error);
+    if (error.name !== "AbortError") showProblem(error);
   }
 }
 
@@ -293,13 +298,13 @@ function listen() {
     remember();
     search();
   });
-  window.addEventListener("popstate", searchByAddress);
 }
 
 async function begin() {
   listen();
   try {
     await showRelease();
+    window.addEventListener("popstate", searchByAddress);
     at("depth").value = release.depth;
     if (release.structure_side !== "none") at("side").value = release.structure_side;
     await Promise.all([showGallery(), searchByAddress()]);
