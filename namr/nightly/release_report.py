@@ -36,6 +36,10 @@ class ReleaseReport:
     imbalance: float
     """1 for lists of equal length"""
     build_s: float
+    built: str = ""
+    """what was built, and why no less, in words; empty where an earlier namr built it"""
+    aged: str | None = None
+    """why the next build trains a new template, in words; None while this one fits"""
     assessment: Assessment
     considered: tuple[Considered, ...] = ()
     """what else could have been built, and why it was not; empty where an earlier namr built it"""

@@ -155,7 +155,7 @@ def compare(task: Task) -> Truth:
     """What is nearest in a range."""
     manifest = task.release.manifest
     with _cache(task.cache_folder) as cache:
-        path = task.release.path(manifest.vectors.files[task.file].file, cache)
+        path = task.release.path(manifest.vector_files[task.file].file, cache)
         blocks = vectors.blocks_of(
             path,
             task.ids,
@@ -202,7 +202,7 @@ def _bounds(searcher: Searcher, asked: Queries, k: int) -> Doubles:
 def _ranges(release: Release) -> list[tuple[int, int, int]]:
     """Of each task the file, its first row and how many it takes."""
     ranges = []
-    for number, file in enumerate(release.manifest.vectors.files):
+    for number, file in enumerate(release.manifest.vector_files):
         step = _ROWS_PER_TASK if storage.is_local(release.releases_uri) else max(1, file.num_rows)
         starts = range(0, file.num_rows, step)
         ranges += [(number, start, min(step, file.num_rows - start)) for start in starts]

@@ -1,0 +1,133 @@
+"""From what was built to a release that can be judged: measured on held-out images, with its reports stored.
+
+A release that was built whole is tuned, calibrated and measured with all that were held out. One that keeps
+the template of the release before keeps how far a search looks and what is calibrated too, and is measured
+with few: images that were held out from that template's training, and images that it has never seen.
+
+Not covered: whether the numbers are good enough (`gate`).
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from namr.measure import report
+from namr.nightly import aging, assessment, calibration, release_report, structure_section, truth
+from namr.nightly.aging import AgingConfig
+from namr.nightly.assessment import Assessment, AssessmentConfig, Effort
+from namr.nightly.building import Made
+from namr.nightly.calibration import CertaintyReport
+from namr.nightly.release_report import ReleaseReport
+from namr.release import releases
+from namr.release.build import BuildConfig
+from namr.release.calibrated import Calibration
+from namr.release.releases import Release, ReleaseManifest, TemplateBirth
+from namr.search.searcher import Searcher
+from namr.store import manifests
+from namr.store.cache import Cache
+
+_FEW = 100
+"""queries from before, and as many of what is new: recall@10 is then known to about a point"""
+
+
+class Measured(NamedTuple):
+    """A release that can be published, if it is good enough."""
+
+    manifest: ReleaseManifest
+    report: ReleaseReport
+
+
+class _Numbers(NamedTuple):
+    keys: list[str]
+    assessed: Assessment
+    calibration: Calibration | None
+    certainty: CertaintyReport | None
+    birth: TemplateBirth
+    aged: str | None
+
+
+def measure(
+    draft: ReleaseManifest,
+    made: Made,
+    *,
+    releases_uri: str,
+    build: BuildConfig,
+    assess: AssessmentConfig,
+    aging: AgingConfig,
+    cache: Cache,
+) -> Measured:
+    """Measure a draft, and store its reports. cache: where objects of a remote release are opened from."""
+    searcher = Searcher.of(Release(releases_uri, draft), cache=cache, query_model=None)
+    keys = assessment.held_out_keys(searcher, build.num_held_out, seed=build.seed)
+    imbalance = searcher.index.imbalance
+    if made.kept:
+        numbers = _of_kept(searcher, keys, made.kept, made.first_new_id, imbalance, assess, aging, cache)
+    else:
+        numbers = _of_new(searcher, keys, imbalance, assess, cache)
+    assessed = numbers.assessed
+    measured = ReleaseReport(
+        counts=draft.counts,
+        index_key=draft.index_key,
+        num_parts=made.built.num_parts,
+        imbalance=imbalance,
+        build_s=made.built.seconds,
+        built=made.how,
+        aged=numbers.aged,
+        assessment=assessed,
+        considered=made.built.considered,
+        certainty=numbers.certainty,
+    )
+    manifest = replace(
+        draft,
+        nprobe=assessed.nprobe,
+        depth=assessed.depth,
+        recall_at_10=assessed.recall_at_10,
+        calibration=numbers.calibration,
+        template_birth=numbers.birth,
+    )
+    grid = release_report.retrieval_grid(searcher, numbers.keys, nprobe=assessed.nprobe)
+    section = structure_section.section(searcher, numbers.keys, nprobe=assessed.nprobe)
+    title = f"{draft.model_name}: a release"
+    html = report.render(release_report.page(title, manifest, measured, [grid], [section]))
+    return Measured(
+        replace(
+            manifest,
+            report_json=releases.store(releases_uri, "report.json", manifests.encode_manifest(measured)),
+            report_html=releases.store(releases_uri, "report.html", html.encode()),
+        ),
+        measured,
+    )
+
+
+def _of_new(
+    searcher: Searcher, keys: list[str], imbalance: float, config: AssessmentConfig, cache: Cache
+) -> _Numbers:
+    held = truth.of_items(searcher, keys, cache=cache)
+    assessed = assessment.assess(searcher, held, config)
+    sure = calibration.calibrate(searcher, held, depth=assessed.depth, nprobe=assessed.nprobe)
+    birth = TemplateBirth(
+        num_entries=searcher.manifest.num_entries, recall_at_10=assessed.recall_at_10, imbalance=imbalance
+    )
+    return _Numbers(keys, assessed, sure.calibration, sure.report, birth, None)
+
+
+def _of_kept(
+    searcher: Searcher,
+    keys: list[str],
+    kept: Release,
+    first_new_id: int | None,
+    imbalance: float,
+    config: AssessmentConfig,
+    limits: AgingConfig,
+    cache: Cache,
+) -> _Numbers:
+    then, before = kept.manifest, release_report.read(kept)
+    asked = assessment.some_of_both(searcher, keys, first_new_id, num=_FEW)
+    held = truth.of_items(searcher, asked, cache=cache)
+    effort = Effort(then.nprobe, then.depth)
+    assessed = assessment.assess(searcher, held, config, effort=effort, first_new_id=first_new_id)
+    birth = then.template_birth or TemplateBirth(
+        num_entries=then.num_entries, recall_at_10=then.recall_at_10, imbalance=before.imbalance
+    )
+    num_entries = searcher.manifest.num_entries
+    aged = aging.aged(limits, birth, assessed, num_entries=num_entries, imbalance=imbalance)
+    return _Numbers(asked, assessed, then.calibration, before.certainty, birth, aged)
