@@ -1,6 +1,5 @@
 """A release that was added to is the one index over all its live entries; the rest of it is not touched."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,66 +9,21 @@ import pytest
 from namr.data import datasets
 from namr.data.datasets import Dataset
 from namr.data.shards import make_id
-from namr.embed import embeddings
 from namr.errors import ManifestError
 from namr.model import distances
-from namr.release import build, increment, publication, releases, templates
-from namr.release.build import BuildConfig, BuildReport
+from namr.release import build, increment, releases, templates
+from namr.release.build import BuildConfig
 from namr.release.increment import Changes
-from namr.release.releases import Release, ReleaseManifest
+from namr.release.releases import Release
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
-from namr.store import manifests, storage, tables
+from namr.store import storage
 from namr.store.cache import Cache
-from namr.store.tables import EmbeddingTable, SampleTable
 from tests import small_release
+from tests.small_nights import DIM, MODEL, a_night, as_release, embeddings_of
 from tests.small_release import NOW
 
-MODEL = "b" * 64
-DIM = 16
 CONFIG = BuildConfig(num_parts=2, num_held_out=20)
-
-
-def a_night(
-    root: Path, num_rows: Sequence[int], *, refused: Sequence[int] = (), dead: Sequence[int] = ()
-) -> Dataset:
-    """The next version of the dataset: new shards of so many images, embedded; nobody reads their tars."""
-    before, entries = datasets.head(str(root / "dataset")), []
-    for number, num in enumerate(num_rows, start=before.next_shard_number):
-        ids = make_id(number, 0) + np.arange(num)
-        vectors = small_release.random_vectors(num, DIM, seed=number)
-        samples = SampleTable(
-            ids=ids,
-            keys=[f"image/{each}" for each in ids.tolist()],
-            labels=[str(row % 3) for row in range(num)],
-            fields=["{}"] * num,
-            offsets=np.arange(num),
-            sizes=np.ones(num, np.int64),
-        )
-        is_refused = np.isin(ids, refused)
-        kept, out = np.flatnonzero(~is_refused), np.flatnonzero(is_refused)
-        table = EmbeddingTable(
-            ids=ids[kept],
-            keys=[samples.keys[row] for row in kept],
-            labels=[samples.labels[row] for row in kept],
-            embeddings=vectors.embeddings[kept].astype(np.float16),
-            structures=vectors.structures[kept].astype(np.float16),
-            refused_ids=ids[out],
-            refused_keys=[samples.keys[row] for row in out],
-            refused_reasons=["truncated"] * len(out),
-        )
-        tar = manifests.write_object(before.uri, f"{number}.tar", f"images of {number}".encode())
-        index = manifests.write_object(before.uri, f"{number}.parquet", tables.encode_samples(samples))
-        entries.append(datasets.ShardEntry(number=number, tar=tar, index=index, num_samples=num))
-        embeddings.write(embeddings_of(root), MODEL, entries[-1], table)
-    dataset = datasets.publish_version(before, entries, now=NOW, tombstones=dead)
-    files = [embeddings.verify(embeddings_of(root), MODEL, entry).file for entry in dataset.shards]
-    embeddings.publish_set(embeddings_of(root), MODEL, dataset, files)
-    return dataset
-
-
-def embeddings_of(root: Path) -> str:
-    return str(root / "embeddings")
 
 
 def whole(root: Path, dataset: Dataset, key: str, metric: distances.Metric, **more: object) -> Release:
@@ -85,38 +39,6 @@ def added(root: Path, current: Release, dataset: Dataset) -> Release:
     cache = Cache(root / "cache", 10**9)
     report = increment.extend(current, new, dataset, embeddings_of(root), CONFIG, cache=cache)
     return as_release(current.releases_uri, report)
-
-
-def as_release(uri: str, built: BuildReport) -> Release:
-    """What the night would publish, verified as it is then."""
-    manifest = ReleaseManifest(
-        release_id=f"of-version-{built.dataset.version.version}",
-        created=NOW.isoformat(),
-        model_name="made-up",
-        model_version="1",
-        model_digest=MODEL,
-        dataset_uri=built.dataset.uri,
-        dataset_version=built.dataset.version.version,
-        dataset_digest=built.dataset.digest,
-        index_key=built.index_key,
-        template=built.template,
-        template_hash=built.template_hash,
-        metric=built.metric,
-        structure_side="both",
-        embedding_dim=built.embedding_dim,
-        counts=built.counts,
-        segments=built.segments,
-        tombstones=built.tombstones,
-        vectors=built.vectors,
-        items=built.items,
-        report_json=releases.store(uri, "report.json", b"{}"),
-        report_html=releases.store(uri, "report.html", b"<p>none</p>"),
-        nprobe=3,
-        depth=30,
-        recall_at_10=1.0,
-    )
-    publication.verify(uri, manifest)
-    return Release(uri, manifest)
 
 
 def searcher_of(root: Path, release: Release) -> Searcher:
