@@ -30,10 +30,13 @@ _FEW = 100
 
 
 class Measured(NamedTuple):
-    """A release that can be published, if it is good enough."""
+    """A draft that says what was measured, and what of it there is to show."""
 
     manifest: ReleaseManifest
     report: ReleaseReport
+    searcher: Searcher
+    keys: list[str]
+    """of the items that queried"""
 
 
 class _Numbers(NamedTuple):
@@ -55,7 +58,7 @@ def measure(
     aging: AgingConfig,
     cache: Cache,
 ) -> Measured:
-    """Measure a draft, and store its reports. cache: where objects of a remote release are opened from."""
+    """Measure a draft. cache: where objects of a remote release are opened from."""
     searcher = Searcher.of(Release(releases_uri, draft), cache=cache, query_model=None)
     keys = assessment.held_out_keys(searcher, build.num_held_out, seed=build.seed)
     imbalance = searcher.index.imbalance
@@ -84,17 +87,20 @@ def measure(
         calibration=numbers.calibration,
         template_birth=numbers.birth,
     )
-    grid = release_report.retrieval_grid(searcher, numbers.keys, nprobe=assessed.nprobe)
-    section = structure_section.section(searcher, numbers.keys, nprobe=assessed.nprobe)
-    title = f"{draft.model_name}: a release"
-    html = report.render(release_report.page(title, manifest, measured, [grid], [section]))
-    return Measured(
-        replace(
-            manifest,
-            report_json=releases.store(releases_uri, "report.json", manifests.encode_manifest(measured)),
-            report_html=releases.store(releases_uri, "report.html", html.encode()),
-        ),
-        measured,
+    return Measured(manifest, measured, searcher, numbers.keys)
+
+
+def with_reports(measured: Measured) -> ReleaseManifest:
+    """The release as it can be published: its report is stored, and a page of it with pictures."""
+    manifest, numbers, searcher, keys = measured
+    grid = release_report.retrieval_grid(searcher, keys, nprobe=manifest.nprobe)
+    section = structure_section.section(searcher, keys, nprobe=manifest.nprobe)
+    title, root = f"{manifest.model_name}: a release", searcher.release.releases_uri
+    html = report.render(release_report.page(title, manifest, numbers, [grid], [section]))
+    return replace(
+        manifest,
+        report_json=releases.store(root, "report.json", manifests.encode_manifest(numbers)),
+        report_html=releases.store(root, "report.html", html.encode()),
     )
 
 

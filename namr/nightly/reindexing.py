@@ -112,7 +112,7 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
             is_alike=bool(current and _is_alike(current.manifest, query_model, digest, config)),
             cache=cache,
         )
-        manifest, measured = measuring.measure(
+        measured = measuring.measure(
             _draft(fetched, query_model, made.built, config, clock()),
             made,
             releases_uri=root,
@@ -121,9 +121,10 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
             aging=config.aging,
             cache=cache,
         )
-    gate.check(config.gate, Release(root, manifest), measured, dataset, current=current)
+        manifest = measuring.with_reports(measured)
+    gate.check(config.gate, Release(root, manifest), measured.report, dataset, current=current)
     published = publication.publish(root, manifest, expected=expected)
-    return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured)
+    return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured.report)
 
 
 def _unchanged(current: Release, *, held: Pin | None = None) -> ReindexReport:
