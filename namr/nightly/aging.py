@@ -22,7 +22,7 @@ class AgingConfig:
     max_growth: float = 1.0
     """images, as a share of those that the template was trained for, that may come to them: more want more
     lists"""
-    max_recall_drop: float = 0.02
+    max_recall_drop: float = 0.03
     """how far recall@10, of images from before or of new ones, may fall below what it was"""
     max_imbalance_growth: float = 1.5
     """times what the imbalance of the lists was"""

@@ -1,8 +1,8 @@
 """From what was built to a release that can be judged: measured on held-out images, with its reports stored.
 
 A release that was built whole is tuned, calibrated and measured with all that were held out. One that keeps
-the template of the release before keeps how far a search looks and what is calibrated too, and is measured
-with few: images that were held out from that template's training, and images that it has never seen.
+the template of the release before keeps how far a search looks, what is calibrated and what filters cost, and
+is measured with few: images that were held out from that template's training, and images that came since.
 
 Not covered: whether the numbers are good enough (`gate`).
 """
@@ -128,9 +128,10 @@ def _of_kept(
 ) -> _Numbers:
     then, before = kept.manifest, release_report.read(kept)
     asked = assessment.some_of_both(searcher, keys, first_new_id, num=_FEW)
-    held = truth.of_items(searcher, asked, cache=cache)
+    held = truth.of_items(searcher, asked, shares=(), cache=cache)
     effort = Effort(then.nprobe, then.depth)
     assessed = assessment.assess(searcher, held, config, effort=effort, first_new_id=first_new_id)
+    assessed = replace(assessed, filtered=before.assessment.filtered)
     birth = then.template_birth or TemplateBirth(
         num_entries=then.num_entries, recall_at_10=then.recall_at_10, imbalance=before.imbalance
     )

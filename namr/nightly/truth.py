@@ -71,16 +71,22 @@ class HeldOut(NamedTuple):
     items: list[Item]
     asked: Queries
     truth: Truth
-    """the `K` nearest, of all and of `SHARES`"""
+    """the `K` nearest, of all and of shares of them"""
 
 
-def of_items(searcher: Searcher, keys: Sequence[str], *, cache: Cache | None = None) -> HeldOut:
-    """The items of these keys; at least one, else ConfigError. cache: see `neighbours`."""
+def of_items(
+    searcher: Searcher,
+    keys: Sequence[str],
+    *,
+    shares: Sequence[float] = SHARES,
+    cache: Cache | None = None,
+) -> HeldOut:
+    """The items of these keys; at least one, else ConfigError. shares, cache: see `neighbours`."""
     items = [item for key in keys if (item := searcher.items.by_key(key))]
     if not items:
         raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
     asked = queries.stored(np.array([item.id for item in items], np.int64), searcher.vectors)
-    return HeldOut(items, asked, neighbours(searcher, asked, k=K, shares=SHARES, cache=cache))
+    return HeldOut(items, asked, neighbours(searcher, asked, k=K, shares=shares, cache=cache))
 
 
 def neighbours(

@@ -38,15 +38,15 @@ def test_a_template_that_fits_is_kept() -> None:
 
 def test_the_number_that_decides_is_told() -> None:
     assert said(num_entries=2001) == "2001 entries, and the template was trained for 1000"
-    assert said(replace(YOUNG, recall_at_10=0.939)) == (
-        "recall@10 is 0.939, and was 0.960 when the template was new"
+    assert said(replace(YOUNG, recall_at_10=0.929)) == (
+        "recall@10 is 0.929, and was 0.960 when the template was new"
     )
     old, new = YOUNG.by_age or (None, None)
     assert old and new
-    worse = replace(YOUNG, by_age=ByAge(old, new._replace(recall_at_10=0.93)))
-    assert said(worse) == "recall@10 of new images is 0.930, and was 0.960 when the template was new"
-    worse = replace(YOUNG, by_age=ByAge(old._replace(recall_at_10=0.93), new))
-    assert said(worse) == "recall@10 of images from before is 0.930, and was 0.960 when the template was new"
+    worse = replace(YOUNG, by_age=ByAge(old, new._replace(recall_at_10=0.92)))
+    assert said(worse) == "recall@10 of new images is 0.920, and was 0.960 when the template was new"
+    worse = replace(YOUNG, by_age=ByAge(old._replace(recall_at_10=0.92), new))
+    assert said(worse) == "recall@10 of images from before is 0.920, and was 0.960 when the template was new"
     assert said(imbalance=1.81) == "the imbalance of the lists is 1.81, and was 1.20"
     far = replace(YOUNG, by_age=ByAge(old, new._replace(error=0.66)))
     assert said(far) == "new images lie 1.32 times as far from their lists' centres, squared"

@@ -74,20 +74,20 @@ def test_what_was_added_to_keeps_its_effort_and_is_measured_by_age(tmp_path: Pat
     assert added.built.startswith("added to of-version-1: 1 shards")
     assert added.certainty == report.certainty
     by_age = added.assessment.by_age
-    assert by_age is not None
+    assert by_age is not None and second.report_html is not None
     assert (by_age.new.num_queries, by_age.old.num_queries) == (100, added.assessment.num_queries - 100)
     assert 40 < by_age.old.num_queries <= report.assessment.num_queries
     shares = np.array([by_age.old.num_queries, by_age.new.num_queries])
     recalls = np.array([by_age.old.recall_at_10, by_age.new.recall_at_10])
     assert added.assessment.recall_at_10 == pytest.approx((shares * recalls).sum() / shares.sum())
-    assert 0.5 < by_age.new.error / by_age.old.error < 2
-    assert second.report_html is not None
+    # images of another shard lie around other centres here, which no list was made for
+    assert by_age.new.error > 1.3 * by_age.old.error and by_age.new.recall_at_10 < by_age.old.recall_at_10
+    assert added.aged is not None and added.aged.startswith("recall@10 is 0.")
+    assert added.assessment.filtered == report.assessment.filtered != ()
     page = Release(root, second).read(second.report_html).decode()
-    assert "added to of-version-1" in page and "from before" in page
+    assert "added to of-version-1" in page and "from before" in page and "trains a new template" in page
 
-    _, (third, grown, *_) = night(tmp_path, [600], Release(root, second))
-    assert grown.aged == "1300 entries, and the template was trained for 600"
-    made, (fourth, anew, *_) = night(tmp_path, [], Release(root, third))
-    assert made.how.startswith("whole: with a new template, since 1300 entries")
-    assert fourth.template_birth is not None and fourth.template_birth.num_entries == 1300
+    made, (third, anew, *_) = night(tmp_path, [], Release(root, second))
+    assert made.how.startswith("whole: with a new template, since recall@10 is 0.")
+    assert third.template_birth is not None and third.template_birth.num_entries == 700
     assert anew.aged is None
