@@ -6,7 +6,8 @@
 
 New images become one more segment, and what was taken out is hidden; all is built anew only where the model,
 the settings or an aged template ask for it. Where nothing is new, or a roll-back holds the current release,
-it says so and ends. Killed anywhere, the same command goes on. A release that is not good enough stays unpublished, with exit code 2 and the reason.
+it says so and ends. Killed anywhere, the same command goes on. A release that is not good enough stays
+unpublished, with exit code 2 and the reason.
 `--help` explains every flag.
 """
 
@@ -32,7 +33,7 @@ def main() -> None:
         f"{manifest.counts.num_refused} refused, {manifest.counts.num_tombstoned} taken out), "
         f"{manifest.index_key}, recall@10 {assessed.recall_at_10:.3f} with {assessed.probed}; model "
         f"{manifest.model_name} {manifest.model_version}, dataset version {manifest.dataset_version}; "
-        f"built: {done.report.built}{f'; the template has aged: {done.report.aged}' if done.report.aged else ''}"
+        f"built: {done.report.built}" + (f"; {done.report.aged}" if done.report.aged else "")
     )
 
 
