@@ -26,7 +26,7 @@ from namr.errors import ConfigError
 from namr.plan import calibration, constants, estimate, wording
 from namr.plan.estimate import PlanConfig
 from namr.registry import registry
-from namr.release import publication, releases, takedowns
+from namr.release import export, publication, releases, takedowns
 from namr.store.manifests import Pin
 
 
@@ -169,7 +169,7 @@ def _pinned(release_id: str, pin: Pin) -> str:
 
 def _export(command: ExportCommand) -> None:
     release = releases.open_release(command.releases_uri, command.release)
-    info = releases.export(release, command.out)
+    info = export.export(release, command.out)
     print(f"wrote {command.out}: {release.manifest.release_id}, {info.num_vectors} vectors")
 
 

@@ -6,6 +6,7 @@ don't exist; nothing measured here reads a picture.
 """
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,16 +70,32 @@ class Gallery:
 
 def make(gallery: Gallery) -> None:
     """The dataset and its embeddings."""
-    centres = np.random.default_rng(0).standard_normal((CENTRES, gallery.dim), dtype=np.float32)
-    before, entries, files = datasets.head(gallery.dataset_uri), [], []
-    for number, start in enumerate(range(0, gallery.num_samples, gallery.rows_per_shard)):
-        num = min(gallery.rows_per_shard, gallery.num_samples - start)
-        entry, file = _make_shard(gallery, number, num, centres)
-        entries.append(entry)
-        files.append(file)
+    rows = range(0, gallery.num_samples, gallery.rows_per_shard)
+    nums = [min(gallery.rows_per_shard, gallery.num_samples - start) for start in rows]
+    before, entries, files = datasets.head(gallery.dataset_uri), *_make_shards(gallery, 0, nums)
     dead = [make_id(e.number, row) for e in entries for row in range(1, e.num_samples, DEAD_EVERY)]
     dataset = datasets.publish_version(before, entries, now=NOW, tombstones=dead)
     embeddings.publish_set(gallery.embeddings_uri, MODEL, dataset, files)
+
+
+def grow(gallery: Gallery, num: int, *, num_dead: int) -> None:
+    """The next version: a shard of num more images, and num_dead of those before taken out."""
+    before = datasets.head(gallery.dataset_uri)
+    assert before.dataset is not None
+    entries, files = _make_shards(gallery, before.next_shard_number, [num])
+    known = embeddings.open_set(gallery.embeddings_uri, MODEL, before.dataset).files
+    first = before.dataset.shards[0]
+    dead = [make_id(first.number, 2 + row) for row in range(num_dead)]
+    dataset = datasets.publish_version(before, entries, now=NOW, tombstones=dead)
+    embeddings.publish_set(gallery.embeddings_uri, MODEL, dataset, [*known, *files])
+
+
+def _make_shards(
+    gallery: Gallery, first: int, nums: Sequence[int]
+) -> tuple[list[ShardEntry], list[EmbeddingFile]]:
+    centres = np.random.default_rng(0).standard_normal((CENTRES, gallery.dim), dtype=np.float32)
+    made = [_make_shard(gallery, number, num, centres) for number, num in enumerate(nums, start=first)]
+    return [entry for entry, _ in made], [file for _, file in made]
 
 
 def _make_shard(
@@ -168,7 +185,7 @@ def build_release(gallery: Gallery) -> dict[str, list[Used]]:
         model_digest=MODEL,
         metric="l2",
     )
-    (gallery.folder / "built.pickle").write_bytes(pickle.dumps(_manifest_of(gallery, built)))
+    (gallery.folder / "built.pickle").write_bytes(pickle.dumps(manifest_of(gallery, built)))
     return tasks.used
 
 
@@ -205,10 +222,11 @@ def search(gallery: Gallery, share: str) -> None:
     assert (found.ids >= 0).all()
 
 
-def _manifest_of(gallery: Gallery, built: BuildReport) -> ReleaseManifest:
+def manifest_of(gallery: Gallery, built: BuildReport, *, release_id: str = "first") -> ReleaseManifest:
+    """What would be published of a build."""
     root = gallery.releases_uri
     return ReleaseManifest(
-        release_id="first",
+        release_id=release_id,
         created=NOW.isoformat(),
         model_name="made-up",
         model_version="1",
@@ -224,7 +242,7 @@ def _manifest_of(gallery: Gallery, built: BuildReport) -> ReleaseManifest:
         embedding_dim=built.embedding_dim,
         counts=built.counts,
         segments=built.segments,
-        tombstones=None,
+        tombstones=built.tombstones,
         vectors=built.vectors,
         items=built.items,
         report_json=releases.store(root, "report.json", b"{}"),

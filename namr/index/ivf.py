@@ -233,6 +233,17 @@ class Index:
         """Whether its distances are those of codes, so that candidates are worth refining."""
         return not self.key.endswith("Flat")
 
+    @property
+    def imbalance(self) -> float:
+        """1 for lists of equal length; a search takes about that many times as long."""
+        return float(self._index.invlists.imbalance_factor()) if self.num_lists and self.num_vectors else 1.0
+
+    def squared_to_centre(self, x: Floats) -> Floats:
+        """(n,) squared distances of vectors (n, D) to the nearest centre of a list; 0 where there is none."""
+        if not self.num_lists:
+            return np.zeros(len(x), np.float32)
+        return np.asarray(self._index.quantizer.search(np.ascontiguousarray(x), 1)[0][:, 0], np.float32)
+
     def search(self, queries: Floats, k: int, nprobe: int = 1, *, allowed: Any = None) -> tuple[Floats, Ids]:
         """Squared L2 distances (Q, k) float32, ascending, and ids (Q, k) of the nearest among nprobe lists.
 

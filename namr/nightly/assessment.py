@@ -12,7 +12,6 @@ Not covered: whether the numbers are good enough (`gate` decides), the method on
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,6 +65,22 @@ class SideResult:
     """share of answers that are proved"""
 
 
+class Age(NamedTuple):
+    """Held-out queries that came into the gallery together."""
+
+    num_queries: int
+    recall_at_10: float
+    error: float
+    """mean squared distance to the nearest centre of a list; 0 where there are no lists"""
+
+
+class ByAge(NamedTuple):
+    """Images that an earlier release had, and those that were added to it."""
+
+    old: Age
+    new: Age
+
+
 @dataclass(frozen=True, kw_only=True)
 class Assessment:
     """What was measured."""
@@ -84,6 +99,8 @@ class Assessment:
     depth: int
     queries_per_s: float
     """of plain search at `nprobe`, by items, in batches of 256"""
+    by_age: ByAge | None = None
+    """None where all was built at once, or nothing came"""
     filtered: tuple[FilteredResult, ...] = ()
     """of plain search under filters, the least selective first; none where an earlier namr measured"""
 
@@ -97,20 +114,53 @@ class Assessment:
         return next(result for result in self.sides if result.side == side)
 
 
+class Effort(NamedTuple):
+    """How far a search looks."""
+
+    nprobe: int
+    depth: int
+
+
 def held_out_keys(searcher: Searcher, num: int, *, seed: int) -> list[str]:
     """Keys of the items that the template was not trained on, about `num`; of any where that leaves none."""
     share = held_out.share(num, searcher.manifest.counts.num_samples)
     keys: list[str] = []
+    hidden = set(searcher.hidden.tolist())
     for file in searcher.items.files:
         rows = np.flatnonzero(held_out.mask(file.ids, share=share, seed=seed))
-        keys += [file.key(row) for row in rows.tolist()]
+        keys += [file.key(row) for row in rows.tolist() if file.ids[row] not in hidden]
     if keys:
         return keys
     return [item.key for item in itertools.islice(searcher.items, num)]
 
 
-def assess(searcher: Searcher, held: HeldOut, config: AssessmentConfig) -> Assessment:
-    """Measure a release by its held-out items."""
+def some_of_both(
+    searcher: Searcher, held_out_keys: Sequence[str], first_new_id: int | None, *, num: int
+) -> list[str]:
+    """Keys of up to num held-out items from before and as many new ones, at even steps."""
+    ids = np.array([item.id for key in held_out_keys if (item := searcher.items.by_key(key))], np.int64)
+    parts = [np.sort(ids)]
+    if first_new_id is not None:
+        every = searcher.items.matching({})
+        parts = [parts[0][parts[0] < first_new_id], every[every >= first_new_id]]
+    chosen = [part[np.arange(0, len(part), max(1, -(-len(part) // num)))] for part in parts]
+    items = (searcher.items.by_id(each) for each in np.concatenate(chosen).tolist())
+    return [item.key for item in items if item]
+
+
+def assess(
+    searcher: Searcher,
+    held: HeldOut,
+    config: AssessmentConfig,
+    *,
+    effort: Effort | None = None,
+    first_new_id: int | None = None,
+) -> Assessment:
+    """Measure a release by its held-out items.
+
+    effort: that of the release before, which is kept; None: the least that reaches the target. first_new_id:
+    of what was added to the release before.
+    """
     items, asked, (true, of_shares) = held
     seconds: dict[tuple[int, int], float] = {}
 
@@ -123,13 +173,16 @@ def assess(searcher: Searcher, held: HeldOut, config: AssessmentConfig) -> Asses
         seconds[nprobe, depth] = time.perf_counter() - began
         return truth.recall(found.ids, true.of("none")[:, :_K])
 
-    points = tuning.tuned(
-        recall_of,
-        num_lists=searcher.index.num_lists,
-        target=config.target_recall,
-        depth=config.depth,
-        max_depth=_MOST_DEEPER * config.depth if searcher.index.is_compressed else config.depth,
-    )
+    if effort:
+        points = [tuning.Point(*effort, recall_of(*effort))]
+    else:
+        points = tuning.tuned(
+            recall_of,
+            num_lists=searcher.index.num_lists,
+            target=config.target_recall,
+            depth=config.depth,
+            max_depth=_MOST_DEEPER * config.depth if searcher.index.is_compressed else config.depth,
+        )
     nprobe, depth, recall = points[-1]
     labels = _Labels.of(searcher.items, items)
     sides = [(side, found_by(side, nprobe, depth)) for side in _SIDES]
@@ -152,8 +205,22 @@ def assess(searcher: Searcher, held: HeldOut, config: AssessmentConfig) -> Asses
         ),
         depth=depth,
         queries_per_s=len(items) / seconds[nprobe, depth],
+        by_age=_by_age(searcher, held, dict(sides)["none"], first_new_id) if first_new_id else None,
         filtered=selectivity.measured(searcher, asked, of_shares, k=_K, nprobe=nprobe, depth=depth),
     )
+
+
+def _by_age(searcher: Searcher, held: HeldOut, found: Neighbours, first_new_id: int) -> ByAge | None:
+    is_new = np.array([item.id >= first_new_id for item in held.items])
+    if is_new.all() or not is_new.any():
+        return None
+    x, true = held.asked.x.numpy(), held.truth.of_all.of("none")[:, :_K]
+    error = searcher.index.squared_to_centre(x)
+    old, new = (
+        Age(int(some.sum()), truth.recall(found.ids[some], true[some]), float(error[some].mean()))
+        for some in (~is_new, is_new)
+    )
+    return ByAge(old, new)
 
 
 class _Labels(NamedTuple):
@@ -163,9 +230,7 @@ class _Labels(NamedTuple):
 
     @classmethod
     def of(cls, items: Items, asked: Sequence[Item]) -> "_Labels":
-        num: Counter[str] = Counter()
-        for file in items.files:
-            num.update(file.label_counts())
+        num = items.label_counts()
         labels = ((at, item.label) for at, item in enumerate(asked))
         return cls({at: label for at, label in labels if label is not None and num[label] > 1})
 

@@ -11,7 +11,7 @@ Not covered: when to run (a CronJob says), training (the champion is promoted by
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,20 +19,19 @@ from namr.data import datasets
 from namr.data.datasets import Dataset
 from namr.embed import extraction
 from namr.embed.extraction import ExtractionConfig, ExtractReport
-from namr.measure import report
 from namr.model import model
 from namr.model.model import NamrModel
-from namr.nightly import assessment, calibration, gate, release_report, structure_section, truth
+from namr.nightly import building, gate, measuring, release_report
+from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
 from namr.registry.references import FoundModel
-from namr.release import build, publication, releases
+from namr.release import increment, publication, releases
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.releases import Release, ReleaseManifest
-from namr.search.searcher import Searcher
-from namr.store import manifests, scratch, storage
+from namr.store import scratch, storage
 from namr.store.cache import Cache
 from namr.store.manifests import Pin
 
@@ -56,6 +55,7 @@ class ReindexConfig:
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     assessment: AssessmentConfig = field(default_factory=AssessmentConfig)
+    aging: AgingConfig = field(default_factory=AgingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
 
 
@@ -95,26 +95,36 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
         query_model = model.load(fetched.path)
         digest = model.digest(query_model)
         dataset = datasets.open_version(storage.absolute(config.dataset_uri), config.dataset_version)
-        if current and _is_of(current.manifest, query_model, digest, dataset, config):
+        if current and _is_of(current, query_model, digest, dataset, config):
             return _unchanged(current)
         embeddings_uri = storage.absolute(config.embeddings_uri)
         extracted = extraction.extract(dataset, embeddings_uri, str(fetched.path), config.extraction)
-    built = build.build(
-        dataset,
-        embeddings_uri,
-        root,
-        config.build,
-        model_digest=digest,
-        metric=query_model.search.metric,
-    )
-    draft = _draft(fetched, query_model, built, config, clock())
-    with scratch.folder("assess-") as folder:
+    with scratch.folder("release-") as folder:
         cache = Cache(Path(folder), max_bytes=1 << 40)
-        searcher = Searcher.of(Release(root, draft), cache=cache, query_model=None)
-        manifest, measured = _measured(searcher, draft, built, config, cache)
-    gate.check(config.gate, Release(root, manifest), measured, dataset, current=current)
+        made = building.make(
+            dataset,
+            embeddings_uri,
+            root,
+            config.build,
+            model_digest=digest,
+            metric=query_model.search.metric,
+            current=current,
+            is_alike=bool(current and _is_alike(current.manifest, query_model, digest, config)),
+            cache=cache,
+        )
+        measured = measuring.measure(
+            _draft(fetched, query_model, made.built, config, clock()),
+            made,
+            releases_uri=root,
+            build=config.build,
+            assess=config.assessment,
+            aging=config.aging,
+            cache=cache,
+        )
+        manifest = measuring.with_reports(measured)
+    gate.check(config.gate, Release(root, manifest), measured.report, dataset, current=current)
     published = publication.publish(root, manifest, expected=expected)
-    return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured)
+    return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured.report)
 
 
 def _unchanged(current: Release, *, held: Pin | None = None) -> ReindexReport:
@@ -123,12 +133,19 @@ def _unchanged(current: Release, *, held: Pin | None = None) -> ReindexReport:
 
 
 def _is_of(
-    manifest: ReleaseManifest, query_model: NamrModel, digest: str, dataset: Dataset, config: ReindexConfig
+    release: Release, query_model: NamrModel, digest: str, dataset: Dataset, config: ReindexConfig
 ) -> bool:
-    """Whether a release is what this run would make."""
+    """Whether a release is what this run would make; not where it is to be made better."""
+    is_fit = increment.worn(release) is None and release_report.read(release).aged is None
+    is_alike = _is_alike(release.manifest, query_model, digest, config)
+    return is_alike and is_fit and release.manifest.dataset_digest == dataset.digest
+
+
+def _is_alike(manifest: ReleaseManifest, query_model: NamrModel, digest: str, config: ReindexConfig) -> bool:
+    """Whether a release has this model and these settings, whatever its images."""
     search = query_model.search
     return (
-        (manifest.model_digest, manifest.dataset_digest) == (digest, dataset.digest)
+        manifest.model_digest == digest
         and (manifest.metric, manifest.structure_side) == (search.metric, search.structure_side)
         and manifest.config_digest == config_digest(config)
     )
@@ -138,7 +155,7 @@ def config_digest(config: ReindexConfig) -> str:
     """SHA-256 of all that decides a release beside its model and its dataset version.
 
     Left out are what changes no byte of it: the number of parts and where they are kept, how many workers
-    extract, and the gate.
+    extract, when a template is old, and the gate.
     """
     decisive = {
         "embeddings_uri": storage.absolute(config.embeddings_uri),
@@ -172,7 +189,7 @@ def _draft(
         embedding_dim=built.embedding_dim,
         counts=built.counts,
         segments=built.segments,
-        tombstones=None,
+        tombstones=built.tombstones,
         vectors=built.vectors,
         items=built.items,
         report_json=None,
@@ -182,40 +199,3 @@ def _draft(
         recall_at_10=0.0,
         config_digest=config_digest(config),
     )
-
-
-def _measured(
-    searcher: Searcher, draft: ReleaseManifest, built: BuildReport, config: ReindexConfig, cache: Cache
-) -> tuple[ReleaseManifest, ReleaseReport]:
-    """The manifest with what was measured, its reports stored."""
-    keys = assessment.held_out_keys(searcher, config.build.num_held_out, seed=config.build.seed)
-    held = truth.of_items(searcher, keys, cache=cache)
-    assessed = assessment.assess(searcher, held, config.assessment)
-    sure = calibration.calibrate(searcher, held, depth=assessed.depth, nprobe=assessed.nprobe)
-    measured = ReleaseReport(
-        counts=built.counts,
-        index_key=built.index_key,
-        num_parts=built.num_parts,
-        imbalance=built.imbalance,
-        build_s=built.seconds,
-        assessment=assessed,
-        considered=built.considered,
-        certainty=sure.report,
-    )
-    manifest = replace(
-        draft,
-        nprobe=assessed.nprobe,
-        depth=assessed.depth,
-        recall_at_10=assessed.recall_at_10,
-        calibration=sure.calibration,
-    )
-    grid = release_report.retrieval_grid(searcher, keys, nprobe=assessed.nprobe)
-    section = structure_section.section(searcher, keys, nprobe=assessed.nprobe)
-    title = f"{draft.model_name}: a release"
-    html = report.render(release_report.page(title, manifest, measured, [grid], [section]))
-    root = searcher.release.releases_uri
-    return replace(
-        manifest,
-        report_json=releases.store(root, "report.json", manifests.encode_manifest(measured)),
-        report_html=releases.store(root, "report.html", html.encode()),
-    ), measured

@@ -36,6 +36,10 @@ class ReleaseReport:
     imbalance: float
     """1 for lists of equal length"""
     build_s: float
+    built: str = ""
+    """what was built, and why no less, in words; empty where an earlier namr built it"""
+    aged: str | None = None
+    """why the next build trains a new template, in words; None while this one fits"""
     assessment: Assessment
     considered: tuple[Considered, ...] = ()
     """what else could have been built, and why it was not; empty where an earlier namr built it"""
@@ -113,12 +117,13 @@ def page(
             Fact(
                 name="index",
                 value=measured.index_key,
-                note=f"{measured.num_parts} parts, {measured.build_s:.1f} s",
+                note=f"{len(manifest.segments)} segments, {measured.build_s:.1f} s",
             ),
             Fact(name="recall@10", value=f"{assessed.recall_at_10:.3f}", note=assessed.probed),
             Fact(name="lists", value=f"{measured.imbalance:.2f}", note="imbalance; 1 is even"),
         ],
         tables=[
+            *_by_age(measured),
             Table(
                 title=f"Held-out queries: {assessed.num_queries}, re-ranked: the first {assessed.depth}",
                 columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)"],
@@ -132,6 +137,18 @@ def page(
         grids=grids,
         sections=sections,
     )
+
+
+def _by_age(measured: ReleaseReport) -> list[Table]:
+    """What was built, and whether what the index was trained for still fits."""
+    if not measured.built:
+        return []
+    by_age, rows = measured.assessment.by_age, []
+    for name, age in zip(("images from before", "new images"), by_age or (), strict=False):
+        rows.append([name, str(age.num_queries), f"{100 * age.recall_at_10:.1f}", f"{age.error:.3g}"])
+    due = f"The next build trains a new template: {measured.aged}." if measured.aged else ""
+    columns = ["held-out queries of", "number", "of the exact ten (%)", "squared distance to a list's centre"]
+    return [Table(title=f"Built: {measured.built}", columns=columns, rows=rows, note=due)]
 
 
 def _choice(measured: ReleaseReport) -> list[Table]:

@@ -38,9 +38,11 @@ def measured(
 ) -> tuple[FilteredResult, ...]:
     """One result for each of `truth.SHARES`, with the release's nprobe and depth.
 
-    true: what `truth` found of each, the k nearest at least. Asked are the `truth.thinned` queries. Shares
-    that no item belongs to are left out.
+    true: what `truth` found of each, the k nearest at least; nothing is measured without. Asked are the
+    `truth.thinned` queries. Shares that no item belongs to are left out.
     """
+    if not true:
+        return ()
     asked = truth.thinned(asked)
     ids = searcher.items.matching({})
     plan = Plan(k=k, side="none", depth=depth, nprobe=nprobe, exact=False, is_widened=True)

@@ -71,16 +71,22 @@ class HeldOut(NamedTuple):
     items: list[Item]
     asked: Queries
     truth: Truth
-    """the `K` nearest, of all and of `SHARES`"""
+    """the `K` nearest, of all and of shares of them"""
 
 
-def of_items(searcher: Searcher, keys: Sequence[str], *, cache: Cache | None = None) -> HeldOut:
-    """The items of these keys; at least one, else ConfigError. cache: see `neighbours`."""
+def of_items(
+    searcher: Searcher,
+    keys: Sequence[str],
+    *,
+    shares: Sequence[float] = SHARES,
+    cache: Cache | None = None,
+) -> HeldOut:
+    """The items of these keys; at least one, else ConfigError. shares, cache: see `neighbours`."""
     items = [item for key in keys if (item := searcher.items.by_key(key))]
     if not items:
         raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
     asked = queries.stored(np.array([item.id for item in items], np.int64), searcher.vectors)
-    return HeldOut(items, asked, neighbours(searcher, asked, k=K, shares=SHARES, cache=cache))
+    return HeldOut(items, asked, neighbours(searcher, asked, k=K, shares=shares, cache=cache))
 
 
 def neighbours(
@@ -155,7 +161,7 @@ def compare(task: Task) -> Truth:
     """What is nearest in a range."""
     manifest = task.release.manifest
     with _cache(task.cache_folder) as cache:
-        path = task.release.path(manifest.vectors.files[task.file].file, cache)
+        path = task.release.path(manifest.vector_files[task.file].file, cache)
         blocks = vectors.blocks_of(
             path,
             task.ids,
@@ -202,7 +208,7 @@ def _bounds(searcher: Searcher, asked: Queries, k: int) -> Doubles:
 def _ranges(release: Release) -> list[tuple[int, int, int]]:
     """Of each task the file, its first row and how many it takes."""
     ranges = []
-    for number, file in enumerate(release.manifest.vectors.files):
+    for number, file in enumerate(release.manifest.vector_files):
         step = _ROWS_PER_TASK if storage.is_local(release.releases_uri) else max(1, file.num_rows)
         starts = range(0, file.num_rows, step)
         ranges += [(number, start, min(step, file.num_rows - start)) for start in starts]

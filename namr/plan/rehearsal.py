@@ -6,7 +6,7 @@ Legend: n vectors, D dimension.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,7 +18,7 @@ from namr.data.datasets import ShardEntry
 from namr.embed.embeddings import EmbeddingFile
 from namr.index import ivf, planning
 from namr.index.planning import IndexPlan
-from namr.release import arrays, build, build_steps, segments
+from namr.release import arrays, build_steps, segments, templates
 from namr.release.build_steps import HeldOut, MergeTask, PartTask, SampleTask, VectorSource
 from namr.release.places import Places
 from namr.search.vectors import GalleryVectors
@@ -30,7 +30,6 @@ _ROWS_PER_SHARD = 10_000
 _NUM_CENTRES, _LATENT_DIM = 5000, 32
 
 Floats = npt.NDArray[np.float32]
-A = TypeVar("A")
 R = TypeVar("R")
 
 
@@ -140,7 +139,7 @@ def build_index(made: Materials, key: str, *, num_parts: int = 4) -> Rehearsal:
     """Sample, train, build the parts and merge them."""
     plan = planning.plan(made.num_vectors, made.dim, key=key, num_parts=num_parts)
     work, seconds, held = str(made.folder / f"work-{key}"), {}, HeldOut(0.0, 0)
-    picks = segments.picked(made.files, plan.num_training_vectors, seed=0)
+    picks = templates.picked(made.files, plan.num_training_vectors, seed=0)
     sampled, seconds["sample"] = timed(lambda: build_steps.sample(SampleTask(made.source, held, picks, work)))
     x = arrays.decode_array(manifests.read_object(work, sampled.stored), np.float32)
     template, seconds["train"] = timed(lambda: ivf.train_template(x, plan.key, seed=0, num_threads=1))
@@ -165,7 +164,7 @@ def store_sides(made: Materials, segment: StoredObject) -> StoredSides:
     """Store the re-rank vectors in the order of the segment, and the items."""
     root = made.releases_uri
     (placed, stored, shards), vectors_s = timed(
-        lambda: build.store_vectors(
+        lambda: segments.store_vectors(
             made.source,
             made.entries,
             made.files,
@@ -173,16 +172,16 @@ def store_sides(made: Materials, segment: StoredObject) -> StoredSides:
             dim=made.dim,
             work_uri=str(made.folder / "work-vectors"),
             releases_uri=root,
-            in_order=_in_order,
+            in_order=build_steps.here,
         )
     )
 
     def store_items() -> list[StoredObject]:
         num_indexed = [shard.num_indexed for shard in shards]
-        tasks = build.items_tasks(
+        tasks = segments.items_tasks(
             str(made.folder), made.entries, num_indexed, placed=placed, releases_uri=root
         )
-        return _in_order("", build_steps.store_items, tasks)
+        return build_steps.here("", build_steps.store_items, tasks)
 
     items, items_s = timed(store_items)
     places = Places.open(
@@ -191,11 +190,6 @@ def store_sides(made: Materials, segment: StoredObject) -> StoredSides:
     paths = [Path(root, each.file.name) for each in stored.files]
     vectors = GalleryVectors(paths, places, dim=made.dim)
     return StoredSides(vectors, vectors_s, items_s, sum(each.size_bytes for each in items))
-
-
-def _in_order(_: str, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
-    """Here, one after the other."""
-    return [function(each) for each in arguments]
 
 
 def timed(act: Callable[[], R]) -> tuple[R, float]:

@@ -9,10 +9,10 @@ them in parallel (`build`).
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,19 @@ _MOST_MERGING_THREADS = 4
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+class InOrder(Protocol):
+    """How the steps of a build are run: each argument's result, in the order of the arguments."""
+
+    def __call__(self, what: str, function: Callable[[A], R], arguments: Sequence[A], /) -> list[R]: ...
+
+
+def here(_: str, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
+    """In this process, one after the other: for what is less work than to start tasks."""
+    return [function(each) for each in arguments]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ An id is a shard's number and a row in it, so a row is found by two look-ups and
 Legend: n ids, S shards, N samples of all shards.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,19 @@ class Places:
             placed = np.flatnonzero(of_shard >= 0)
             ids[of_shard[placed]] = (number << 32) + placed
         return ids
+
+
+def joined(tables: Sequence[Places], nums_rows: Sequence[int]) -> Places:
+    """One table over several of different shards, whose vectors lie one after the other: nums_rows each.
+
+    One is as it is, mapped; several are joined in memory.
+    """
+    if len(tables) == 1:
+        return tables[0]
+    dtype, rows = dtype_of(sum(nums_rows)), []
+    for table, first in zip(tables, np.cumsum([0, *nums_rows]).tolist(), strict=False):
+        rows.append(np.where(table.rows >= 0, table.rows + np.array(first, dtype), -1).astype(dtype))
+    return Places(np.concatenate([table.shards for table in tables]), np.concatenate(rows))
 
 
 def rows_of(ids: Ids, shards: Ids) -> Rows:

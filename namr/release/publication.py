@@ -142,11 +142,10 @@ def verify(releases_uri: str, manifest: ReleaseManifest) -> None:
     counts, dead = manifest.counts, Release(releases_uri, manifest).tombstones()
     went = {"indexed": counts.num_indexed, "refused": counts.num_refused, "tombstoned": counts.num_tombstoned}
     _reconcile(what, "samples of its dataset", counts.num_samples, went)
-    num_entries = sum(segment.num_entries for segment in manifest.segments)
+    num_entries, num_rows = manifest.num_entries, sum(each.num_rows for each in manifest.vectors)
     _reconcile(
         what, "entries of its segments", num_entries, {"indexed": counts.num_indexed, "dead": len(dead)}
     )
-    num_rows = manifest.vectors.num_rows
     _reconcile(what, "rows of its re-rank vectors", num_rows, {"entries of its segments": num_entries})
     release = Release(releases_uri, manifest)
     with scratch.folder("verify-") as folder:
@@ -172,8 +171,8 @@ def _checked_places(what: str, release: Release, folder: Path) -> Places:
 
     They are mapped, from `folder` where the release is remote, and looked at block by block.
     """
-    vectors, dim = release.manifest.vectors, release.manifest.embedding_dim
-    for each in vectors.files:
+    dim = release.manifest.embedding_dim
+    for each in release.manifest.vector_files:
         header = each.file.size_bytes - 2 * 2 * each.num_rows * dim
         if not 0 < header <= _MAX_NPY_HEADER_BYTES:
             raise ManifestError(
@@ -181,6 +180,7 @@ def _checked_places(what: str, release: Release, folder: Path) -> Places:
                 f"pairs of float16 vectors of dimension {dim}"
             )
     places = release.places(Cache(folder, max_bytes=1 << 40))
+    num_rows = release.manifest.num_entries
     num_samples, num_placed, rows_sum, every_sum = release.manifest.counts.num_samples, 0, 0, 0
     _reconcile(
         what, "places of its re-rank vectors", len(places.rows), {"samples of its dataset": num_samples}
@@ -189,17 +189,17 @@ def _checked_places(what: str, release: Release, folder: Path) -> Places:
         rows = places.rows[start : start + _BLOCK_ROWS]
         rows = rows[rows >= 0].astype(np.int64)
         num_placed, rows_sum = num_placed + len(rows), rows_sum + sum_of_ids(rows)
-        every_sum += sum_of_ids(np.arange(start, min(start + _BLOCK_ROWS, vectors.num_rows)))
-    if num_placed != vectors.num_rows or (rows_sum - every_sum) % 2**64:
+        every_sum += sum_of_ids(np.arange(start, min(start + _BLOCK_ROWS, num_rows)))
+    if num_placed != num_rows or (rows_sum - every_sum) % 2**64:
         raise ManifestError(
-            f"{what}: {num_placed} samples have a place among {vectors.num_rows} re-rank vectors, and not "
+            f"{what}: {num_placed} samples have a place among {num_rows} re-rank vectors, and not "
             "each one of its own"
         )
     return places
 
 
 def _check_items(what: str, release: Release, places: Places) -> None:
-    """File by file: as many as are indexed, ids that ascend, and a re-rank vector for each."""
+    """File by file: as many as are in the segments, ids that ascend, and a re-rank vector for each."""
     num_items, last_id = 0, np.empty(0, np.int64)
     for file in release.items():
         if (np.diff(file.ids, prepend=last_id) <= 0).any():
@@ -210,7 +210,7 @@ def _check_items(what: str, release: Release, places: Places) -> None:
                 f"{what}: item {lacking[0]} has no re-rank vector, and {len(lacking) - 1} others"
             )
         num_items, last_id = num_items + len(file), file.ids[-1:].copy() if len(file) else last_id
-    _reconcile(what, "items", num_items, {"indexed": release.manifest.counts.num_indexed})
+    _reconcile(what, "items", num_items, {"entries of its segments": release.manifest.num_entries})
 
 
 def _check_object(releases_uri: str, stored: StoredObject) -> None:

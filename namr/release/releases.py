@@ -10,7 +10,7 @@ Objects are named by their digest, so a release that keeps most of the last one'
 and writes nothing. Everything that is opened is verified by its digest, wherever it lies.
 
 Not covered: which release is current and how that changes (`publication`), collecting objects that no release
-lists any more, and compacting segments.
+lists any more, adding to them (`increment`) and one file of all (`export`).
 """
 
 import re
@@ -18,22 +18,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from namr.data import shards
 from namr.errors import ConfigError, ManifestError, NamrError, ObjectMissing, StorageError
-from namr.index import ivf
 from namr.model.distances import Metric, Side
-from namr.release import arrays, takedowns
+from namr.release import arrays, places
 from namr.release.calibrated import Calibration
 from namr.release.places import Places
-from namr.store import item_files, manifests, read_ahead, scratch, storage
+from namr.store import item_files, manifests, read_ahead, storage
 from namr.store.cache import Cache
 from namr.store.item_files import ItemFile
-from namr.store.manifests import Pointer, StoredObject
+from namr.store.manifests import Pointer, StoredObject, Upgrade
 
 _NUM_DOWNLOADS = 8
 
@@ -60,7 +58,7 @@ class VectorFile:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredVectors:
-    """The re-rank vectors of all that segments hold, in the order of their lists."""
+    """The re-rank vectors of what some shards have in segments, in the order of their lists."""
 
     files: tuple[VectorFile, ...]
     """one after the other; one, unless it would be larger than 4 GiB"""
@@ -100,11 +98,27 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TemplateBirth:
+    """What a template was trained for, to tell later how it has aged."""
+
+    num_entries: int
+    recall_at_10: float
+    """at the nprobe and depth that were chosen then"""
+    imbalance: float
+    """of the lists"""
+
+
+def _with_one_segment(body: dict[str, Any]) -> dict[str, Any]:
+    return body | {"vectors": [body.get("vectors")]}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReleaseManifest:
     """One release, as stored."""
 
     FORMAT: ClassVar[str] = "namr-release"
-    FORMAT_VERSION: ClassVar[int] = 2
+    FORMAT_VERSION: ClassVar[int] = 3
+    EARLIER: ClassVar[dict[int, Upgrade]] = {2: _with_one_segment}
 
     release_id: str
     created: str
@@ -125,12 +139,13 @@ class ReleaseManifest:
     embedding_dim: int
     counts: Counts
     segments: tuple[Segment, ...]
-    """in the order of their ids"""
+    """in the order of their ids; each was added by one build to those before"""
     tombstones: StoredObject | None
     """ids that segments hold and nobody may find: int64 .npy, ascending; None where there are none"""
-    vectors: StoredVectors
+    vectors: tuple[StoredVectors, ...]
+    """of all entries of the segments, in their order"""
     items: tuple[StoredObject, ...]
-    """files of what can be found (`item_files`), ids ascending over all of them"""
+    """files of what is in the segments (`item_files`), ids ascending over all of them"""
     report_json: StoredObject | None
     """None only in a draft, which is measured before it is published; so for report_html"""
     report_html: StoredObject | None
@@ -142,20 +157,33 @@ class ReleaseManifest:
     """None where too few queries were held out to say anything, or an earlier namr made it"""
     config_digest: str = ""
     """SHA-256 of the configs that decided it, see `reindexing`; empty where an earlier namr made it"""
+    template_birth: TemplateBirth | None = None
+    """None where an earlier namr trained it"""
     previous: str | None = None
     """the release that was current before; set by `publication.publish`"""
 
     @property
     def gallery_min_structure(self) -> float:
         """No structure weight of the gallery is below this."""
-        return self.vectors.min_structure
+        return min(each.min_structure for each in self.vectors)
+
+    @property
+    def num_entries(self) -> int:
+        """Vectors in all segments, dead ones included."""
+        return sum(segment.num_entries for segment in self.segments)
+
+    @property
+    def vector_files(self) -> list[VectorFile]:
+        """All re-rank vectors, one file after the other."""
+        return [file for vectors in self.vectors for file in vectors.files]
 
     def objects(self) -> Iterator[StoredObject]:
         """Everything that has to be there for the release to work."""
         yield from (self.template, *self.items)
         yield from (segment.file for segment in self.segments)
         yield from filter(None, (self.tombstones, self.report_json, self.report_html))
-        yield from self.vectors.objects()
+        for vectors in self.vectors:
+            yield from vectors.objects()
 
 
 @dataclass(frozen=True)
@@ -206,13 +234,18 @@ class Release:
             raise ManifestError(f"{error}; restore it or build again") from error
 
     def items(self) -> Iterator[ItemFile]:
-        """What can be found, by ascending id: one file after the other, verified and held in memory."""
+        """What is in the segments, by ascending id: one file after the other, verified and held in memory."""
         return (item_files.decode(self.read(stored)) for stored in self.manifest.items)
 
     def places(self, cache: Cache) -> Places:
         """Which row of the re-rank vectors an id has, mapped into memory."""
-        of = self.manifest.vectors
-        return Places.open(self.path(of.shards, cache), self.path(of.rows, cache), num_rows=of.num_rows)
+        return places.joined(
+            [
+                Places.open(self.path(of.shards, cache), self.path(of.rows, cache), num_rows=of.num_rows)
+                for of in self.manifest.vectors
+            ],
+            [of.num_rows for of in self.manifest.vectors],
+        )
 
     def tombstones(self) -> npt.NDArray[np.int64]:
         """Ids that segments hold and nobody may find, ascending."""
@@ -279,40 +312,6 @@ def list_releases(releases_uri: str) -> Listing:
             listing.damaged[release_id] = error
     listing.manifests.sort(key=lambda manifest: (manifest.created, manifest.release_id))
     return listing
-
-
-def export(release: Release, out_path: Path) -> ivf.IndexInfo:
-    """Write the release as one file that plain FAISS reads, and say what it holds.
-
-    Refused (ConfigError) while it holds what nobody may find, dead entries or images that were taken down
-    since, because plain FAISS would find them; and where there is no folder for the file.
-    """
-    manifest = release.manifest
-    hidden = takedowns.taken_down(release.releases_uri, manifest.dataset_uri)
-    num_found = (int(shards.among(hidden, file.ids).sum()) for file in release.items())
-    num_hidden = len(release.tombstones()) + sum(num_found)
-    if num_hidden:
-        raise ConfigError(
-            f"release {manifest.release_id} hides {num_hidden} dead entries that plain FAISS would find; "
-            "run a full build, which leaves them out, and export that"
-        )
-    if not out_path.parent.is_dir() or out_path.is_dir():
-        raise ConfigError(f"can't write {out_path}: expected the path of a file in a folder that exists")
-    scratch.sweep(out_path.parent)
-    with scratch.folder_beside(out_path) as folder:
-        paths = []
-        for at, segment in enumerate(manifest.segments):
-            path = Path(folder, f"{at}.faiss")
-            storage.download(storage.join(release.releases_uri, segment.file.name), path)
-            if storage.sha256_of_file(path) != segment.file.sha256:
-                raise ManifestError(
-                    f"{segment.file.name} of release {manifest.release_id} is damaged; restore it"
-                )
-            paths.append(path)
-        if len(paths) == 1:
-            paths[0].replace(out_path)
-            return ivf.inspect(out_path)
-        return ivf.merge_parts(ivf.load_template(release.read(manifest.template)), paths, out_path)
 
 
 def pointer_uri(releases_uri: str) -> str:

@@ -1,11 +1,13 @@
-"""The embeddings of a dataset version into one segment, by Ray tasks.
+"""A segment and what it is served with, from the embeddings of some shards: as Ray tasks, or here.
 
-    sample of all embeddings -> template -> parts, in parallel -> segment (merged, reconciled)
+    embeddings -> parts, in parallel -> segment (merged, reconciled)
+    embeddings -> re-rank vectors, in the order of the segment's lists;  sample indexes -> files of items
 
-Parts are equal ranges of the embedded rows, whatever the sizes of the shards. The sample goes from task to
-task by way of the work folder: it may be gigabytes, and the driver holds none of it.
+Parts are equal ranges of the embedded rows, whatever the sizes of the shards. The ids in the segment are
+compared with the ids in the embeddings, not only their number.
 
-Not covered: what else a release lists (`build`), and the single steps (`build_steps`).
+Not covered: what it is built from (`templates`), which shards (`build`, `increment`), and the single steps
+(`build_steps`, `vector_steps`).
 """
 
 import bisect
@@ -14,65 +16,203 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from namr import ray_connection
+from namr.data.datasets import ShardEntry
 from namr.embed.embeddings import EmbeddingFile
-from namr.index import ivf
-from namr.index.ivf import Template
-from namr.index.planning import IndexPlan
-from namr.release import build_steps, releases
+from namr.errors import ManifestError
+from namr.index.ivf import IndexInfo, Template
+from namr.release import build_steps, places, vector_steps
 from namr.release.build_steps import (
-    HeldOut,
     IndexFile,
+    InOrder,
+    ItemsTask,
     MergeTask,
     PartTask,
     RowRange,
-    SampleTask,
-    TrainTask,
     VectorSource,
 )
+from namr.release.releases import Segment, StoredVectors
+from namr.release.vector_steps import Placed, PlaceTask, ShardVectors, SortTask
 from namr.store import storage
 from namr.store.manifests import StoredObject
 
-_FILES_PER_SAMPLE_TASK = 16
+_ITEMS_PER_FILE = 1 << 18
+"""few files to map, and about 150 MB in the task that writes one"""
 
-Ids = npt.NDArray[np.int64]
+
+class Added(NamedTuple):
+    """A segment over some shards, and what it is served with."""
+
+    segment: Segment
+    vectors: StoredVectors
+    items: tuple[StoredObject, ...]
+    num_refused: int
+    """live samples of these shards that have no embedding"""
+    imbalance: float
 
 
-class Built(NamedTuple):
-    """A segment in the releases, and what it was built from."""
+def add(
+    template: Template,
+    source: VectorSource,
+    dataset_uri: str,
+    entries: Sequence[ShardEntry],
+    files: Sequence[EmbeddingFile],
+    *,
+    num_parts: int,
+    work_uri: str,
+    releases_uri: str,
+    in_order: InOrder = ray_connection.in_order,
+) -> Added:
+    """Make a segment of the live embeddings of some shards, at least one, and store all that belongs to it.
 
-    template: Template
-    stored_template: StoredObject
-    segment: IndexFile
+    work_uri: named by all that decides it. ManifestError if the ids in the segment are not those of the live
+    embeddings, and what the steps raise.
+    """
+    of_files = build(
+        template,
+        source,
+        files,
+        num_parts=num_parts,
+        work_uri=work_uri,
+        releases_uri=releases_uri,
+        in_order=in_order,
+    )
+    placed, vectors, shards = store_vectors(
+        source,
+        entries,
+        files,
+        segment=of_files.stored,
+        dim=template.dim,
+        work_uri=work_uri,
+        releases_uri=releases_uri,
+        in_order=in_order,
+    )
+    _check_ids(of_files.info, shards)
+    num_indexed = [shard.num_indexed for shard in shards]
+    tasks = items_tasks(dataset_uri, entries, num_indexed, placed=placed, releases_uri=releases_uri)
+    return Added(
+        segment=Segment(file=of_files.stored, num_entries=of_files.info.num_vectors),
+        vectors=vectors,
+        items=tuple(in_order("storing items", build_steps.store_items, tasks)),
+        num_refused=sum(shard.num_refused for shard in shards),
+        imbalance=of_files.info.imbalance,
+    )
+
+
+def items_tasks(
+    dataset_uri: str,
+    entries: Sequence[ShardEntry],
+    num_indexed: Sequence[int],
+    *,
+    placed: Placed,
+    releases_uri: str,
+) -> list[ItemsTask]:
+    """One for each file of items: whole shards, and not many items a file; num_indexed: of each shard."""
+    tasks, first = [], 0
+    num_samples = sum(entry.num_samples for entry in entries)
+    for start, stop in groups(num_indexed, _ITEMS_PER_FILE):
+        some = list(entries[start:stop])
+        num = sum(entry.num_samples for entry in some)
+        rows = placed.span(first, num, of=num_samples, root_uri=releases_uri)
+        tasks.append(ItemsTask(dataset_uri, some, rows, placed.num_rows, releases_uri))
+        first += num
+    return tasks
 
 
 def build(
+    template: Template,
     source: VectorSource,
     files: Sequence[EmbeddingFile],
-    plan: IndexPlan,
-    held: HeldOut,
     *,
-    seed: int,
-    use_gpu: bool,
+    num_parts: int,
     work_uri: str,
     releases_uri: str,
-) -> Built:
-    """Build what `plan` says, or go on with it where an earlier attempt at the same stopped.
+    in_order: InOrder = ray_connection.in_order,
+) -> IndexFile:
+    """A segment in the releases, or go on with it where an earlier attempt at the same stopped.
 
     work_uri: named by all that decides the segment. Raises what the steps raise.
     """
-    template = _template(work_uri, source, files, plan, held, seed=seed, use_gpu=use_gpu)
-    stored = releases.store(releases_uri, "template.faiss", template.data)
     tasks = [
         PartTask(source.of(rows.file for rows in ranges), template, ranges, work_uri, number)
-        for number, ranges in enumerate(cut(files, plan.num_parts))
+        for number, ranges in enumerate(cut(files, num_parts))
     ]
-    parts = ray_connection.in_order("building parts", build_steps.build_part, tasks)
+    parts = in_order("building parts", build_steps.build_part, tasks)
     merging = [MergeTask(template, parts, work_uri, releases_uri)]
-    (segment,) = ray_connection.in_order("merging parts", build_steps.merge, merging)
-    return Built(template, stored, segment)
+    (segment,) = in_order("merging parts", build_steps.merge, merging)
+    return segment
+
+
+class Vectors(NamedTuple):
+    """The re-rank vectors of a segment."""
+
+    placed: Placed
+    stored: StoredVectors
+    shards: list[ShardVectors]
+    """what each shard brought"""
+
+
+def store_vectors(
+    source: VectorSource,
+    entries: Sequence[ShardEntry],
+    files: Sequence[EmbeddingFile],
+    *,
+    segment: StoredObject,
+    dim: int,
+    work_uri: str,
+    releases_uri: str,
+    in_order: InOrder = ray_connection.in_order,
+) -> Vectors:
+    """Store the re-rank vectors of shards and their embeddings, in the order of the segment's lists."""
+    sizes = np.array([(entry.number, entry.num_samples) for entry in entries], np.int64).reshape(-1, 2)
+    (placed,) = in_order(
+        "placing re-rank vectors", vector_steps.place, [PlaceTask(segment, sizes, work_uri, releases_uri)]
+    )
+    starts, row_bytes = places.starts_of(sizes), 4 * dim
+    rows_per_file = max(1, vector_steps.FILE_BYTES // row_bytes)
+    tasks = []
+    for number, (start, stop) in enumerate(
+        groups(sizes[:, 1].tolist(), vector_steps.PIECE_BYTES // row_bytes)
+    ):
+        some, of_some = list(files[start:stop]), sizes[start:stop]
+        span = placed.span(
+            int(starts[start]), int(of_some[:, 1].sum()), of=int(sizes[:, 1].sum()), root_uri=releases_uri
+        )
+        tasks.append(
+            SortTask(source.of(some), some, of_some, span, placed.num_rows, rows_per_file, work_uri, number)
+        )
+    pieces = in_order("sorting re-rank vectors", vector_steps.sort, tasks)
+    joining = vector_steps.join_tasks(
+        pieces,
+        num_rows=placed.num_rows,
+        rows_per_file=rows_per_file,
+        dim=dim,
+        work_uri=work_uri,
+        releases_uri=releases_uri,
+    )
+    joined = in_order("joining re-rank vectors", vector_steps.join, joining)
+    for piece in pieces:
+        storage.delete(storage.join(work_uri, piece.stored.name))
+    stored = StoredVectors(
+        files=tuple(joined),
+        shards=placed.shards,
+        rows=placed.rows,
+        min_structure=min((piece.min_structure for piece in pieces), default=1.0),
+    )
+    return Vectors(placed, stored, [shard for piece in pieces for shard in piece.shards])
+
+
+def groups(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Start and stop of neighbours whose sizes add up to no more than `most`, or that are alone."""
+    bounds: list[int] = []
+    total = 0
+    for at, size in enumerate(sizes):
+        if not bounds or total + size > most:
+            bounds.append(at)
+            total = 0
+        total += size
+    return list(itertools.pairwise([*bounds, len(sizes)]))
 
 
 def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[RowRange]]:
@@ -91,41 +231,12 @@ def cut(files: Sequence[EmbeddingFile], num_parts: int) -> list[list[RowRange]]:
     return parts
 
 
-def _template(
-    work_uri: str,
-    source: VectorSource,
-    files: Sequence[EmbeddingFile],
-    plan: IndexPlan,
-    held: HeldOut,
-    *,
-    seed: int,
-    use_gpu: bool,
-) -> Template:
-    """The template in the work folder, trained now if there is none."""
-    uri = storage.join(work_uri, "template.faiss")
-    if not storage.exists(uri):
-        picks = picked(files, plan.num_training_vectors, seed=seed)
-        batches = [
-            picks[start : start + _FILES_PER_SAMPLE_TASK]
-            for start in range(0, len(picks), _FILES_PER_SAMPLE_TASK)
-        ]
-        tasks = [SampleTask(source.of(file for file, _ in some), held, some, work_uri) for some in batches]
-        sampled = ray_connection.in_order("sampling embeddings", build_steps.sample, tasks)
-        task = TrainTask(sampled, files[0].embedding_dim, plan.key, seed, work_uri, use_gpu)
-        (trained,) = ray_connection.in_order("training", build_steps.train, [task], num_gpus=float(use_gpu))
-        storage.write_if_absent(uri, trained.data)
-        for some in sampled:
-            storage.delete(storage.join(work_uri, some.stored.name))
-    return ivf.load_template(storage.read(uri))
-
-
-def picked(files: Sequence[EmbeddingFile], num: int, *, seed: int) -> list[tuple[EmbeddingFile, Ids]]:
-    """`num` embedded rows (all where there are fewer), ascending: of each file its share, at random."""
-    sizes = [file.num_embedded for file in files]
-    shares = np.diff(np.cumsum([0, *sizes]) * min(num, sum(sizes)) // max(1, sum(sizes))).tolist()
-    rng = np.random.default_rng(seed)
-    return [
-        (file, np.sort(rng.choice(file.num_embedded, share, replace=False, shuffle=False)))
-        for file, share in zip(files, shares, strict=True)
-        if share
-    ]
+def _check_ids(segment: IndexInfo, shards: Sequence[ShardVectors]) -> None:
+    """What is in the segment are the ids that live embeddings have."""
+    num_indexed = sum(shard.num_indexed for shard in shards)
+    ids_sum = sum(shard.ids_sum for shard in shards) % 2**64
+    if (segment.num_vectors, segment.ids_sum) != (num_indexed, ids_sum):
+        raise ManifestError(
+            f"the segment holds {segment.num_vectors} vectors, {num_indexed} are embedded and live, or their "
+            "ids differ; delete the work folder and build again"
+        )

@@ -3,6 +3,7 @@
 They stay in the files of the release, mapped into memory; Python objects are made of what is shown.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -83,6 +84,15 @@ class Items:
             ids.append(file.ids[mask])
         found = np.concatenate(ids)
         return found[~among(found, self._hidden)]
+
+    def label_counts(self) -> dict[str, int]:
+        """How many items have each label; one entry a label."""
+        counts: Counter[str] = Counter()
+        for file in self.files:
+            counts.update(file.label_counts())
+            hidden = np.flatnonzero(among(file.ids, self._hidden))
+            counts.subtract(label for label in file.values(None, hidden) if label is not None)
+        return counts
 
     def spread(self, num_blocks: int, num_rows: int) -> Iterator[tuple[ItemFile, Ids]]:
         """Files with some of their rows, ascending: of all items up to num_blocks blocks of num_rows."""

@@ -29,11 +29,12 @@ def opened(release: Release, cache: Cache, *, num_threads: int) -> Opened:
     ManifestError for objects that are damaged or not what the manifest says.
     """
     manifest = release.manifest
-    segments, vectors = [segment.file for segment in manifest.segments], manifest.vectors
-    release.fetch([*segments, *vectors.objects(), *manifest.items], cache)
+    segments = [segment.file for segment in manifest.segments]
+    vectors = [stored for each in manifest.vectors for stored in each.objects()]
+    release.fetch([*segments, *vectors, *manifest.items], cache)
     index = ivf.open_index([release.path(stored, cache) for stored in segments], num_threads=num_threads)
     _check_index(index, release)
-    paths = [release.path(each.file, cache) for each in vectors.files]
+    paths = [release.path(each.file, cache) for each in manifest.vector_files]
     return Opened(
         index,
         GalleryVectors(paths, release.places(cache), dim=manifest.embedding_dim),
@@ -44,7 +45,7 @@ def opened(release: Release, cache: Cache, *, num_threads: int) -> Opened:
 def _check_index(index: ivf.Index, release: Release) -> None:
     manifest = release.manifest
     said = (manifest.index_key, manifest.embedding_dim, manifest.template_hash)
-    num_entries = sum(segment.num_entries for segment in manifest.segments)
+    num_entries = manifest.num_entries
     if (index.key, index.dim, index.template_hash) != said or index.num_vectors != num_entries:
         raise ManifestError(
             f"release {manifest.release_id} lists {num_entries} vectors in {said[0]}, dimension {said[1]}, "

@@ -76,7 +76,7 @@ class Searcher:
             gallery_min=self.manifest.gallery_min_structure,
             calibration=self.manifest.calibration,
         )
-        self._all_items, self._shown = opened.items, _Shown(opened.items, dead)
+        self._all_items, self._shown = opened.items, _Shown(opened.items.without(dead), dead)
         self.taken_down = np.empty(0, np.int64)
         self._device = device
         self._embedding = threading.Lock()  # the model takes all cores, or the device, by itself
@@ -139,7 +139,7 @@ class Searcher:
         Ids of other images are welcome. Searches under way end with what they began with.
         """
         self.taken_down, hidden = taken_down, np.union1d(self._dead, taken_down)
-        self._shown = _Shown(self._all_items.without(taken_down), hidden)
+        self._shown = _Shown(self._all_items.without(hidden), hidden)
 
     def info(self) -> ReleaseInfo:
         """What is being searched."""

@@ -1,13 +1,14 @@
 """Immutable objects, small JSON manifests written last, and the one thing that changes: a pointer.
 
 A manifest class is a frozen, keyword-only dataclass with two class variables, FORMAT and FORMAT_VERSION. Its
-JSON carries both, and readers refuse what they don't know. A pointer (`current.json`) names its target and
+JSON carries both, and readers refuse what they don't know; a third, EARLIER, says how to read versions from
+before. A pointer (`current.json`) names its target and
 carries its writer's token, so that a writer whose answer was lost recognises its own swap; it may be pinned,
 with a reason, by those who want it to stay.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -28,6 +29,10 @@ class Manifest(Protocol):
 M = TypeVar("M", bound=Manifest)
 Id = Annotated[int, pydantic.Field(ge=0, lt=1 << 53)]
 """A sample's id as a manifest lists it: below 2^53, so that it is exact in everybody's JSON."""
+
+
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
+"""From the fields of an earlier version to those of the next."""
 
 
 def _always(_: object) -> bool:
@@ -135,12 +140,16 @@ def decode_manifest(data: bytes, kind: type[M], uri: str) -> M:
     if body.pop("format", None) != kind.FORMAT:
         raise ManifestError(f"{uri} is not a {kind.FORMAT} manifest; check the URI")
     version = body.pop("format_version", None)
-    if version != kind.FORMAT_VERSION:
+    earlier: Mapping[int, Upgrade] = getattr(kind, "EARLIER", {})
+    if version != kind.FORMAT_VERSION and version not in earlier:
+        reads = ", ".join(map(str, [*earlier, kind.FORMAT_VERSION]))
         raise ManifestError(
-            f"{uri} has format version {version}, and this namr reads {kind.FORMAT_VERSION} of "
+            f"{uri} has format version {version}, and this namr reads {reads} of "
             f"{kind.FORMAT}; use the namr that wrote it, or a newer one"
         )
     try:
+        if version in earlier:
+            body = earlier[version](body)
         return pydantic.TypeAdapter(kind).validate_python(body)
     except pydantic.ValidationError as error:
         first = error.errors()[0]

@@ -89,6 +89,9 @@ def test_a_night_publishes_once_and_again_only_where_something_changed(
     night = reindexing.reindex(config, clock=lambda: NOW + timedelta(days=2))
     assert night.release.manifest.counts.num_indexed == 238
     assert night.release.manifest.previous == manifest.release_id
+    assert night.release.manifest.segments == manifest.segments
+    assert night.release.tombstones().tolist() == [3, (1 << 32) + 17]
+    assert night.report.built == f"added to {manifest.release_id}: 0 shards, and 2 images taken out"
     assert night.extracted is not None and night.extracted.num_new == 0
 
 

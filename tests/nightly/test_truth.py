@@ -134,7 +134,7 @@ def test_neither_the_number_of_tasks_nor_of_rows_at_once_changes_anything(
 def test_a_file_that_was_damaged_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     searcher, cache = opened(tmp_path)
     asked = asked_of(searcher)
-    path = searcher.release.path(searcher.manifest.vectors.files[1].file, cache)
+    path = searcher.release.path(searcher.manifest.vector_files[1].file, cache)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -14,7 +14,7 @@ from namr.embed import embeddings
 from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.index import index_files, ivf
 from namr.model import distances
-from namr.release import build, build_steps, vector_steps
+from namr.release import build, build_steps, segments, vector_steps
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.places import Places
 from namr.release.vector_steps import Placed
@@ -105,12 +105,12 @@ def live_vectors(gallery: Path, metric: distances.Metric) -> tuple[ivf.Floats, i
 def test_files_of_items_are_whole_shards_and_few_and_know_their_rows(
     gallery: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_ITEMS_PER_FILE", 300)
+    monkeypatch.setattr(segments, "_ITEMS_PER_FILE", 300)
     dataset = datasets.open_version(str(gallery / "dataset"))
     placed = Placed(
         shards=StoredObject("shards", 1, ""), rows=StoredObject("rows", 128 + 4 * 600, ""), num_rows=595
     )
-    tasks = build.items_tasks(
+    tasks = segments.items_tasks(
         dataset.uri, dataset.shards, (300, 0, 249, 48), placed=placed, releases_uri="/r"
     )
     assert [[entry.number for entry in task.entries] for task in tasks] == [[0, 1], [2, 3]]
@@ -165,7 +165,7 @@ def test_vectors_and_items_are_those_of_live_samples(
     monkeypatch.setattr(vector_steps, "PIECE_BYTES", 4 * DIM * rows_a_piece)
     report = built(gallery, tmp_path, index_key=key, metric="cosine")
     x, ids = live_vectors(gallery, "cosine")
-    stored = report.vectors
+    (stored,) = report.vectors
     assert [of.num_rows for of in stored.files] == [
         min(rows_a_file, len(ids) - first) for first in range(0, len(ids), rows_a_file)
     ]
@@ -199,7 +199,7 @@ def test_a_build_that_was_killed_goes_on_to_the_same_release(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_reconcile", dies)
+        patch.setattr(segments, "_check_ids", dies)
         with pytest.raises(KeyboardInterrupt):
             built(gallery, tmp_path / "killed")
     work = next((tmp_path / "killed" / "building").iterdir())

@@ -5,14 +5,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 
 from namr.data.shards import make_id
-from namr.errors import ConfigError, Conflict, ManifestError
+from namr.errors import Conflict, ManifestError
 from namr.index import index_files
-from namr.release import publication, releases, takedowns
+from namr.release import export, publication, releases
 from namr.release.calibrated import Calibration, Weight
 from namr.release.releases import ReleaseManifest
 from namr.search.searcher import Searcher
@@ -38,7 +37,8 @@ def test_a_published_release_reads_back_whole(fresh: tuple[str, ReleaseManifest]
     assert opened is not None
     assert opened == published == releases.open_release(uri, "first")
     assert opened.manifest == manifest
-    assert len(small_release.table_of(opened)) == manifest.counts.num_indexed == 120 - 2 - 1 - 1
+    assert len(small_release.table_of(opened)) == manifest.num_entries == 120 - 2 - 1
+    assert manifest.counts.num_indexed == 116
     assert opened.tombstones().tolist() == [make_id(1, 7)]
     assert small_release.table_of(opened).keys[0] == "digit/0"
 
@@ -51,7 +51,7 @@ def test_re_rank_vectors_lie_in_the_order_of_the_lists(
     refused = [make_id(0, 3), make_id(2, 39)]
     recipe = Recipe(index_key=key, num_segments=2, num_vector_files=num_vector_files, refused=refused)
     release = small_release.publish(tmp_path, recipe)
-    cache, stored = Cache(tmp_path / "cache", 10**9), release.manifest.vectors
+    cache, (stored,) = Cache(tmp_path / "cache", 10**9), release.manifest.vectors
     in_order = np.concatenate(
         [index_files.ids_in(release.path(of.file, cache)) for of in release.manifest.segments]
     )
@@ -69,7 +69,7 @@ def test_re_rank_vectors_lie_in_the_order_of_the_lists(
 
 def test_cosine_vectors_are_stored_with_unit_length(tmp_path: Path) -> None:
     release = small_release.publish(tmp_path, Recipe(metric="cosine", num_shards=1))
-    (of_all,) = release.manifest.vectors.files
+    (of_all,) = release.manifest.vector_files
     x = np.load(release.path(of_all.file, Cache(tmp_path / "c", 10**9)))[:, 0]
     np.testing.assert_allclose(np.linalg.norm(x.astype(np.float64), axis=1), 1, atol=1e-3)
 
@@ -97,7 +97,7 @@ def test_a_local_file_with_other_bytes_of_the_same_size_is_never_opened(
 ) -> None:
     uri, manifest = fresh
     release = publication.publish(uri, manifest, expected=None)
-    cache, vectors = Cache(tmp_path / "cache", 10**9), manifest.vectors
+    cache, (vectors,) = Cache(tmp_path / "cache", 10**9), manifest.vectors
     of = {
         "segment": manifest.segments[0].file,
         "vectors": vectors.files[0].file,
@@ -145,9 +145,9 @@ def test_a_manifest_of_an_earlier_namr_opens_if_its_layout_is_the_same(three: st
     path.write_text(json.dumps(body))
     manifest = releases.open_release(three, "second").manifest
     assert (manifest.config_digest, manifest.calibration) == ("", None)
-    path.write_text(json.dumps(body | {"format_version": 1}))
-    with pytest.raises(ManifestError, match="has format version 1, and this namr reads 2 of namr-release"):
-        releases.open_release(three, "second")
+    (vectors,) = body.pop("vectors")
+    path.write_text(json.dumps(body | {"format_version": 2, "vectors": vectors}))
+    assert releases.open_release(three, "second").manifest == manifest
 
 
 def test_a_release_keeps_its_calibration(fresh: tuple[str, ReleaseManifest]) -> None:
@@ -160,45 +160,9 @@ def test_a_release_keeps_its_calibration(fresh: tuple[str, ReleaseManifest]) -> 
 
 def test_a_release_with_one_table_of_items_is_refused_with_the_version_that_is_read(three: str) -> None:
     path = Path(three, "second", "manifest.json")
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
-    with pytest.raises(ManifestError, match="format version 1, and this namr reads 2 of namr-release"):
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 1'))
+    with pytest.raises(ManifestError, match="format version 1, and this namr reads 2, 3 of namr-release"):
         releases.open_release(three, "second")
-
-
-@pytest.mark.parametrize("num_segments", [1, 3])
-@pytest.mark.parametrize("key", ["Flat", "IVF4,Flat"])
-def test_an_exported_file_is_one_that_plain_faiss_searches_alike(
-    tmp_path: Path, key: str, num_segments: int
-) -> None:
-    release = small_release.publish(tmp_path, Recipe(index_key=key, num_segments=num_segments))
-    info = releases.export(release, tmp_path / "whole.faiss")
-    assert info.num_vectors == 120
-    index = faiss.read_index(str(tmp_path / "whole.faiss"))
-    x = np.concatenate([small_release.random_vectors(40, 16, seed=n).embeddings for n in range(3)])
-    _, ids = index.search(x, 1)
-    assert ids[:, 0].tolist() == [make_id(row // 40, row % 40) for row in range(120)]
-    assert [path.name for path in tmp_path.glob(".export-*")] == []
-
-
-def test_dead_entries_are_not_exported(fresh: tuple[str, ReleaseManifest], tmp_path: Path) -> None:
-    uri, manifest = fresh
-    release = publication.publish(uri, manifest, expected=None)
-    with pytest.raises(ConfigError, match="hides 1 dead entries"):
-        releases.export(release, tmp_path / "whole.faiss")
-
-
-def test_what_was_taken_down_since_is_not_exported(tmp_path: Path) -> None:
-    release = small_release.publish(tmp_path, Recipe(num_shards=1))
-    takedowns.take_down(release.releases_uri, release.manifest.dataset_uri, [5, make_id(7, 7)])
-    with pytest.raises(ConfigError, match="hides 1 dead entries"):
-        releases.export(release, tmp_path / "whole.faiss")
-
-
-def test_an_export_needs_a_folder_and_the_name_of_a_file(tmp_path: Path) -> None:
-    release = small_release.publish(tmp_path, Recipe(num_shards=1))
-    for path in (tmp_path / "no" / "such" / "x.faiss", tmp_path):
-        with pytest.raises(ConfigError, match=r"can't write .*a file in a folder that exists"):
-            releases.export(release, path)
 
 
 @pytest.mark.s3
@@ -215,9 +179,9 @@ def test_releases_on_an_object_store(s3: str, tmp_path: Path) -> None:
     assert publication.roll_back(uri, now=NOW).manifest.release_id == "first"
     assert releases.read_pointer(uri)[0] == "first"
     cache = Cache(tmp_path / "cache", 10**9)
-    (vectors,) = release.manifest.vectors.files
+    (vectors,) = release.manifest.vector_files
     assert np.load(release.path(vectors.file, cache)).shape == (120, 2, 16)
-    assert releases.export(release, tmp_path / "whole.faiss").num_vectors == 120
+    assert export.export(release, tmp_path / "whole.faiss").num_vectors == 120
     storage.delete(storage.join(uri, vectors.file.name))
     with pytest.raises(ManifestError, match="missing"):
         publication.roll_back(uri, to="second", now=NOW)
@@ -245,7 +209,7 @@ def test_objects_are_downloaded_side_by_side_and_verified(
     bucket = FolderAsBucket()
     monkeypatch.setattr(storage, "_s3", bucket)
     release = releases.Release(f"s3:/{uri}", manifest)
-    wanted = [*manifest.vectors.objects(), manifest.template]
+    wanted = [*manifest.vectors[0].objects(), manifest.template]
     assert len(wanted) == 4
     cache = Cache(tmp_path / "cache", 10**9)
     release.fetch([*wanted, wanted[0]], cache)
@@ -260,14 +224,14 @@ def test_objects_that_are_fetched_are_missed_and_verified_as_those_that_are_open
 ) -> None:
     uri, manifest = fresh
     release, cache = releases.Release(uri, manifest), Cache(tmp_path / "cache", 10**9)
-    rows = Path(uri, manifest.vectors.rows.name)
+    rows = Path(uri, manifest.vectors[0].rows.name)
     data = rows.read_bytes()
     rows.unlink()
     with pytest.raises(ManifestError, match="is missing, and the release lists it"):
-        release.fetch(manifest.vectors.objects(), cache)
+        release.fetch(manifest.vectors[0].objects(), cache)
     rows.write_bytes(data[:-1] + b"x")
     with pytest.raises(ManifestError, match=r"is damaged.*restore it or build again"):
-        release.fetch(manifest.vectors.objects(), cache)
+        release.fetch(manifest.vectors[0].objects(), cache)
 
 
 def test_what_has_no_room_is_left_to_be_opened_one_by_one(
@@ -277,7 +241,7 @@ def test_what_has_no_room_is_left_to_be_opened_one_by_one(
     bucket = FolderAsBucket()
     monkeypatch.setattr(bucket, "both", threading.Barrier(1))
     monkeypatch.setattr(storage, "_s3", bucket)
-    release, listed = releases.Release(f"s3:/{uri}", manifest), list(manifest.vectors.objects())
+    release, listed = releases.Release(f"s3:/{uri}", manifest), list(manifest.vectors[0].objects())
     cache = Cache(tmp_path / "cache", max(stored.size_bytes for stored in listed))
     release.fetch(listed, cache)
     assert len(bucket.downloaded) < len(listed)

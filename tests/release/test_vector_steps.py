@@ -9,7 +9,7 @@ import pytest
 from namr.embed.embeddings import EmbeddingFile
 from namr.errors import ManifestError, ObjectMissing, ShapeError
 from namr.index.index_files import sum_of_ids
-from namr.release import build, places, vector_steps
+from namr.release import places, segments, vector_steps
 from namr.release.build_steps import VectorSource
 from namr.release.releases import VectorFile
 from namr.release.vector_steps import JoinTask, Piece, Placed, PlaceTask, ShardVectors, SortTask
@@ -226,4 +226,4 @@ def test_values_beyond_float16_are_refused() -> None:
 def test_neighbouring_shards_make_a_piece_of_bounded_size(
     sizes: list[int], expected: list[tuple[int, int]]
 ) -> None:
-    assert build.groups(sizes, 5) == expected
+    assert segments.groups(sizes, 5) == expected

@@ -298,7 +298,7 @@ def test_the_largest_queries_get_all_their_neighbours_and_finite_distances(
 
 def flip(searcher: Searcher, item_id: int, what: str, value: float) -> None:
     """Damage the stored vector of an item where it lies, as a disk might."""
-    (stored,) = searcher.manifest.vectors.files
+    (stored,) = searcher.manifest.vector_files
     written = np.load(Path(searcher.release.releases_uri, stored.file.name), mmap_mode="r+")
     (row,) = small_release.places_of(searcher.release).of(np.array([item_id]))
     written[row, ["embedding", "structure"].index(what), 3] = value
@@ -451,7 +451,7 @@ def test_a_remote_release_is_searched_from_the_cache(s3: str, tmp_path: Path) ->
         *QUERIES, options=SearchOptions(k=5, nprobe=4)
     )
     np.testing.assert_array_equal(found.ids, local.ids)
-    for stored in (release.manifest.segments[0].file, release.manifest.vectors.files[0].file):
+    for stored in (release.manifest.segments[0].file, release.manifest.vector_files[0].file):
         storage.delete(storage.join(f"{s3}/releases", stored.name))  # the cache is enough from now on
     again = Searcher.open(f"{s3}/releases", cache=cache).search_arrays(
         *QUERIES, options=SearchOptions(k=5, nprobe=4)

@@ -1,0 +1,93 @@
+"""A draft becomes a release with its numbers: all of them where all is new, else kept ones and a few."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from namr.nightly import building, measuring, release_report
+from namr.nightly.aging import AgingConfig
+from namr.nightly.assessment import AssessmentConfig
+from namr.nightly.building import Made
+from namr.nightly.measuring import Measured
+from namr.release.build import BuildConfig
+from namr.release.releases import Release, TemplateBirth
+from namr.store.cache import Cache
+from tests.small_nights import MODEL, a_night, as_release, embeddings_of
+
+CONFIG = BuildConfig(index_key="IVF8,Flat", num_parts=2, num_held_out=60)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gallery has none."""
+    monkeypatch.setattr(release_report, "grid_rows", lambda *_: [])
+
+
+def night(
+    root: Path, num_rows: list[int], current: Release | None, *, aging: AgingConfig | None = None
+) -> tuple[Made, Measured]:
+    dataset, uri, cache = a_night(root, num_rows), str(root / "releases"), Cache(root / "cache", 10**9)
+    made = building.make(
+        dataset,
+        embeddings_of(root),
+        uri,
+        CONFIG,
+        model_digest=MODEL,
+        metric="l2",
+        current=current,
+        is_alike=True,
+        cache=cache,
+    )
+    draft = replace(
+        as_release(uri, made.built).manifest, report_json=None, report_html=None, template_birth=None
+    )
+    measured = measuring.measure(
+        draft,
+        made,
+        releases_uri=uri,
+        build=CONFIG,
+        assess=AssessmentConfig(depth=20, target_recall=0.9),
+        aging=aging or AgingConfig(),
+        cache=cache,
+    )
+    return made, measured._replace(manifest=measuring.with_reports(measured))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local", "without_pictures")
+def test_what_was_added_to_keeps_its_effort_and_is_measured_by_age(tmp_path: Path) -> None:
+    _, (first, report, *_) = night(tmp_path, [600], None)
+    birth = TemplateBirth(num_entries=600, recall_at_10=first.recall_at_10, imbalance=report.imbalance)
+    assert first.template_birth == birth
+    assert (report.built, report.aged, report.assessment.by_age) == (
+        "whole: there was no release",
+        None,
+        None,
+    )
+
+    root = str(tmp_path / "releases")
+    _, (second, added, *_) = night(tmp_path, [100], Release(root, first))
+    assert (second.nprobe, second.depth, second.calibration) == (first.nprobe, first.depth, first.calibration)
+    assert second.template_birth == birth
+    assert added.built.startswith("added to of-version-1: 1 shards")
+    assert added.certainty == report.certainty
+    by_age = added.assessment.by_age
+    assert by_age is not None and second.report_html is not None
+    assert (by_age.new.num_queries, by_age.old.num_queries) == (100, added.assessment.num_queries - 100)
+    assert 40 < by_age.old.num_queries <= report.assessment.num_queries
+    shares = np.array([by_age.old.num_queries, by_age.new.num_queries])
+    recalls = np.array([by_age.old.recall_at_10, by_age.new.recall_at_10])
+    assert added.assessment.recall_at_10 == pytest.approx((shares * recalls).sum() / shares.sum())
+    # images of another shard lie around other centres here, which no list was made for
+    assert by_age.new.error > 1.3 * by_age.old.error and by_age.new.recall_at_10 < by_age.old.recall_at_10
+    assert added.aged is not None and added.aged.startswith("recall@10 is 0.")
+    assert added.assessment.filtered == report.assessment.filtered != ()
+    page = Release(root, second).read(second.report_html).decode()
+    assert "added to of-version-1" in page and "from before" in page and "trains a new template" in page
+
+    made, (third, anew, *_) = night(tmp_path, [], Release(root, second))
+    assert made.how.startswith("whole: with a new template, since recall@10 is 0.")
+    assert third.template_birth is not None and third.template_birth.num_entries == 700
+    assert anew.aged is None
