@@ -2,7 +2,8 @@
 
 namr demo                       the whole chain on one machine, then a search page
 namr submit train --config ...  a job of jobs/ on a running Ray cluster
-namr releases list|export       what was published; a release as one plain FAISS file
+namr releases list|show|diff    what was published, and what the gate refused; how two releases differ
+namr releases export            a release as one plain FAISS file
 namr releases pin|unpin         keep the current release current; let the night publish again
 namr plan --num-vectors 1e9 ... what an index will take: type, memory, disk, time, cost of a query
 namr takedown                   take images out of all answers, now and for every release
@@ -23,6 +24,7 @@ from namr import config
 from namr.demo import demo
 from namr.demo.demo import DemoConfig
 from namr.errors import ConfigError
+from namr.nightly import description
 from namr.plan import calibration, constants, estimate, wording
 from namr.plan.estimate import PlanConfig
 from namr.registry import registry
@@ -36,6 +38,28 @@ class ListCommand:
 
     releases_uri: str
     """the folder or s3:// prefix of the releases"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowCommand:
+    """Show what a release is, how it was built and what was measured."""
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases"""
+    release: str | None = None
+    """the release; the current one unless said"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffCommand:
+    """Show how a release differs from another: the one before it unless said."""
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases"""
+    release: str | None = None
+    """the release; the current one unless said"""
+    of: str | None = None
+    """the release that it is compared with; the one that was current before it unless said"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +191,27 @@ def _pinned(release_id: str, pin: Pin) -> str:
     return f"{release_id} is pinned since {pin.since}: {pin.reason} (`namr releases unpin` lifts it)"
 
 
+def _show(command: ShowCommand) -> None:
+    release = releases.open_release(command.releases_uri, command.release)
+    told = {"release": release.manifest.release_id} | description.facts(release)
+    width = max(map(len, told))
+    for name, value in told.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _diff(command: DiffCommand) -> None:
+    release = releases.open_release(command.releases_uri, command.release)
+    before = command.of or release.manifest.previous
+    if before is None:
+        raise ConfigError(
+            f"{release.manifest.release_id} follows no release; name the one to compare it with (--of)"
+        )
+    print(f"{before} -> {release.manifest.release_id}")
+    found = description.differences(releases.open_release(command.releases_uri, before), release)
+    for name, (then, here) in found.items():
+        print(f"{name}\n  - {then}\n  + {here}")
+
+
 def _export(command: ExportCommand) -> None:
     release = releases.open_release(command.releases_uri, command.release)
     info = export.export(release, command.out)
@@ -219,6 +264,8 @@ def _now() -> datetime:
 _COMMANDS = (
     _Command(("demo",), DemoConfig, demo.run),
     _Command(("releases", "list"), ListCommand, _list),
+    _Command(("releases", "show"), ShowCommand, _show),
+    _Command(("releases", "diff"), DiffCommand, _diff),
     _Command(("releases", "export"), ExportCommand, _export),
     _Command(("releases", "pin"), PinCommand, _pin),
     _Command(("releases", "unpin"), UnpinCommand, _unpin),

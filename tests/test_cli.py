@@ -1,5 +1,6 @@
 """The words of the `namr` command, on real releases and a real registry."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -13,6 +14,7 @@ from namr.model.model import ModelConfig
 from namr.registry import registry
 from namr.release import publication, releases, takedowns
 from tests import small_release
+from tests.nightly.test_description import released
 from tests.small_release import Recipe
 
 
@@ -67,6 +69,24 @@ def test_images_are_taken_down_by_key(tmp_path: Path, capsys: pytest.CaptureFixt
     assert takedowns.taken_down(uri, manifest.dataset_uri).tolist() == [3, 7]
 
 
+def test_a_release_is_shown_and_held_against_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = released(tmp_path, Recipe(num_shards=1), built="whole: there was no release")
+    uri = first.releases_uri
+    publication.publish(uri, first.manifest, expected=None)
+    with pytest.raises(ConfigError, match="first follows no release; name the one to compare it with"):
+        cli.run(["releases", "diff", "--releases-uri", uri])
+    second = replace(small_release.renamed(first.manifest, "second"), depth=60)
+    publication.publish(uri, second, expected=releases.read_pointer(uri))
+    cli.run(["releases", "show", "--releases-uri", uri])
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["release"].strip() == "second" and lines["follows"].strip() == "first"
+    cli.run(["releases", "diff", "--releases-uri", uri])
+    said = capsys.readouterr().out
+    assert said.startswith("first -> second") and "depth 50\n  + side both" in said
+
+
 def test_a_release_is_exported_as_plain_faiss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     release = small_release.publish(tmp_path, Recipe())
     out = tmp_path / "index.faiss"
@@ -108,7 +128,7 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
     ("words", "error", "expected"),
     [
         (["relases"], ConfigError, "'relases' is no command of namr; expected one of: demo, plan, promote"),
-        (["releases"], ConfigError, "releases export, releases list, releases pin, releases unpin"),
+        (["releases"], ConfigError, "releases diff, releases export, releases list, releases pin, releases show"),
         (["submit", "fly"], ConfigError, "namr submit fly: expected one of build_index, evaluate"),
         (["submit"], ConfigError, "expected one of build_index"),
         (["rollback", "--releases-uri", "nowhere"], ConfigError, "no current release"),

@@ -51,6 +51,18 @@ class Spread(NamedTuple):
     """share of the axes whose standard deviation over images is above 0.01"""
 
 
+def effective_rank(x: Vectors) -> float:
+    """In how many directions vectors (N, D) differ: exp of the entropy of the shares of the eigenvalues.
+
+    1 to D; 0 where all are equal. Of the covariance, in float64. Roy and Vetterli, The effective rank (2007).
+    """
+    values = np.linalg.eigvalsh(np.atleast_2d(np.cov(x.astype(np.float64), rowvar=False))).clip(min=0)
+    if not values.sum():
+        return 0.0
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 class Rankings(NamedTuple):
     """The K nearest others of each image, nearest first, ties of plain distance by row number."""
 

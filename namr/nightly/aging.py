@@ -42,18 +42,15 @@ def aged(
     growth = num_entries / max(1, birth.num_entries) - 1
     if growth > config.max_growth:
         return f"{num_entries} entries, and the template was trained for {birth.num_entries}"
-    recalls = {"recall@10": assessed.recall_at_10}
-    if assessed.by_age:
-        old, new = assessed.by_age
-        recalls |= {
-            "recall@10 of images from before": old.recall_at_10,
-            "recall@10 of new images": new.recall_at_10,
-        }
-    for what, recall in recalls.items():
+    for what, recall in assessed.recalls.items():
         if recall < birth.recall_at_10 - config.max_recall_drop:
             return f"{what} is {recall:.3f}, and was {birth.recall_at_10:.3f} when the template was new"
     if imbalance > config.max_imbalance_growth * birth.imbalance:
         return f"the imbalance of the lists is {imbalance:.2f}, and was {birth.imbalance:.2f}"
-    if assessed.by_age and new.error > config.max_error_growth * old.error:
-        return f"new images lie {new.error / old.error:.2f} times as far from their lists' centres, squared"
+    if assessed.by_age:
+        old, new = assessed.by_age
+        if new.error > config.max_error_growth * old.error:
+            return (
+                f"new images lie {new.error / old.error:.2f} times as far from their lists' centres, squared"
+            )
     return None

@@ -105,6 +105,15 @@ class Assessment:
     """of plain search under filters, the least selective first; none where an earlier namr measured"""
 
     @property
+    def recalls(self) -> dict[str, float]:
+        """Recall@10 of all queries, and of those of each age, by name."""
+        named = {"recall@10": self.recall_at_10}
+        if self.by_age:
+            named["recall@10 of images from before"] = self.by_age.old.recall_at_10
+            named["recall@10 of new images"] = self.by_age.new.recall_at_10
+        return named
+
+    @property
     def probed(self) -> str:
         """How much of the index a query looks at, in words."""
         return f"{self.nprobe} of {self.num_lists} lists" if self.num_lists else "all images compared"

@@ -10,7 +10,9 @@ Not covered: whether the numbers are good enough (`gate`).
 from dataclasses import replace
 from typing import NamedTuple
 
-from namr.measure import report
+import numpy as np
+
+from namr.measure import report, structure
 from namr.nightly import aging, assessment, calibration, release_report, structure_section, truth
 from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import Assessment, AssessmentConfig, Effort
@@ -27,6 +29,10 @@ from namr.store.cache import Cache
 
 _FEW = 100
 """queries from before, and as many of what is new: recall@10 is then known to about a point"""
+
+
+_SAMPLED = 2000
+"""embeddings whose effective rank is looked at"""
 
 
 class Measured(NamedTuple):
@@ -75,6 +81,7 @@ def measure(
         build_s=made.built.seconds,
         built=made.how,
         aged=numbers.aged,
+        effective_rank=_effective_rank(searcher),
         assessment=assessed,
         considered=made.built.considered,
         certainty=numbers.certainty,
@@ -101,6 +108,13 @@ def with_reports(measured: Measured) -> ReleaseManifest:
         manifest,
         report_json=releases.store(root, "report.json", manifests.encode_manifest(numbers)),
         report_html=releases.store(root, "report.html", html.encode()),
+    )
+
+
+def _effective_rank(searcher: Searcher) -> float | None:
+    ids = np.sort(searcher.items.draw_ids(_SAMPLED, seed=0))
+    return (
+        structure.effective_rank(searcher.vectors.embeddings(ids).float().numpy()) if len(ids) > 1 else None
     )
 
 

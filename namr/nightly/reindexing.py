@@ -8,10 +8,12 @@ the current release, as a roll-back does, the night says so and does nothing.
 Not covered: when to run (a CronJob says), training (the champion is promoted by people).
 """
 
+import getpass
 import json
+import socket
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from namr.data import datasets
 from namr.data.datasets import Dataset
 from namr.embed import extraction
 from namr.embed.extraction import ExtractionConfig, ExtractReport
+from namr.errors import ConfigError, NamrError
 from namr.model import model
 from namr.model.model import NamrModel
 from namr.nightly import building, gate, measuring, release_report
@@ -30,7 +33,7 @@ from namr.registry import references
 from namr.registry.references import FoundModel
 from namr.release import increment, publication, releases
 from namr.release.build import BuildConfig, BuildReport
-from namr.release.releases import Release, ReleaseManifest
+from namr.release.releases import Forced, Release, ReleaseManifest
 from namr.store import scratch, storage
 from namr.store.cache import Cache
 from namr.store.manifests import Pin
@@ -50,6 +53,8 @@ class ReindexConfig:
     """models:/<name>@<alias>, models:/<name>/<version> or the folder of a saved model"""
     dataset_version: int | None = None
     """None: the current one"""
+    force: str | None = None
+    """why to publish what the gate has objections to; kept in the release, with who said so"""
     tracking_uri: str | None = None
     """MLflow; None: MLFLOW_TRACKING_URI, else SQLite in the current folder"""
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
@@ -57,6 +62,10 @@ class ReindexConfig:
     assessment: AssessmentConfig = field(default_factory=AssessmentConfig)
     aging: AgingConfig = field(default_factory=AgingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+
+    def __post_init__(self) -> None:
+        if self.force is not None and not self.force.strip():
+            raise ConfigError("force is empty; say why the gate is overruled, for those who find the release")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +131,29 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
             cache=cache,
         )
         manifest = measuring.with_reports(measured)
-    gate.check(config.gate, Release(root, manifest), measured.report, dataset, current=current)
+    manifest = _judged(root, manifest, measured.report, dataset, config, current)
     published = publication.publish(root, manifest, expected=expected)
     return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured.report)
+
+
+def _judged(
+    root: str,
+    manifest: ReleaseManifest,
+    measured: ReleaseReport,
+    dataset: Dataset,
+    config: ReindexConfig,
+    current: Release | None,
+) -> ReleaseManifest:
+    """The release, if the gate lets it pass or is overruled; else it is kept for a look, and NamrError."""
+    try:
+        gate.check(config.gate, Release(root, manifest), measured, dataset, current=current)
+    except NamrError as error:
+        if config.force is None:
+            publication.keep(root, manifest)
+            raise
+        who = f"{getpass.getuser()} on {socket.gethostname()}"
+        return replace(manifest, forced=Forced(by=who, reason=config.force, objections=str(error)))
+    return manifest
 
 
 def _unchanged(current: Release, *, held: Pin | None = None) -> ReindexReport:

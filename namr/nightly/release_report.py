@@ -40,6 +40,8 @@ class ReleaseReport:
     """what was built, and why no less, in words; empty where an earlier namr built it"""
     aged: str | None = None
     """why the next build trains a new template, in words; None while this one fits"""
+    effective_rank: float | None = None
+    """of the embeddings, see `measure.structure.effective_rank`; None where an earlier namr measured"""
     assessment: Assessment
     considered: tuple[Considered, ...] = ()
     """what else could have been built, and why it was not; empty where an earlier namr built it"""
@@ -63,7 +65,7 @@ def page(
     sections: Sequence[Section] = (),
 ) -> ReportPage:
     """The page of a release; `grids` as `retrieval_grid` makes them, sections as `structure_section` does."""
-    assessed, counts = measured.assessment, measured.counts
+    assessed, counts, rank = measured.assessment, measured.counts, measured.effective_rank
     without = f"{counts.num_refused} refused, {counts.num_tombstoned} taken out"
     recalls = {
         _SIDE_NAMES[side.side]: 100 * side.recall_at_1
@@ -120,6 +122,11 @@ def page(
                 note=f"{len(manifest.segments)} segments, {measured.build_s:.1f} s",
             ),
             Fact(name="recall@10", value=f"{assessed.recall_at_10:.3f}", note=assessed.probed),
+            *(
+                [Fact(name="effective rank", value=f"{rank:.1f}", note="directions that embeddings use")]
+                if rank
+                else []
+            ),
             Fact(name="lists", value=f"{measured.imbalance:.2f}", note="imbalance; 1 is even"),
         ],
         tables=[

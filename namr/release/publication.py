@@ -64,6 +64,13 @@ def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer |
     return Release(root, manifest)
 
 
+def keep(releases_uri: str, manifest: ReleaseManifest) -> None:
+    """Write the manifest of a release that is not to be current, so that people can look at it."""
+    root = storage.absolute(releases_uri)
+    verify(root, manifest)
+    manifests.write_manifest(releases.manifest_uri(root, manifest.release_id), manifest)
+
+
 def roll_back(
     releases_uri: str, to: str | None = None, *, reason: str | None = None, now: datetime
 ) -> Release:

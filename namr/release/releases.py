@@ -98,6 +98,16 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forced:
+    """Why a release was published although the night's gate had objections."""
+
+    by: str
+    """user and machine"""
+    reason: str
+    objections: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TemplateBirth:
     """What a template was trained for, to tell later how it has aged."""
 
@@ -159,6 +169,8 @@ class ReleaseManifest:
     """SHA-256 of the configs that decided it, see `reindexing`; empty where an earlier namr made it"""
     template_birth: TemplateBirth | None = None
     """None where an earlier namr trained it"""
+    forced: Forced | None = None
+    """None where nothing stood against it"""
     previous: str | None = None
     """the release that was current before; set by `publication.publish`"""
 

@@ -246,3 +246,16 @@ def test_a_plane_takes_two_different_axes_and_a_neighbour() -> None:
         structure.plane(x[0, :1], x[0, :1], x[1:, :1])
     with pytest.raises(ShapeError, match="0 neighbours"):
         structure.plane(x[0], x[0], x[:0])
+
+
+def test_the_effective_rank_is_the_number_of_directions_that_vectors_differ_in() -> None:
+    rng = np.random.default_rng(0)
+    even = np.concatenate([np.eye(4), -np.eye(4)]).astype(np.float32)
+    assert structure.effective_rank(even) == pytest.approx(4)
+    assert structure.effective_rank(even + 3) == pytest.approx(4)
+    line = np.outer(rng.standard_normal(50), rng.standard_normal(6)).astype(np.float32)
+    assert structure.effective_rank(line) == pytest.approx(1, abs=1e-4)
+    assert structure.effective_rank(np.ones((5, 3), np.float32)) == 0
+    two = rng.standard_normal((4000, 2)).astype(np.float32) * np.array([1.0, 3.0], np.float32)
+    entropy = -(0.1 * np.log(0.1) + 0.9 * np.log(0.9))
+    assert structure.effective_rank(two) == pytest.approx(np.exp(entropy), rel=0.02)

@@ -12,7 +12,7 @@ from namr.data.datasets import Dataset
 from namr.data.shards import make_id
 from namr.errors import ConfigError, NamrError
 from namr.nightly import gate, losses
-from namr.nightly.assessment import Assessment, SideResult
+from namr.nightly.assessment import Age, Assessment, ByAge, SideResult
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.release import releases, takedowns
@@ -181,3 +181,29 @@ def test_the_first_release_has_to_reach_the_recall_alone(current: Release, datas
 def test_limits_of_the_gate_are_shares(name: str) -> None:
     with pytest.raises(ConfigError, match=f"gate.{name} is 1.5"):
         GateConfig(**{name: 1.5})
+
+
+def test_recall_of_new_images_has_to_be_as_good_and_the_cause_is_told(current: Release) -> None:
+    dataset = datasets.open_version(current.manifest.dataset_uri)
+    good = a_report()
+    by_age = ByAge(old=Age(100, 0.96, 1.0), new=Age(100, 0.85, 1.0))
+    new_is_worse = replace(good, assessment=replace(good.assessment, by_age=by_age))
+    with pytest.raises(NamrError, match=r"recall@10 of new images is 0\.850 .*in lists that are not probed"):
+        gate.check(GateConfig(), current, new_is_worse, dataset, current=None)
+    for nprobe, num_lists, cause in ((4, 4, "codes or depth"), (1, 0, "compare more candidates")):
+        low = replace(good.assessment, recall_at_10=0.5, nprobe=nprobe, num_lists=num_lists)
+        with pytest.raises(NamrError, match=cause):
+            gate.check(GateConfig(), current, replace(good, assessment=low), dataset, current=None)
+
+
+def test_embeddings_that_collapsed_are_stopped(current: Release) -> None:
+    dataset = datasets.open_version(current.manifest.dataset_uri)
+    report = manifests.encode_manifest(replace(a_report(), effective_rank=40.0))
+    stored = releases.store(current.releases_uri, "report.json", report)
+    current = Release(current.releases_uri, replace(current.manifest, report_json=stored))
+    few = replace(a_report(), effective_rank=19.9)
+    with pytest.raises(NamrError, match=r"effective rank of the embeddings fell from 40\.0 to 19\.9"):
+        gate.check(GateConfig(), current, few, dataset, current=current)
+    gate.check(GateConfig(max_rank_drop=0.6), current, few, dataset, current=current)
+    gate.check(GateConfig(), current, replace(few, effective_rank=20.0), dataset, current=current)
+    gate.check(GateConfig(), current, a_report(), dataset, current=current)

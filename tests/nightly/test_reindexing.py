@@ -9,7 +9,7 @@ import pytest
 from jobs import reindex
 from namr.data import datasets
 from namr.embed.extraction import ExtractionConfig
-from namr.errors import Conflict, NamrError
+from namr.errors import ConfigError, Conflict, NamrError
 from namr.model import model
 from namr.model.model import ModelConfig
 from namr.nightly import reindexing
@@ -107,6 +107,8 @@ def test_what_the_gate_stops_serves_nobody_and_of_two_nights_one_wins(
     with pytest.raises(NamrError, match=r"is not published: recall@10 is 0\.\d+ with 1 of \d+ lists"):
         reindexing.reindex(config, clock=lambda: NOW)
     assert releases.current(config.releases_uri) is None
+    ((kept,), _) = releases.list_releases(config.releases_uri)
+    assert kept.recall_at_10 < 1 and kept.forced is None
 
     good = config_of(tmp_path, model_folder)
     original = publication.publish
@@ -115,6 +117,13 @@ def test_what_the_gate_stops_serves_nobody_and_of_two_nights_one_wins(
         monkeypatch.setattr(publication, "publish", original)
         reindexing.reindex(good, clock=lambda: NOW)
         return original(*arguments, **named)
+
+    with pytest.raises(ConfigError, match="force is empty"):
+        replace(config, force=" ")
+    meant = config_of(tmp_path, model_folder, gate=strict, assessment=one_list, force="a demonstration")
+    forced = reindexing.reindex(replace(meant, releases_uri=str(tmp_path / "forced")), clock=lambda: NOW)
+    said = forced.release.manifest.forced
+    assert said is not None and said.reason == "a demonstration" and "recall@10 is 0." in said.objections
 
     monkeypatch.setattr(publication, "publish", somebody_was_faster)
     with pytest.raises(Conflict, match="somebody else"):

@@ -1,0 +1,46 @@
+"""A release in words, and how it differs from another."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from namr.nightly import description
+from namr.release import releases
+from namr.release.releases import Forced, Release
+from namr.store import manifests
+from tests import small_release
+from tests.nightly.test_reindexing import a_report
+from tests.small_release import Recipe
+
+
+def released(root: Path, recipe: Recipe, **report: object) -> Release:
+    manifest = small_release.make_manifest(root, recipe)
+    data = manifests.encode_manifest(replace(a_report(), **report))
+    stored = releases.store(str(root / "releases"), "report.json", data)
+    return Release(str(root / "releases"), replace(manifest, report_json=stored))
+
+
+def test_a_release_is_told_by_what_it_is_made_of_and_what_was_measured(tmp_path: Path) -> None:
+    recipe = Recipe(num_segments=2, dead=[4], index_key="IVF4,Flat")
+    told = description.facts(
+        released(tmp_path, recipe, built="whole: why", aged="it grew", effective_rank=7.25)
+    )
+    assert told["images"] == "120 samples: 119 indexed, 0 refused, 1 tombstoned"
+    assert (told["segments"], told["dead entries"]) == ("60 + 60", "1")
+    assert (told["built"], told["template has aged"]) == ("whole: why", "it grew")
+    assert (told["recall@10"], told["Recall@1, both"], told["effective rank"]) == ("1.000", "0.800", "7.2")
+    assert told["follows"].startswith("none") and "forced" not in told
+
+
+def test_what_differs_is_told_with_the_bytes_that_are_not_shared(tmp_path: Path) -> None:
+    one = released(tmp_path, Recipe(num_shards=1), built="whole: why")
+    forced = Forced(by="somebody", reason="a test", objections="recall")
+    other = Release(one.releases_uri, replace(one.manifest, forced=forced, depth=60))
+    found = description.differences(one, other)
+    assert found == {
+        "searched by": (
+            "side both, all images compared, depth 50",
+            "side both, all images compared, depth 60",
+        ),
+        "forced": ("-", "by somebody: a test (recall)"),
+        "not shared": ("-", "0.0 MB in 0 objects"),
+    }
