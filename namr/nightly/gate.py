@@ -24,7 +24,7 @@ class GateConfig:
     max_lost_share: float = 0.01
     """of the images that the current release has, how many the new one may lack (take-downs don't count)"""
     max_recall_at_1_drop: float = 0.05
-    """how far Recall@1 of labelled images may fall below the current release's"""
+    """how far Recall@1 may fall below the current release's, of the same labelled images"""
 
     max_rank_drop: float = 0.5
     """share by which the effective rank of the embeddings may fall below the current release's: a model that
@@ -50,7 +50,7 @@ def check(
     if current:
         reasons += _collapsed(config, measured, current)
         reasons += _lost_images(config, draft, dataset, current)
-        reasons += _lost_recall(config, draft, measured, current)
+        reasons += _lost_recall(config, measured)
     if reasons:
         raise NamrError(
             f"release {draft.manifest.release_id} is not published: {'; '.join(reasons)}. What serves stays; "
@@ -88,9 +88,11 @@ def _lost_images(config: GateConfig, draft: Release, dataset: Dataset, current: 
     ]
 
 
-def _lost_recall(config: GateConfig, draft: Release, measured: ReleaseReport, current: Release) -> list[str]:
-    then = release_report.read(current).assessment.result(current.manifest.structure_side).recall_at_1
-    here = measured.assessment.result(draft.manifest.structure_side).recall_at_1
-    if then is None or here is None or then - here <= config.max_recall_at_1_drop:
+def _lost_recall(config: GateConfig, measured: ReleaseReport) -> list[str]:
+    compared = measured.against_current
+    if compared is None or compared.then - compared.here <= config.max_recall_at_1_drop:
         return []
-    return [f"Recall@1 fell from {then:.3f} to {here:.3f}: compare the models before promoting this one"]
+    return [
+        f"Recall@1 of {compared.num_queries} images fell from {compared.then:.3f} to {compared.here:.3f}: "
+        "compare the models before promoting this one"
+    ]

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from namr.measure import report, structure
-from namr.nightly import aging, assessment, calibration, release_report, structure_section, truth
+from namr.nightly import (
+    aging,
+    assessment,
+    calibration,
+    comparison,
+    release_report,
+    structure_section,
+    truth,
+)
 from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import Assessment, AssessmentConfig, Effort
 from namr.nightly.building import Made
@@ -59,12 +67,16 @@ def measure(
     made: Made,
     *,
     releases_uri: str,
+    current: Release | None,
     build: BuildConfig,
     assess: AssessmentConfig,
     aging: AgingConfig,
     cache: Cache,
 ) -> Measured:
-    """Measure a draft. cache: where objects of a remote release are opened from."""
+    """Measure a draft, and hold it against the current release.
+
+    cache: where objects of a remote release are opened from.
+    """
     searcher = Searcher.of(Release(releases_uri, draft), cache=cache, query_model=None)
     keys = assessment.held_out_keys(searcher, build.num_held_out, seed=build.seed)
     imbalance = searcher.index.imbalance
@@ -73,6 +85,15 @@ def measure(
     else:
         numbers = _of_new(searcher, keys, imbalance, assess, cache)
     assessed = numbers.assessed
+    manifest = replace(
+        draft,
+        nprobe=assessed.nprobe,
+        depth=assessed.depth,
+        recall_at_10=assessed.recall_at_10,
+        calibration=numbers.calibration,
+        template_birth=numbers.birth,
+    )
+    serving = Searcher.of(current, cache=cache, query_model=None) if current else None
     measured = ReleaseReport(
         counts=draft.counts,
         index_key=draft.index_key,
@@ -82,17 +103,10 @@ def measure(
         built=made.how,
         aged=numbers.aged,
         effective_rank=_effective_rank(searcher),
+        against_current=comparison.compare(serving, searcher, manifest, numbers.keys) if serving else None,
         assessment=assessed,
         considered=made.built.considered,
         certainty=numbers.certainty,
-    )
-    manifest = replace(
-        draft,
-        nprobe=assessed.nprobe,
-        depth=assessed.depth,
-        recall_at_10=assessed.recall_at_10,
-        calibration=numbers.calibration,
-        template_birth=numbers.birth,
     )
     return Measured(manifest, measured, searcher, numbers.keys)
 

@@ -125,6 +125,7 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
             _draft(fetched, query_model, made.built, config, clock()),
             made,
             releases_uri=root,
+            current=current,
             build=config.build,
             assess=config.assessment,
             aging=config.aging,

@@ -11,6 +11,7 @@ from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Sectio
 from namr.nightly import selectivity
 from namr.nightly.assessment import Assessment
 from namr.nightly.calibration import CertaintyReport
+from namr.nightly.comparison import Compared
 from namr.release.releases import Counts, Release, ReleaseManifest
 from namr.search.answers import Answer, Item, SearchOptions
 from namr.search.searcher import Searcher
@@ -42,6 +43,8 @@ class ReleaseReport:
     """why the next build trains a new template, in words; None while this one fits"""
     effective_rank: float | None = None
     """of the embeddings, see `measure.structure.effective_rank`; None where an earlier namr measured"""
+    against_current: Compared | None = None
+    """Recall@1 of the release that served, and of this one; None where none served, or nothing is labelled"""
     assessment: Assessment
     considered: tuple[Considered, ...] = ()
     """what else could have been built, and why it was not; empty where an earlier namr built it"""

@@ -125,6 +125,7 @@ def a_night(gallery: Gallery, current: Release | None) -> Night:
         draft,
         made,
         releases_uri=root,
+        current=current,
         build=CONFIG,
         assess=AssessmentConfig(),
         aging=AgingConfig(),

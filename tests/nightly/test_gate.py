@@ -13,6 +13,7 @@ from namr.data.shards import make_id
 from namr.errors import ConfigError, NamrError
 from namr.nightly import gate, losses
 from namr.nightly.assessment import Age, Assessment, ByAge, SideResult
+from namr.nightly.comparison import Compared
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.release import releases, takedowns
@@ -48,6 +49,7 @@ def a_report(*, recall: float = 0.96, right: float | None = 0.8) -> ReleaseRepor
             depth=20,
             queries_per_s=1.0,
         ),
+        against_current=None if right is None else Compared(10, 0.8, right),
     )
 
 
@@ -81,7 +83,7 @@ def holding(like: Release, name: str, keys: dict[int, str], *, dataset: Dataset 
 
 @pytest.fixture
 def current(tmp_path: Path) -> Release:
-    """A release of 100 images whose report says Recall@1 of 0.8."""
+    """A release of 100 images with a report."""
     made = small_release.publish(tmp_path, Recipe(num_shards=2, rows_per_shard=50))
     report = releases.store(made.releases_uri, "report.json", manifests.encode_manifest(a_report()))
     release = Release(made.releases_uri, replace(made.manifest, report_json=report))
@@ -155,9 +157,9 @@ def test_a_dataset_that_was_packed_elsewhere_is_held_against_the_old_one(
     [
         (a_report(right=0.76), None),
         (a_report(right=None), None),
-        (a_report(right=0.7), r"Recall@1 fell from 0\.800 to 0\.700"),
+        (a_report(right=0.7), r"Recall@1 of 10 images fell from 0\.800 to 0\.700"),
         (a_report(recall=0.85), r"recall@10 is 0\.850 with 2 of 4 lists, the gate wants 0\.900"),
-        (a_report(recall=0.85, right=0.1), r"recall@10 is .*; Recall@1 fell"),
+        (a_report(recall=0.85, right=0.1), r"recall@10 is .*; Recall@1 of 10 images fell"),
     ],
 )
 def test_recall_is_held_against_what_serves(

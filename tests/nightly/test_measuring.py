@@ -47,6 +47,7 @@ def night(
         draft,
         made,
         releases_uri=uri,
+        current=current,
         build=CONFIG,
         assess=AssessmentConfig(depth=20, target_recall=0.9),
         aging=aging or AgingConfig(),
