@@ -30,9 +30,8 @@ def facts(release: Release) -> dict[str, str]:
         if each.recall_at_1 is not None
     }
     if compared := measured.against_current:
-        told[f"Recall@1 of {compared.num_queries} images, before and now"] = (
-            f"{compared.then:.3f}, {compared.here:.3f}"
-        )
+        of_same = f"of the same {compared.num_queries} images"
+        told["Recall@1, then and now"] = f"{compared.then:.3f}, {compared.here:.3f} {of_same}"
     if measured.effective_rank is not None:
         told["effective rank"] = f"{measured.effective_rank:.1f}"
     told["imbalance"] = f"{measured.imbalance:.2f}"

@@ -9,7 +9,7 @@ from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
 from namr.nightly import selectivity
-from namr.nightly.assessment import Assessment
+from namr.nightly.assessment import Assessment, ByAge
 from namr.nightly.calibration import CertaintyReport
 from namr.nightly.comparison import Compared
 from namr.release.releases import Counts, Release, ReleaseManifest
@@ -110,7 +110,7 @@ def page(
         filtered.append(told)
     return ReportPage(
         title=title,
-        subtitle=f"release {manifest.release_id}, made {manifest.created}",
+        subtitle=_subtitle(manifest, measured),
         summary=[
             Fact(name="images", value=f"{counts.num_indexed:,}", note=without),
             Fact(
@@ -133,7 +133,7 @@ def page(
             Fact(name="lists", value=f"{measured.imbalance:.2f}", note="imbalance; 1 is even"),
         ],
         tables=[
-            *_by_age(measured),
+            *([_by_age(assessed.by_age)] if assessed.by_age else []),
             Table(
                 title=f"Held-out queries: {assessed.num_queries}, re-ranked: the first {assessed.depth}",
                 columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)"],
@@ -149,16 +149,25 @@ def page(
     )
 
 
-def _by_age(measured: ReleaseReport) -> list[Table]:
-    """What was built, and whether what the index was trained for still fits."""
-    if not measured.built:
-        return []
-    by_age, rows = measured.assessment.by_age, []
-    for name, age in zip(("images from before", "new images"), by_age or (), strict=False):
-        rows.append([name, str(age.num_queries), f"{100 * age.recall_at_10:.1f}", f"{age.error:.3g}"])
-    due = f"The next build trains a new template: {measured.aged}." if measured.aged else ""
-    columns = ["held-out queries of", "number", "of the exact ten (%)", "squared distance to a list's centre"]
-    return [Table(title=f"Built: {measured.built}", columns=columns, rows=rows, note=due)]
+def _subtitle(manifest: ReleaseManifest, measured: ReleaseReport) -> str:
+    words = [f"release {manifest.release_id}, made {manifest.created}"]
+    if measured.built:
+        words.append(measured.built)
+    if measured.aged:
+        words.append(f"the next build trains a new template, since {measured.aged}")
+    return "; ".join(words)
+
+
+def _by_age(by_age: ByAge) -> Table:
+    """Whether what the index was trained for still fits."""
+    return Table(
+        title="Held-out queries by age",
+        columns=["images", "queries", "of the exact ten (%)", "squared distance to a list's centre"],
+        rows=[
+            [name, str(age.num_queries), f"{100 * age.recall_at_10:.1f}", f"{age.error:.3g}"]
+            for name, age in zip(("from before", "new"), by_age, strict=True)
+        ],
+    )
 
 
 def _choice(measured: ReleaseReport) -> list[Table]:

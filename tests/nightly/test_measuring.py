@@ -86,7 +86,11 @@ def test_what_was_added_to_keeps_its_effort_and_is_measured_by_age(tmp_path: Pat
     assert added.aged is not None and added.aged.startswith("recall@10 is 0.")
     assert added.assessment.filtered == report.assessment.filtered != ()
     page = Release(root, second).read(second.report_html).decode()
-    assert "added to of-version-1" in page and "from before" in page and "trains a new template" in page
+    assert (
+        "added to of-version-1" in page
+        and "from before" in page
+        and "the next build trains a new template, since recall@10" in page
+    )
 
     made, (third, anew, *_) = night(tmp_path, [], Release(root, second))
     assert made.how.startswith("whole: with a new template, since recall@10 is 0.")
