@@ -1,11 +1,12 @@
-"""The night: embed what is missing, build, measure, gate and publish, for the champion model.
+"""The night: embed what is missing, build, measure, gate, publish and collect, for the champion model.
 
     ray job submit --working-dir . -- python jobs/reindex.py --config jobs/configs/reindex.toml \
         --dataset-uri s3://bucket/datasets/photos --embeddings-uri s3://bucket/embeddings \
         --releases-uri s3://bucket/releases
 
 Where nothing is new, or a roll-back holds the current release, it says so and ends. Killed anywhere, the same
-command goes on. A release that is not good enough stays unpublished, with exit code 2 and the reason.
+command goes on. While another night is under way it ends at once, with exit code 2. A release that is not
+good enough stays unpublished, with exit code 2 and the reason.
 `--help` explains every flag.
 """
 
@@ -30,7 +31,8 @@ def main() -> None:
         f"{manifest.counts.num_indexed} of {manifest.counts.num_samples} images ({extracted} embedded now, "
         f"{manifest.counts.num_refused} refused, {manifest.counts.num_tombstoned} taken out), "
         f"{manifest.index_key}, recall@10 {assessed.recall_at_10:.3f} with {assessed.probed}; model "
-        f"{manifest.model_name} {manifest.model_version}, dataset version {manifest.dataset_version}"
+        f"{manifest.model_name} {manifest.model_version}, dataset version {manifest.dataset_version}; "
+        f"{done.collected}"
     )
 
 

@@ -30,6 +30,29 @@ def test_releases_are_listed_and_rolled_back(tmp_path: Path, capsys: pytest.Capt
     assert releases.current(uri).manifest.release_id == "second"
 
 
+def test_what_no_release_needs_is_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = small_release.publish(tmp_path, Recipe(num_shards=1)).manifest
+    uri = str(tmp_path / "releases")
+    for name in ("second", "third"):
+        publication.publish(uri, small_release.renamed(manifest, name), expected=releases.read_pointer(uri))
+    leaked = releases.store(uri, "leaked.bin", b"12345")
+    words = ["releases", "collect", "--releases-uri", uri, "--keep", "2"]
+    cli.run([*words, "--dry-run"])
+    assert capsys.readouterr().out == (
+        "keeps first, second, third\nwould free 0 bytes: nothing; keeps 3 releases\n"
+    )
+    cli.run([*words, "--min-age-hours", "0", "--dry-run"])
+    told = capsys.readouterr().out
+    assert "would free" in told and "releases 1 (" in told and "objects 1 (5 bytes)" in told
+    assert releases.is_there(uri, leaked)
+    cli.run([*words, "--min-age-hours", "0"])
+    assert capsys.readouterr().out == told.replace("would free", "freed")
+    assert [each.release_id for each in releases.list_releases(uri).manifests] == ["second", "third"]
+    assert not releases.is_there(uri, leaked)
+    with pytest.raises(ConfigError, match="keep is 0"):
+        cli.run([*words[:-1], "0"])
+
+
 def test_a_pin_is_set_shown_and_lifted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = small_release.publish(tmp_path, Recipe(num_shards=1)).releases_uri
     cli.run(["releases", "pin", "--releases-uri", uri, "--reason", "an audit"])
@@ -108,10 +131,15 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
     ("words", "error", "expected"),
     [
         (["relases"], ConfigError, "'relases' is no command of namr; expected one of: demo, plan, promote"),
-        (["releases"], ConfigError, "releases export, releases list, releases pin, releases unpin"),
+        (
+            ["releases"],
+            ConfigError,
+            "releases collect, releases export, releases list, releases pin, releases unpin",
+        ),
         (["submit", "fly"], ConfigError, "namr submit fly: expected one of build_index, evaluate"),
         (["submit"], ConfigError, "expected one of build_index"),
         (["rollback", "--releases-uri", "nowhere"], ConfigError, "no current release"),
+        (["releases", "collect", "--releases-uri", "nowhere"], ConfigError, "there is nothing to collect"),
         (
             ["releases", "export", "--releases-uri", "nowhere", "--out", "x"],
             ManifestError,

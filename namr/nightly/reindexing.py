@@ -1,9 +1,12 @@
 """The night: extract what is missing, build, measure, gate, publish, for a model and a dataset.
 
-Safe to repeat, to kill anywhere and to run twice at once. The pointer is read when the run begins and swapped
-last, so of two runs one publishes and the other is told. A release that loses images or recall against the
-one that serves is stopped at the gate and stays unpublished, with its report beside it. Where people pinned
-the current release, as a roll-back does, the night says so and does nothing.
+Safe to repeat, to kill anywhere and to run twice at once. One night at a time has the lease of the releases:
+a second is told who has it, a killed one is taken up by the next where it was, and one that lost its lease
+meanwhile publishes nothing. What two nights did all the same is decided at the pointer, which is read when
+the run begins and swapped last: of two runs one publishes and the other is told. A release that loses images
+or recall against the one that serves is stopped at the gate and stays unpublished, with its report beside it.
+Where people pinned the current release, as a roll-back does, the night says so and does nothing. Last it
+collects what no release needs any more.
 
 Not covered: when to run (a CronJob says), training (the champion is promoted by people).
 """
@@ -22,18 +25,20 @@ from namr.embed.extraction import ExtractionConfig, ExtractReport
 from namr.measure import report
 from namr.model import model
 from namr.model.model import NamrModel
-from namr.nightly import assessment, calibration, gate, release_report, structure_section, truth
+from namr.nightly import assessment, calibration, collection, gate, release_report, structure_section, truth
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
 from namr.registry.references import FoundModel
-from namr.release import build, publication, releases
+from namr.release import build, publication, releases, users
 from namr.release.build import BuildConfig, BuildReport
+from namr.release.garbage import CollectionConfig
 from namr.release.releases import Release, ReleaseManifest
 from namr.search.searcher import Searcher
 from namr.store import manifests, scratch, storage
 from namr.store.cache import Cache
+from namr.store.lease import Lease
 from namr.store.manifests import Pin
 
 
@@ -57,6 +62,7 @@ class ReindexConfig:
     build: BuildConfig = field(default_factory=BuildConfig)
     assessment: AssessmentConfig = field(default_factory=AssessmentConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    collection: CollectionConfig = field(default_factory=CollectionConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,8 @@ class ReindexReport:
     """why nothing may replace the current release; nothing was done then"""
     extracted: ExtractReport | None
     report: ReleaseReport
+    collected: str = "nothing was collected"
+    """what was freed, or why nothing was"""
 
 
 def now() -> datetime:
@@ -81,11 +89,22 @@ def now() -> datetime:
 def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> ReindexReport:
     """Make the next release current, unless nothing is new or the current one is pinned.
 
-    Raises NamrError where the release is not good enough, Conflict where another run published meanwhile.
-    What served before serves on then.
+    Raises NamrError where the release is not good enough, Conflict where another night or a collection is
+    under way, or another run published meanwhile. What served before serves on then.
     """
     root = storage.absolute(config.releases_uri)
     storage.check_writable(root)
+    with users.write_alone(root, what="the night") as lease:
+        done = _reindexed(root, config, clock, lease)
+        if done.held:
+            return done
+        collected = collection.collect(root, config.collection, held=lease, work_uri=config.build.work_uri)
+        return replace(done, collected=collected)
+
+
+def _reindexed(
+    root: str, config: ReindexConfig, clock: Callable[[], datetime], lease: Lease
+) -> ReindexReport:
     expected = releases.read_pointer(root)
     current = releases.open_release(root, expected.target) if expected else None
     if current and expected and expected.pin:
@@ -113,6 +132,7 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
         searcher = Searcher.of(Release(root, draft), cache=cache, query_model=None)
         manifest, measured = _measured(searcher, draft, built, config, cache)
     gate.check(config.gate, Release(root, manifest), measured, dataset, current=current)
+    lease.check()
     published = publication.publish(root, manifest, expected=expected)
     return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured)
 

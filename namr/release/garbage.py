@@ -78,7 +78,7 @@ class CollectionReport:
     def in_words(self) -> str:
         """All of it, in one line."""
         verb = "would free" if self.is_dry_run else "freed"
-        found = [f"{each.num} {each.what} ({each.num_bytes} bytes)" for each in self.freed if each.num]
+        found = [f"{each.what} {each.num} ({each.num_bytes} bytes)" for each in self.freed if each.num]
         return (
             f"{verb} {self.num_bytes} bytes: {', '.join(found) or 'nothing'}; keeps {len(self.kept)} releases"
         )

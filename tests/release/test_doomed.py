@@ -143,15 +143,11 @@ def test_a_night_whose_release_lists_what_is_doomed_is_told_and_changes_nothing(
     made = small_release.renamed(place.manifest, "c")
     doomed.add(place.uri, [made.report_html.name], now=0)
     expected = releases.read_pointer(place.uri)
-    with pytest.raises(
-        Conflict, match=r"release c is not published: a collection is about to delete obj"
-    ):
+    with pytest.raises(Conflict, match=r"release c is not published: a collection is about to delete obj"):
         publication.publish(place.uri, made, expected=expected)
     assert releases.read_pointer(place.uri) == expected
     doomed.add(place.uri, ["a"], now=0)
-    with pytest.raises(
-        Conflict, match=r"a is not current again: a collection is about to delete a and 0"
-    ):
+    with pytest.raises(Conflict, match=r"a is not current again: a collection is about to delete a and 0"):
         place.roll_back()
     assert releases.read_pointer(place.uri) == expected
     assert not any(name.startswith(users.FOLDER) for name in storage.list_names(place.uri))

@@ -92,7 +92,7 @@ def test_the_last_releases_stay_with_their_objects(fresh: tuple[str, ReleaseMani
     assert not is_there(uri, leaked.name)
     assert unnamed(uri) == set()
     assert_whole(uri)
-    assert "freed" in report.in_words and "2 releases" in report.in_words
+    assert "freed" in report.in_words and "releases 2 (" in report.in_words
     publication.roll_back(uri, now=NOW)
     with pytest.raises(ManifestError, match=r"b/manifest\.json is missing"):
         publication.roll_back(uri, now=NOW)
