@@ -27,7 +27,7 @@ from namr.errors import ConfigError
 from namr.plan import calibration, constants, estimate, wording
 from namr.plan.estimate import PlanConfig
 from namr.registry import registry
-from namr.release import garbage, publication, releases, takedowns, users
+from namr.release import garbage, old_embeddings, publication, releases, takedowns, users
 from namr.release.garbage import CollectionConfig
 from namr.store.manifests import Pin
 
@@ -83,6 +83,8 @@ class CollectCommand:
     """releases that were current last, the current one among them; they can be rolled back to"""
     min_age_hours: float = CollectionConfig.min_age_hours
     """nothing younger is deleted; more than the longest night and the longest pause of a service take"""
+    embeddings_uri: str | None = None
+    """root of the embeddings that the releases are made of, to collect those of unused models too"""
     dry_run: bool = False
     """tell what would be deleted, and delete nothing"""
 
@@ -231,6 +233,15 @@ def _collect(command: CollectCommand) -> None:
         raise ConfigError(f"{command.releases_uri} has no current release, so there is nothing to collect")
     with users.write_alone(command.releases_uri, what="a collection") as held:
         done = garbage.collect(command.releases_uri, config_of, held=held, is_dry_run=command.dry_run)
+        if command.embeddings_uri:
+            more = old_embeddings.collect(
+                command.embeddings_uri,
+                command.releases_uri,
+                config_of,
+                held=held,
+                is_dry_run=command.dry_run,
+            )
+            done = done.with_more(more)
     print(f"keeps {', '.join(done.kept)}")
     print(done.in_words)
 

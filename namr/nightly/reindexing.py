@@ -31,7 +31,7 @@ from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
 from namr.registry.references import FoundModel
-from namr.release import build, publication, releases, users
+from namr.release import build, old_embeddings, publication, releases, users
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.garbage import CollectionConfig
 from namr.release.releases import Release, ReleaseManifest
@@ -98,7 +98,13 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
         done = _reindexed(root, config, clock, lease)
         if done.held:
             return done
-        collected = collection.collect(root, config.collection, held=lease, work_uri=config.build.work_uri)
+        collected = collection.collect(
+            root,
+            config.collection,
+            held=lease,
+            work_uri=config.build.work_uri,
+            embeddings_uri=config.embeddings_uri,
+        )
         return replace(done, collected=collected)
 
 
@@ -117,6 +123,7 @@ def _reindexed(
         if current and _is_of(current.manifest, query_model, digest, dataset, config):
             return _unchanged(current)
         embeddings_uri = storage.absolute(config.embeddings_uri)
+        old_embeddings.use(embeddings_uri, root)
         extracted = extraction.extract(dataset, embeddings_uri, str(fetched.path), config.extraction)
     built = build.build(
         dataset,

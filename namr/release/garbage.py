@@ -21,7 +21,7 @@ garbage for the next time. Not covered: embeddings (`old_embeddings`), datasets,
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from namr import checks
@@ -68,6 +68,10 @@ class CollectionReport:
     """releases, by id"""
     freed: tuple[Freed, ...]
     is_dry_run: bool = False
+
+    def with_more(self, *freed: Freed) -> "CollectionReport":
+        """This, and what another collection freed."""
+        return replace(self, freed=(*self.freed, *freed))
 
     @property
     def num_bytes(self) -> int:

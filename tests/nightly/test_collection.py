@@ -15,7 +15,9 @@ def test_what_was_freed_is_told(tmp_path: Path) -> None:
     release = small_release.publish(tmp_path, Recipe(num_shards=1))
     releases.store(release.releases_uri, "leaked.bin", b"12345")
     with users.write_alone(release.releases_uri, what="the night") as held:
-        said = collection.collect(release.releases_uri, CONFIG, held=held, work_uri=None)
+        said = collection.collect(
+            release.releases_uri, CONFIG, held=held, work_uri=None, embeddings_uri=str(tmp_path)
+        )
     assert said == "freed 5 bytes: objects 1 (5 bytes); keeps 1 releases"
 
 
@@ -24,6 +26,8 @@ def test_why_nothing_was_freed_is_told(tmp_path: Path) -> None:
     leaked = releases.store(release.releases_uri, "leaked.bin", b"12345")
     with users.write_alone(release.releases_uri, what="the night") as held:
         pass
-    said = collection.collect(release.releases_uri, CONFIG, held=held, work_uri=None)
+    said = collection.collect(
+        release.releases_uri, CONFIG, held=held, work_uri=None, embeddings_uri=str(tmp_path)
+    )
     assert said.startswith("the collection failed and is due again: Conflict: ") and "was released by" in said
     assert releases.is_there(release.releases_uri, leaked)

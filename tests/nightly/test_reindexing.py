@@ -184,6 +184,9 @@ def test_a_night_that_lost_its_lease_publishes_nothing_and_a_failed_collection_s
     assert night.collected.startswith("the collection failed and is due again: StorageError: cannot list")
     monkeypatch.setattr(storage, "list_entries", listed)
     leaked = releases.store(config.releases_uri, "leaked.bin", b"123")
+    unserved = storage.join(config.embeddings_uri, "0" * 64, "1.parquet")
+    storage.write(unserved, b"of a model that nobody serves")
+    embedded = storage.list_names(config.embeddings_uri)
     now = storage.now
     monkeypatch.setattr(storage, "now", lambda uri: now(uri) + 25 * 3600)
     again = reindexing.reindex(config, clock=lambda: NOW)
@@ -191,6 +194,8 @@ def test_a_night_that_lost_its_lease_publishes_nothing_and_a_failed_collection_s
     assert again.collected.startswith("freed ")
     assert "objects 3 (" in again.collected and "files of work " in again.collected  # two are lost reports
     assert not releases.is_there(config.releases_uri, leaked)
+    embedded.remove(f"{'0' * 64}/1.parquet")
+    assert storage.list_names(config.embeddings_uri) == embedded
     assert not any(name.startswith("building/") for name in storage.list_names(config.releases_uri))
 
 

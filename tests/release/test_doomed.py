@@ -105,7 +105,7 @@ def two_switches(act: str, folder: Path, fresh: tuple[str, ReleaseManifest], str
 def test_a_collection_beside_another_act_leaves_what_is_current_whole(
     act: str, tmp_path: Path, fresh: tuple[str, ReleaseManifest]
 ) -> None:
-    ends = two_switches(act, tmp_path, fresh, stride=17)
+    ends = two_switches(act, tmp_path, fresh, stride=41)
     assert any(done for done, _ in ends)
 
 
@@ -119,13 +119,13 @@ def test_so_it_does_at_every_call_of_both(
     assert not all(done for done, _ in ends), "somewhere one has to give way, else the test sees nothing"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_collections_that_sleep_and_go_on_delete_nothing_that_came_into_use(
     seed: int, tmp_path: Path, fresh: tuple[str, ReleaseManifest]
 ) -> None:
     """Two collections, as after a lease was lost, and a night and a roll-back, in any order."""
     rng, acts = random.Random(seed), ["night", "collection", "collection", "roll_back"]
-    for number in range(5):
+    for number in range(4):
         schedule = [(rng.randrange(len(acts)), rng.randrange(1, 12)) for _ in range(12)]
         place = Place(tmp_path / str(number), fresh)
         outcomes = interleaving.run([getattr(place, name) for name in acts], schedule)

@@ -134,7 +134,7 @@ def test_an_id_names_one_release_for_ever(fresh: tuple[str, ReleaseManifest]) ->
         publication.publish(uri, replace(manifest, nprobe=9), expected=releases.read_pointer(uri))
 
 
-@pytest.mark.parametrize("name", ["objects", "../up", "", "a/b", ".hidden"])
+@pytest.mark.parametrize("name", ["objects", "building", "readers", "../up", "", "a/b", ".hidden"])
 def test_a_release_id_that_is_no_name_is_refused(fresh: tuple[str, ReleaseManifest], name: str) -> None:
     uri, manifest = fresh
     with pytest.raises(ConfigError, match="release id"):
