@@ -18,7 +18,7 @@ from tests import small_release
 from tests.small_release import NOW
 
 HOUR_S = 3600.0
-ALL = CollectionConfig(keep=1, min_age_hours=0)
+ALWAYS = ("current.json", "doomed.json", "lease.json", "tombstones.json")
 
 
 class Held:
@@ -71,11 +71,7 @@ def is_there(uri: str, name: str) -> bool:
 
 def unnamed(uri: str) -> set[str]:
     """What is stored and no manifest names."""
-    named = {f"{name}/manifest.json" for name in ids(uri)} | {
-        "current.json",
-        "tombstones.json",
-        "doomed.json",
-    }
+    named = {f"{name}/manifest.json" for name in ids(uri)} | set(ALWAYS)
     for manifest in releases.list_releases(uri).manifests:
         named |= {stored.name for stored in manifest.objects()}
     return set(storage.list_names(uri)) - named
@@ -115,6 +111,17 @@ def test_nothing_young_is_deleted_whatever_the_clock_of_this_machine_says(
     later(24.1)
     assert collect(uri, min_age_hours=24).kept == ("c",)
     assert not is_there(uri, leaked.name) and not storage.exists(work)
+
+
+def test_releases_of_a_machine_whose_clock_is_late_stay_like_others(
+    fresh: tuple[str, ReleaseManifest],
+) -> None:
+    uri, manifest = fresh
+    for name, hour in (("a", 5), ("b", 4), ("c", 3)):
+        publish(uri, replace(manifest, created=f"2026-11-02T0{hour}:00:00+00:00"), name)
+    assert collect(uri, keep=2).kept == ("a", "b", "c")  # a too, which seems the newest: never fewer
+    assert collect(uri, keep=1).kept == ("a", "c")
+    assert_whole(uri)
 
 
 def test_what_was_current_until_just_now_stays(

@@ -80,10 +80,12 @@ def test_models_that_no_release_was_made_with_go(place: Place) -> None:
     place.later()
     assert place.collect(is_dry_run=True) == 3 and place.models() == {"a", "b", "c"}
     assert place.collect() == 3
-    assert place.models() == {"a", "b"}
+    named = set()
     for digest in (A, B):
         found = embeddings.open_set(place.uri, digest, place.dataset)
         assert len([embeddings.read(place.uri, file) for file in found.files]) == 2
+        named |= {f"{digest}/sets/{place.dataset.digest}.json", *(file.stored.name for file in found.files)}
+    assert {name for name in storage.list_names(place.uri) if not name.startswith("users/")} == named
 
 
 def test_a_model_at_work_stays_whole(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
