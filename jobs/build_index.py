@@ -4,7 +4,7 @@
         --model models:/namr@champion --dataset-uri s3://bucket/datasets/photos \
         --embeddings-uri s3://bucket/embeddings --releases-uri s3://bucket/releases
 
-Nothing is published: jobs/reindex.py does that, and goes on from here. `--help` explains every flag.
+Nothing is published: jobs/reindex.py does that, within a day from here. `--help` explains every flag.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The night: embed what is missing, add it to the index, measure, gate and publish, for the champion model.
+"""The night: embed what is missing, add it to the index, measure, judge, publish and collect.
 
     ray job submit --working-dir . -- python jobs/reindex.py --config jobs/configs/reindex.toml \
         --dataset-uri s3://bucket/datasets/photos --embeddings-uri s3://bucket/embeddings \
@@ -6,8 +6,8 @@
 
 New images become one more segment, and what was taken out is hidden; all is built anew only where the model,
 the settings or an aged template ask for it. Where nothing is new, or a roll-back holds the current release,
-it says so and ends. Killed anywhere, the same command goes on. A release that is not good enough stays
-unpublished, with exit code 2 and the reason.
+it says so and ends. Killed anywhere, the same command goes on. While another night is under way it ends at
+once, and a release that is not good enough stays unpublished, both with exit code 2 and the reason.
 `--help` explains every flag.
 """
 
@@ -33,7 +33,9 @@ def main() -> None:
         f"{manifest.counts.num_refused} refused, {manifest.counts.num_tombstoned} taken out), "
         f"{manifest.index_key}, recall@10 {assessed.recall_at_10:.3f} with {assessed.probed}; model "
         f"{manifest.model_name} {manifest.model_version}, dataset version {manifest.dataset_version}; "
-        f"built: {done.report.built}" + (f"; {done.report.aged}" if done.report.aged else "")
+        f"built: {done.report.built}"
+        + (f"; {done.report.aged}" if done.report.aged else "")
+        + f"; {done.collected}"
     )
 
 

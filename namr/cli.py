@@ -4,6 +4,7 @@ namr demo                       the whole chain on one machine, then a search pa
 namr submit train --config ...  a job of jobs/ on a running Ray cluster
 namr releases list|show|diff    what was published, and what the gate refused; how two releases differ
 namr releases export            a release as one plain FAISS file
+namr releases collect           delete what no release needs any more
 namr releases pin|unpin         keep the current release current; let the night publish again
 namr plan --num-vectors 1e9 ... what an index will take: type, memory, disk, time, cost of a query
 namr takedown                   take images out of all answers, now and for every release
@@ -28,7 +29,8 @@ from namr.nightly import description
 from namr.plan import calibration, constants, estimate, wording
 from namr.plan.estimate import PlanConfig
 from namr.registry import registry
-from namr.release import export, publication, releases, takedowns
+from namr.release import export, garbage, listing, old_embeddings, publication, releases, takedowns, users
+from namr.release.garbage import CollectionConfig
 from namr.store.manifests import Pin
 
 
@@ -90,6 +92,25 @@ class UnpinCommand:
 
     releases_uri: str
     """the folder or s3:// prefix of the releases"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectCommand:
+    """Delete what no release needs any more: old releases, their objects, work of builds, what kills left.
+
+    The night does the same as its last step. Beside a night it is refused.
+    """
+
+    releases_uri: str
+    """the folder or s3:// prefix of the releases"""
+    keep: int = CollectionConfig.keep
+    """releases that were current last, the current one among them; they can be rolled back to"""
+    min_age_hours: float = CollectionConfig.min_age_hours
+    """nothing younger is deleted; more than the longest night and the longest pause of a service take"""
+    embeddings_uri: str | None = None
+    """root of the embeddings that the releases are made of, to collect those of unused models too"""
+    dry_run: bool = False
+    """tell what would be deleted, and delete nothing"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +194,15 @@ def _submit(argv: list[str]) -> None:
 
 def _list(command: ListCommand) -> None:
     pointer = releases.read_pointer(command.releases_uri)
-    listing = releases.list_releases(command.releases_uri)
-    for manifest in listing.manifests:
+    of_all = listing.list_releases(command.releases_uri)
+    for manifest in of_all.manifests:
         mark = "*" if pointer and pointer.target == manifest.release_id else " "
         print(
             f"{mark} {manifest.release_id}  {manifest.created}  model {manifest.model_name} "
             f"{manifest.model_version}  dataset version {manifest.dataset_version}  "
             f"{manifest.counts.num_indexed} images  recall@10 {manifest.recall_at_10:.3f}"
         )
-    for release_id, error in listing.damaged.items():
+    for release_id, error in of_all.damaged.items():
         print(f"! {release_id}  {error}")
     if pointer and pointer.pin:
         print(_pinned(pointer.target, pointer.pin))
@@ -251,6 +272,25 @@ def _unpin(command: UnpinCommand) -> None:
     print(f"{before.target} {was}; the next night may publish")
 
 
+def _collect(command: CollectCommand) -> None:
+    config_of = CollectionConfig(keep=command.keep, min_age_hours=command.min_age_hours)
+    if releases.read_pointer(command.releases_uri) is None:
+        raise ConfigError(f"{command.releases_uri} has no current release, so there is nothing to collect")
+    with users.write_alone(command.releases_uri, what="a collection") as held:
+        done = garbage.collect(command.releases_uri, config_of, held=held, is_dry_run=command.dry_run)
+        if command.embeddings_uri:
+            more = old_embeddings.collect(
+                command.embeddings_uri,
+                command.releases_uri,
+                config_of,
+                held=held,
+                is_dry_run=command.dry_run,
+            )
+            done = done.with_more(more)
+    print(f"keeps {', '.join(done.kept)}")
+    print(done.in_words)
+
+
 def _takedown(command: TakedownCommand) -> None:
     dataset_uri = releases.open_release(command.releases_uri).manifest.dataset_uri
     ids = takedowns.take_out(command.releases_uri, dataset_uri, command.keys, now=_now())
@@ -267,6 +307,7 @@ _COMMANDS = (
     _Command(("releases", "show"), ShowCommand, _show),
     _Command(("releases", "diff"), DiffCommand, _diff),
     _Command(("releases", "export"), ExportCommand, _export),
+    _Command(("releases", "collect"), CollectCommand, _collect),
     _Command(("releases", "pin"), PinCommand, _pin),
     _Command(("releases", "unpin"), UnpinCommand, _unpin),
     _Command(("plan",), PlanConfig, _plan),

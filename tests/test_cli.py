@@ -12,7 +12,7 @@ from namr.errors import ConfigError, ManifestError
 from namr.model import model
 from namr.model.model import ModelConfig
 from namr.registry import registry
-from namr.release import publication, releases, takedowns
+from namr.release import listing, publication, releases, takedowns
 from tests import small_release
 from tests.nightly.test_description import released
 from tests.small_release import Recipe
@@ -30,6 +30,29 @@ def test_releases_are_listed_and_rolled_back(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.startswith("first is current and pinned: nothing is published until")
     cli.run(["rollback", "--releases-uri", uri, "--to", "second"])
     assert releases.current(uri).manifest.release_id == "second"
+
+
+def test_what_no_release_needs_is_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = small_release.publish(tmp_path, Recipe(num_shards=1)).manifest
+    uri = str(tmp_path / "releases")
+    for name in ("second", "third"):
+        publication.publish(uri, small_release.renamed(manifest, name), expected=releases.read_pointer(uri))
+    leaked = releases.store(uri, "leaked.bin", b"12345")
+    words = ["releases", "collect", "--releases-uri", uri, "--keep", "2"]
+    cli.run([*words, "--dry-run"])
+    assert capsys.readouterr().out == (
+        "keeps first, second, third\nwould free 0 bytes: nothing; keeps 3 releases\n"
+    )
+    cli.run([*words, "--min-age-hours", "0", "--dry-run"])
+    told = capsys.readouterr().out
+    assert "would free" in told and "releases 1 (" in told and "objects 1 (5 bytes)" in told
+    assert releases.is_there(uri, leaked)
+    cli.run([*words, "--min-age-hours", "0"])
+    assert capsys.readouterr().out == told.replace("would free", "freed")
+    assert [each.release_id for each in listing.list_releases(uri).manifests] == ["second", "third"]
+    assert not releases.is_there(uri, leaked)
+    with pytest.raises(ConfigError, match="keep is 0"):
+        cli.run([*words[:-1], "0"])
 
 
 def test_a_pin_is_set_shown_and_lifted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,11 +154,12 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
         (
             ["releases"],
             ConfigError,
-            "releases export, releases list, releases pin, releases show",
+            "releases collect, releases diff, releases export, releases list, releases pin",
         ),
         (["submit", "fly"], ConfigError, "namr submit fly: expected one of build_index, evaluate"),
         (["submit"], ConfigError, "expected one of build_index"),
         (["rollback", "--releases-uri", "nowhere"], ConfigError, "no current release"),
+        (["releases", "collect", "--releases-uri", "nowhere"], ConfigError, "there is nothing to collect"),
         (
             ["releases", "export", "--releases-uri", "nowhere", "--out", "x"],
             ManifestError,

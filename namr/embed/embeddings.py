@@ -8,7 +8,7 @@ out), and a shard that two dataset versions share is embedded once. So what is m
 that are not there: that is resume and the nightly increment in one.
 
 Labels in a file are those of the day it was made; who needs the labels of today reads the sample index.
-Not covered: deleting the embeddings of models that nobody uses any more.
+Not covered: deleting the embeddings of models that nobody uses any more (`release.old_embeddings`).
 """
 
 from collections.abc import Iterable, Iterator

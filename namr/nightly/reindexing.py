@@ -1,9 +1,12 @@
 """The night: extract what is missing, build, measure, gate, publish, for a model and a dataset.
 
-Safe to repeat, to kill anywhere and to run twice at once. The pointer is read when the run begins and swapped
-last, so of two runs one publishes and the other is told. A release that loses images or recall against the
-one that serves is stopped at the gate and stays unpublished, with its report beside it. Where people pinned
-the current release, as a roll-back does, the night says so and does nothing.
+Safe to repeat, to kill anywhere and to run twice at once. One night at a time has the lease of the releases:
+a second is told who has it, a killed one is taken up by the next where it was, and one that lost its lease
+meanwhile publishes nothing. What two nights did all the same is decided at the pointer, which is read when
+the run begins and swapped last: of two runs one publishes and the other is told. A release that loses images
+or recall against the one that serves is stopped at the gate and stays unpublished, with its report beside it.
+Where people pinned the current release, as a roll-back does, the night says so and does nothing. Last it
+collects what no release needs any more.
 
 Not covered: when to run (a CronJob says), training (the champion is promoted by people).
 """
@@ -24,18 +27,20 @@ from namr.embed.extraction import ExtractionConfig, ExtractReport
 from namr.errors import ConfigError, NamrError
 from namr.model import model
 from namr.model.model import NamrModel
-from namr.nightly import building, gate, measuring, release_report
+from namr.nightly import building, collection, gate, measuring, release_report
 from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.gate import GateConfig
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
 from namr.registry.references import FoundModel
-from namr.release import increment, publication, releases
+from namr.release import increment, old_embeddings, publication, releases, users
 from namr.release.build import BuildConfig, BuildReport
+from namr.release.garbage import CollectionConfig
 from namr.release.releases import Forced, Release, ReleaseManifest
 from namr.store import scratch, storage
 from namr.store.cache import Cache
+from namr.store.lease import Lease
 from namr.store.manifests import Pin
 
 
@@ -62,6 +67,7 @@ class ReindexConfig:
     assessment: AssessmentConfig = field(default_factory=AssessmentConfig)
     aging: AgingConfig = field(default_factory=AgingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    collection: CollectionConfig = field(default_factory=CollectionConfig)
 
     def __post_init__(self) -> None:
         if self.force is not None and not self.force.strip():
@@ -80,6 +86,8 @@ class ReindexReport:
     """why nothing may replace the current release; nothing was done then"""
     extracted: ExtractReport | None
     report: ReleaseReport
+    collected: str = "nothing was collected"
+    """what was freed, or why nothing was"""
 
 
 def now() -> datetime:
@@ -90,11 +98,28 @@ def now() -> datetime:
 def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> ReindexReport:
     """Make the next release current, unless nothing is new or the current one is pinned.
 
-    Raises NamrError where the release is not good enough, Conflict where another run published meanwhile.
-    What served before serves on then.
+    Raises NamrError where the release is not good enough, Conflict where another night or a collection is
+    under way, or another run published meanwhile. What served before serves on then.
     """
     root = storage.absolute(config.releases_uri)
     storage.check_writable(root)
+    with users.write_alone(root, what="the night") as lease:
+        done = _reindexed(root, config, clock, lease)
+        if done.held:
+            return done
+        collected = collection.collect(
+            root,
+            config.collection,
+            held=lease,
+            work_uri=config.build.work_uri,
+            embeddings_uri=config.embeddings_uri,
+        )
+        return replace(done, collected=collected)
+
+
+def _reindexed(
+    root: str, config: ReindexConfig, clock: Callable[[], datetime], lease: Lease
+) -> ReindexReport:
     expected = releases.read_pointer(root)
     current = releases.open_release(root, expected.target) if expected else None
     if current and expected and expected.pin:
@@ -107,6 +132,7 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
         if current and _is_of(current, query_model, digest, dataset, config):
             return _unchanged(current)
         embeddings_uri = storage.absolute(config.embeddings_uri)
+        old_embeddings.use(embeddings_uri, root)
         extracted = extraction.extract(dataset, embeddings_uri, str(fetched.path), config.extraction)
     with scratch.folder("release-") as folder:
         cache = Cache(Path(folder), max_bytes=1 << 40)
@@ -133,6 +159,7 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
         )
         manifest = measuring.with_reports(measured)
     manifest = _judged(root, manifest, measured.report, dataset, config, current)
+    lease.check()
     published = publication.publish(root, manifest, expected=expected)
     return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured.report)
 

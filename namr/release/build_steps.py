@@ -181,7 +181,10 @@ def build_part(task: PartTask) -> IndexFile:
             stored = manifests.write_object(task.work_uri, name, path, sha256=digest, is_done_with=True)
             return IndexFile(stored=stored, info=info)
 
-    return _unless_done(f"part-{task.number:05d}", build, task.work_uri, object_root_uri=task.work_uri)
+    def is_there(made: IndexFile) -> bool:
+        return storage.exists(storage.join(task.work_uri, made.stored.name))
+
+    return _unless_done(f"part-{task.number:05d}", build, task.work_uri, holds=is_there)
 
 
 class MergeTask(NamedTuple):
@@ -204,7 +207,10 @@ def merge(task: MergeTask) -> IndexFile:
             stored = releases.store(task.releases_uri, merged.name, merged, is_done_with=True)
             return IndexFile(stored=stored, info=info)
 
-    return _unless_done("segment", merge_parts, task.work_uri, object_root_uri=task.releases_uri)
+    def is_there(made: IndexFile) -> bool:
+        return releases.is_there(task.releases_uri, made.stored)
+
+    return _unless_done("segment", merge_parts, task.work_uri, holds=is_there)
 
 
 def _threads(most: int) -> int:
@@ -212,14 +218,10 @@ def _threads(most: int) -> int:
 
 
 def _unless_done(
-    step: str, make: Callable[[], IndexFile], work_uri: str, *, object_root_uri: str
+    step: str, make: Callable[[], IndexFile], work_uri: str, *, holds: Callable[[IndexFile], bool]
 ) -> IndexFile:
     """What a step made, or makes now where no attempt has, or where what it made is gone."""
-
-    def is_there(made: IndexFile) -> bool:
-        return storage.exists(storage.join(object_root_uri, made.stored.name))
-
-    return manifests.recorded(storage.join(work_uri, f"{step}.json"), IndexFile, make, holds=is_there)
+    return manifests.recorded(storage.join(work_uri, f"{step}.json"), IndexFile, make, holds=holds)
 
 
 def fetched(root_uri: str, stored: StoredObject, folder: Path) -> Path:

@@ -21,7 +21,7 @@ import numpy as np
 from namr.data import datasets
 from namr.errors import ConfigError, Conflict, ManifestError, ObjectMissing
 from namr.index.index_files import sum_of_ids
-from namr.release import releases, takedowns
+from namr.release import doomed, releases, takedowns, users
 from namr.release.places import Places
 from namr.release.releases import Release, ReleaseManifest
 from namr.store import manifests, scratch, storage
@@ -37,8 +37,9 @@ def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer |
     """Verify a release, write its manifest and make it current; returns it.
 
     expected: the pointer as it was read when the run began. Raises ManifestError if an object is missing or
-    the counts don't add up, and Conflict if somebody else moved the pointer, or pinned it; what was current
-    stays so. Publishing again what this run published already changes nothing.
+    the counts don't add up, and Conflict if somebody else moved the pointer, or pinned it, or a collection is
+    about to delete an object; what was current stays so. Publishing again what this run published already
+    changes nothing.
     """
     root = storage.absolute(releases_uri)
     manifest_uri = releases.manifest_uri(root, manifest.release_id)
@@ -51,6 +52,7 @@ def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer |
     dataset = datasets.open_version(manifest.dataset_uri, manifest.dataset_version)
     takedowns.take_down(root, manifest.dataset_uri, dataset.version.tombstones)
     manifests.write_manifest(manifest_uri, manifest)
+    _check_not_doomed(root, manifest)
     token = f"publish-{manifest.release_id}"
     try:
         manifests.swap_pointer(
@@ -78,15 +80,17 @@ def roll_back(
 
     reason: of the pin; which release was left where none is given. Raises ConfigError if there is none
     before, ManifestError if the release is gone or an object of it is, Conflict if somebody publishes at the
-    same moment. Nothing is changed then.
+    same moment, or the release is being collected. Nothing is changed then.
     """
     pointer = _pointer(releases_uri, "roll back")
     target = to or releases.open_release(releases_uri, pointer.target).manifest.previous
     if target is None:
         raise ConfigError(f"{releases_uri}: {pointer.target} is the first release; there is none before it")
-    release = releases.open_release(releases_uri, target)
-    verify(release.releases_uri, release.manifest)
-    _swap(releases_uri, target, pointer, _pin(reason or f"rolled back from {pointer.target}", now))
+    with users.holding(releases_uri, target):
+        release = releases.open_release(releases_uri, target)
+        doomed.check(releases_uri, [target], what=f"{target} is not current again")
+        verify(release.releases_uri, release.manifest)
+        _swap(releases_uri, target, pointer, _pin(reason or f"rolled back from {pointer.target}", now))
     return release
 
 
@@ -104,6 +108,18 @@ def unpin(releases_uri: str) -> Pointer:
     if pointer.pin:
         _swap(releases_uri, pointer.target, pointer, None)
     return pointer
+
+
+def _check_not_doomed(root: str, manifest: ReleaseManifest) -> None:
+    """Conflict if a collection is about to delete what the release needs.
+
+    Not asked of what the release before it lists: when that was published it had shown that it needs it.
+    """
+    used = {manifest.release_id, *(stored.name for stored in manifest.objects())}
+    if manifest.previous:
+        before = releases.open_release(root, manifest.previous).manifest
+        used -= {stored.name for stored in before.objects()}
+    doomed.check(root, used, what=f"release {manifest.release_id} is not published")
 
 
 def _pointer(releases_uri: str, verb: str) -> Pointer:

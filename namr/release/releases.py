@@ -5,27 +5,31 @@
     <releases>/objects/<sha256>/<file name>       segments, vectors, items, reports; shared by releases
 
     <releases>/tombstones.json                    what was taken down since, see `takedowns`
+    <releases>/building/<build>/                  work of builds, see `build`
+    <releases>/lease.json, readers/               who writes, and who reads what, see `users`
+    <releases>/doomed.json                        what a collection deletes, see `doomed`
 
 Objects are named by their digest, so a release that keeps most of the last one's parts lists them again
 and writes nothing. Everything that is opened is verified by its digest, wherever it lies.
 
 Not covered: which release is current and how that changes (`publication`), collecting objects that no release
-lists any more, adding to them (`increment`) and one file of all (`export`).
+lists any more (`garbage`), adding to them (`increment`) and one file of all (`export`).
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from namr.errors import ConfigError, ManifestError, NamrError, ObjectMissing, StorageError
+from namr.errors import ConfigError, ManifestError, ObjectMissing, StorageError
 from namr.model.distances import Metric, Side
-from namr.release import arrays, places
+from namr.release import arrays, doomed, places
 from namr.release.calibrated import Calibration
 from namr.release.places import Places
 from namr.store import item_files, manifests, read_ahead, storage
@@ -34,6 +38,7 @@ from namr.store.item_files import ItemFile
 from namr.store.manifests import Pointer, StoredObject, Upgrade
 
 _NUM_DOWNLOADS = 8
+_NO_IDS = ("building", "objects", "readers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,12 +273,23 @@ class Release:
 def store(releases_uri: str, name: str, data: bytes | Path, *, is_done_with: bool = False) -> StoredObject:
     """Write an object of a release under its digest; one that is there already is not written again.
 
-    is_done_with: nobody writes to the file again, so that it need not be copied.
+    It never gets a name that a collection is about to delete (`doomed`), but the next. is_done_with: nobody
+    writes to the file again, so that it need not be copied.
     """
     digest = storage.sha256(data) if isinstance(data, bytes) else storage.sha256_of_file(data)
-    return manifests.write_object(
-        releases_uri, f"objects/{digest}/{name}", data, sha256=digest, is_done_with=is_done_with
-    )
+    names = (f"objects/{digest}{f'.{number}' if number else ''}/{name}" for number in itertools.count())
+    before = doomed.names(releases_uri)
+    for free in (each for each in names if each not in before):
+        stored = manifests.write_object(releases_uri, free, data, sha256=digest, is_done_with=is_done_with)
+        if free not in doomed.names(releases_uri):
+            return stored
+    raise AssertionError("there is always a next name")
+
+
+def is_there(releases_uri: str, stored: StoredObject) -> bool:
+    """Whether a release may list what an earlier run stored: it is there, and no collection takes it."""
+    uri = storage.join(releases_uri, stored.name)
+    return storage.exists(uri) and stored.name not in doomed.names(releases_uri)
 
 
 def read_pointer(releases_uri: str) -> Pointer | None:
@@ -302,30 +318,6 @@ def open_release(releases_uri: str, release_id: str | None = None) -> Release:
     return Release(root, manifest)
 
 
-class Listing(NamedTuple):
-    """What a folder of releases holds."""
-
-    manifests: list[ReleaseManifest]
-    """oldest first"""
-    damaged: dict[str, NamrError]
-    """by the name of the folder, those whose manifest can't be read, and why"""
-
-
-def list_releases(releases_uri: str) -> Listing:
-    """All releases; those that lost the race for the pointer are among them."""
-    listing = Listing([], {})
-    for name in storage.list_names(releases_uri):
-        release_id, _, rest = name.partition("/")
-        if rest != "manifest.json":
-            continue
-        try:
-            listing.manifests.append(open_release(releases_uri, release_id).manifest)
-        except (ManifestError, ConfigError) as error:
-            listing.damaged[release_id] = error
-    listing.manifests.sort(key=lambda manifest: (manifest.created, manifest.release_id))
-    return listing
-
-
 def pointer_uri(releases_uri: str) -> str:
     """Where the pointer lies."""
     return storage.join(releases_uri, "current.json")
@@ -333,8 +325,8 @@ def pointer_uri(releases_uri: str) -> str:
 
 def manifest_uri(releases_uri: str, release_id: str) -> str:
     """Where the manifest of a release lies; ConfigError for an id that is no name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", release_id) or release_id == "objects":
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", release_id) or release_id in _NO_IDS:
         raise ConfigError(
-            f"release id {release_id!r}: expected letters, digits, '.', '_', '-', not 'objects'"
+            f"release id {release_id!r}: expected letters, digits, '.', '_', '-', and none of {_NO_IDS}"
         )
     return storage.join(releases_uri, release_id, "manifest.json")

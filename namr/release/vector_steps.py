@@ -89,7 +89,7 @@ def place(task: PlaceTask) -> Placed:
         )
 
     def is_there(placed: Placed) -> bool:
-        return all(storage.exists(storage.join(root, of.name)) for of in (placed.shards, placed.rows))
+        return all(releases.is_there(root, of) for of in (placed.shards, placed.rows))
 
     return manifests.recorded(storage.join(task.work_uri, "places.json"), Placed, make, holds=is_there)
 
@@ -246,8 +246,7 @@ def join(task: JoinTask) -> VectorFile:
         return JoinedFile(file=VectorFile(file=stored, num_rows=task.num_rows))
 
     def is_there(made: JoinedFile) -> bool:
-        uri = storage.join(task.releases_uri, made.file.file.name)
-        return made.file.num_rows == task.num_rows and storage.exists(uri)
+        return made.file.num_rows == task.num_rows and releases.is_there(task.releases_uri, made.file.file)
 
     uri = storage.join(task.work_uri, f"vectors-{task.number:05d}.json")
     try:

@@ -35,6 +35,9 @@ class ServeConfig:
     poll_interval_s: float = 20.0
     """how often the pointer and what is taken down are read; at most 30, so that a take-down holds within a
     minute"""
+    hold_release: bool = True
+    """write beside the releases which one is open, so that no collection takes it; off where they are
+    read-only"""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -50,12 +53,20 @@ class ServeConfig:
             tracking_uri=self.tracking_uri,
             cache_folder=self.cache_folder.expanduser(),
             cache_bytes=self.cache_bytes,
+            holds=self.hold_release,
         )
 
 
 def serve(config: ServeConfig, *, announce: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; requests under way are finished. `announce` gets the address."""
     follower = config.follower()
+    try:
+        _serve(config, follower, announce)
+    finally:
+        follower.end()
+
+
+def _serve(config: ServeConfig, follower: Follower, announce: Callable[[str], None]) -> None:
     searcher = follower.first()
     app = create_app(
         searcher, follower=follower, poll_interval_s=config.poll_interval_s, limits=config.limits

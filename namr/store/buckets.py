@@ -9,8 +9,9 @@ import errno
 import functools
 import os
 from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec.asyn
 import s3fs
@@ -109,17 +110,40 @@ class Buckets:
             raise FileNotFoundError(errno.ENOENT, "is a folder, not an object", uri)
         return int(described["size"])
 
-    def list_names(self, uri: str) -> list[str]:
+    def list_entries(self, uri: str) -> list[tuple[str, int, float]]:
         root = uri.removeprefix(PREFIX).rstrip("/") + "/"
-        return [name.removeprefix(root) for name in self.filesystem().find(root, refresh=True)]
+        found = self.filesystem().find(root, refresh=True, detail=True)
+        return [
+            (name.removeprefix(root), int(of["size"]), of["LastModified"].timestamp())
+            for name, of in found.items()
+        ]
+
+    def now(self, uri: str) -> float:
+        answer = self.check_bucket(uri)
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+
+    def clear_leftovers(self, uri: str, before: float) -> int:
+        bucket, _, prefix = uri.removeprefix(PREFIX).partition("/")
+        asked, num = {"Bucket": bucket, "Prefix": f"{prefix}/".lstrip("/")}, 0
+        while True:
+            page = self.filesystem().call_s3("list_multipart_uploads", **asked)
+            for upload in page.get("Uploads", ()):
+                if upload["Initiated"].timestamp() < before:
+                    named = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    self.filesystem().call_s3("abort_multipart_upload", **named)
+                    num += 1
+            if not page.get("IsTruncated"):
+                return num
+            asked |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def delete(self, uri: str) -> None:
         bucket, key = _split(uri)
         self.filesystem().call_s3("delete_object", Bucket=bucket, Key=key)
 
-    def check_bucket(self, uri: str) -> None:
+    def check_bucket(self, uri: str) -> dict[str, Any]:
         """Some servers create a bucket at the first put: a typo has to fail all the same."""
-        self.filesystem().call_s3("head_bucket", Bucket=uri.removeprefix(PREFIX).partition("/")[0])
+        bucket = uri.removeprefix(PREFIX).partition("/")[0]
+        return cast(dict[str, Any], self.filesystem().call_s3("head_bucket", Bucket=bucket))
 
     def _exists(self, uri: str) -> bool:
         return bool(self.filesystem().exists(uri))

@@ -1,8 +1,8 @@
 """Objects as files of a folder, with the two conditional writes.
 
 Write-if-absent is a temporary file, fsync and `os.link`; replace-if-match is `flock` on a permanent file, a
-comparison and `os.replace`. A tag (ETag) is the SHA-256 of the contents. Errors are OSErrors: `storage`
-explains them.
+comparison and `os.replace`. A tag (ETag) is the SHA-256 of the contents. An object's time is that of its
+inode's last change, which a copy that keeps times doesn't keep. Errors are OSErrors: `storage` explains them.
 """
 
 import errno
@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -96,10 +96,27 @@ class Folders:
             raise FileNotFoundError(errno.ENOENT, "is a folder, not a file", uri)
         return path.stat().st_size
 
-    def list_names(self, uri: str) -> list[str]:
-        root = Path(uri)
+    def list_entries(self, uri: str) -> list[tuple[str, int, float]]:
+        root, entries = Path(uri), []
         paths = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-        return [str(path.relative_to(root)) for path in paths if not path.name.startswith(".")]
+        for path in paths:
+            if not path.name.startswith("."):
+                with suppress(FileNotFoundError):  # deleted since it was seen
+                    status = path.stat()
+                    entries.append((str(path.relative_to(root)), status.st_size, status.st_ctime))
+        return entries
+
+    def now(self, uri: str) -> float:
+        with scratch.beside(Path(uri, "probe")) as path:
+            return path.stat().st_ctime
+
+    def clear_leftovers(self, uri: str, before: float) -> int:
+        num = scratch.sweep(Path(uri), below=True)
+        for folder in (Path(name) for name, _, _ in os.walk(uri, topdown=False)):
+            with suppress(OSError):  # there is something in it
+                if folder != Path(uri) and folder.stat().st_ctime < before:
+                    folder.rmdir()
+        return num
 
     def delete(self, uri: str) -> None:
         Path(uri).unlink(missing_ok=True)

@@ -78,15 +78,20 @@ def folder_beside(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def sweep(folder: Path, *, below: bool = False) -> None:
-    """Remove what `beside` and `folder_beside` of killed processes left in a folder, or anywhere below it."""
+def sweep(folder: Path, *, below: bool = False) -> int:
+    """Remove what `beside` and `folder_beside` of killed processes left in a folder, or anywhere below it.
+
+    Returns how many files and folders that were.
+    """
+    num_removed = 0
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             if matched := _NAME.fullmatch(name):
                 path = Path(place, name)
                 if matched[1] == _host() or _is_old(path):
-                    _remove_unless_held(path)
+                    num_removed += _remove_unless_held(path)
         folders[:] = [name for name in folders if below and not _NAME.fullmatch(name)]
+    return num_removed
 
 
 def _own_root() -> Path:
@@ -177,19 +182,21 @@ def _is_old(path: Path) -> bool:
         return False
 
 
-def _remove_unless_held(path: Path) -> None:
+def _remove_unless_held(path: Path) -> bool:
     try:
         handle = _opened(path)
     except OSError:
-        return  # gone already, or not ours
+        return False  # gone already, or not ours
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_at(path, handle):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        if not is_at(path, handle):
+            return False
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     except OSError:
-        return  # held, so its process lives
+        return False  # held, so its process lives
     finally:
         os.close(handle)
+    return True

@@ -28,6 +28,16 @@ class Range(NamedTuple):
     stop: int
 
 
+class Entry(NamedTuple):
+    """One object as a store lists it."""
+
+    name: str
+    """relative to what was listed"""
+    size_bytes: int
+    modified: float
+    """when it was written, in seconds since 1970 by the store's own clock; compare it with `now` alone"""
+
+
 class _Backend(Protocol):
     """What the two kinds of store can do; every method takes a URI of its own kind."""
 
@@ -45,7 +55,9 @@ class _Backend(Protocol):
     def read_with_etag(self, uri: str) -> tuple[bytes, str]: ...
     def replace_if_match(self, uri: str, data: bytes, etag: str | None) -> bool: ...
     def size(self, uri: str) -> int: ...
-    def list_names(self, uri: str) -> list[str]: ...
+    def list_entries(self, uri: str) -> list[tuple[str, int, float]]: ...
+    def now(self, uri: str) -> float: ...
+    def clear_leftovers(self, uri: str, before: float) -> int: ...
     def delete(self, uri: str) -> None: ...
 
 
@@ -198,8 +210,29 @@ def size(uri: str) -> int:
 
 def list_names(uri: str) -> list[str]:
     """Names of all objects below `uri`, relative to it, sorted; empty if there are none."""
+    return [entry.name for entry in list_entries(uri)]
+
+
+def list_entries(uri: str) -> list[Entry]:
+    """`list_names`, with size and age."""
     with _explained("list", uri):
-        return sorted(_backend(uri).list_names(uri))
+        return sorted(Entry(*each) for each in _backend(uri).list_entries(uri))
+
+
+def now(uri: str) -> float:
+    """The time by the clock that gives `Entry.modified`: the store's, whatever this machine's says."""
+    with _explained("ask the time of", uri):
+        return _backend(uri).now(uri)
+
+
+def clear_leftovers(uri: str, *, before: float) -> int:
+    """Remove what killed writers left below `uri` and no listing shows; how much there was.
+
+    In a folder, temporary files that nobody holds, and empty folders that are older than `before` (of `now`);
+    in a bucket, uploads in parts that began before it and never ended.
+    """
+    with _explained("clear", uri):
+        return _backend(uri).clear_leftovers(uri, before)
 
 
 def delete(uri: str) -> None:

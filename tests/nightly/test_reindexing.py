@@ -1,27 +1,37 @@
 """The night on real parts: embedded once, measured on held-out images, gated, published by one writer."""
 
+import json
+import pickle
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs import reindex
 from namr.data import datasets
+from namr.embed import extraction
 from namr.embed.extraction import ExtractionConfig
-from namr.errors import ConfigError, Conflict, NamrError
+from namr.errors import ConfigError, Conflict, NamrError, StorageError
 from namr.model import model
 from namr.model.model import ModelConfig
-from namr.nightly import reindexing
+from namr.nightly import gate, reindexing
 from namr.nightly.assessment import Assessment, AssessmentConfig, SideResult
 from namr.nightly.gate import GateConfig
 from namr.nightly.reindexing import ReindexConfig
 from namr.nightly.release_report import ReleaseReport
-from namr.release import publication, releases
+from namr.release import listing, publication, releases, users
 from namr.release.build import BuildConfig
-from namr.release.releases import Counts
-from namr.store import manifests
+from namr.release.releases import Counts, ReleaseManifest
+from namr.store import manifests, storage
+from namr.store.lease import Lease
+from namr.store.manifests import Pointer
 from tests import small_release
+from tests.release.test_garbage import unnamed
 from tests.small_release import NOW, Recipe
 
 
@@ -36,6 +46,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model.save(net, folder)
     return folder
+
+
+TTL_S = 1.0
+
+
+@pytest.fixture
+def quick_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the releases, as short as tests are."""
+
+    def write_alone(root: str, *, what: str) -> Lease:
+        return Lease.take(storage.join(root, "lease.json"), what=what, ttl_s=TTL_S, renew_s=TTL_S / 4)
+
+    monkeypatch.setattr(users, "write_alone", write_alone)
 
 
 def config_of(folder: Path, model_folder: Path, **changes: object) -> ReindexConfig:
@@ -96,7 +119,7 @@ def test_a_night_publishes_once_and_again_only_where_something_changed(
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.usefixtures("ray_local", "quick_lease")
 def test_what_the_gate_stops_serves_nobody_and_of_two_nights_one_wins(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,16 +130,21 @@ def test_what_the_gate_stops_serves_nobody_and_of_two_nights_one_wins(
     with pytest.raises(NamrError, match=r"is not published: recall@10 is 0\.\d+ with 1 of \d+ lists"):
         reindexing.reindex(config, clock=lambda: NOW)
     assert releases.current(config.releases_uri) is None
-    ((kept,), _) = releases.list_releases(config.releases_uri)
+    ((kept,), _) = listing.list_releases(config.releases_uri)
     assert kept.recall_at_10 < 1 and kept.forced is None
 
     good = config_of(tmp_path, model_folder)
     original = publication.publish
 
-    def somebody_was_faster(*arguments: object, **named: object) -> releases.Release:
-        monkeypatch.setattr(publication, "publish", original)
-        reindexing.reindex(good, clock=lambda: NOW)
-        return original(*arguments, **named)
+    def somebody_was_faster(
+        root: str, manifest: ReleaseManifest, *, expected: Pointer | None
+    ) -> releases.Release:
+        with pytest.raises(
+            Conflict, match=r"lease\.json is held by the night \(process .* since .* wait until"
+        ):
+            reindexing.reindex(good)
+        original(root, small_release.renamed(manifest, "faster"), expected=expected)
+        return original(root, manifest, expected=expected)
 
     with pytest.raises(ConfigError, match="force is empty"):
         replace(config, force=" ")
@@ -128,7 +156,101 @@ def test_what_the_gate_stops_serves_nobody_and_of_two_nights_one_wins(
     monkeypatch.setattr(publication, "publish", somebody_was_faster)
     with pytest.raises(Conflict, match="somebody else"):
         reindexing.reindex(good, clock=lambda: NOW + timedelta(hours=1))
-    assert releases.current(good.releases_uri).manifest.created == NOW.isoformat(timespec="seconds")
+    assert releases.current(good.releases_uri).manifest.release_id == "faster"
+
+
+def leave_the_lease_to_another(config: ReindexConfig) -> None:
+    """As after a night slept for long: another one took its lease, and works."""
+    uri = storage.join(config.releases_uri, "lease.json")
+    storage.write(uri, storage.read(uri).replace(b'"holder": "', b'"holder": "a later night, not '))
+    body = json.loads(storage.read(uri)) | {"token": "another", "fence": 2}
+    storage.write(uri, json.dumps(body).encode())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local", "quick_lease")
+def test_a_night_that_lost_its_lease_publishes_nothing_and_a_failed_collection_spoils_none(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_release.make_dataset(tmp_path, Recipe(num_shards=2, rows_per_shard=60))
+    config = config_of(tmp_path, model_folder)
+    check = gate.check
+
+    def slept(*arguments: Any, **named: Any) -> None:
+        check(*arguments, **named)
+        leave_the_lease_to_another(config)
+        time.sleep(2 * TTL_S)
+
+    monkeypatch.setattr(gate, "check", slept)
+    with pytest.raises(Conflict, match=r"is not held by the night .* any more: a later night, not the night"):
+        reindexing.reindex(config, clock=lambda: NOW)
+    assert releases.current(config.releases_uri) is None
+    monkeypatch.setattr(gate, "check", check)
+    listed = storage.list_entries
+
+    def away(uri: str) -> list[storage.Entry]:
+        raise StorageError(f"cannot list {uri}: the store is away")
+
+    monkeypatch.setattr(storage, "list_entries", away)
+    night = reindexing.reindex(config, clock=lambda: NOW)  # waits until the other has been silent for long
+    assert night.is_new
+    assert night.collected.startswith("the collection failed and is due again: StorageError: cannot list")
+    monkeypatch.setattr(storage, "list_entries", listed)
+    leaked = releases.store(config.releases_uri, "leaked.bin", b"123")
+    unserved = storage.join(config.embeddings_uri, "0" * 64, "1.parquet")
+    storage.write(unserved, b"of a model that nobody serves")
+    embedded = storage.list_names(config.embeddings_uri)
+    now = storage.now
+    monkeypatch.setattr(storage, "now", lambda uri: now(uri) + 25 * 3600)
+    again = reindexing.reindex(config, clock=lambda: NOW)
+    assert not again.is_new
+    assert again.collected.startswith("freed ")
+    assert "objects 3 (" in again.collected and "files of work " in again.collected  # two are lost reports
+    assert not releases.is_there(config.releases_uri, leaked)
+    embedded.remove(f"{'0' * 64}/1.parquet")
+    assert storage.list_names(config.embeddings_uri) == embedded
+    assert unnamed(config.releases_uri) == set()
+
+
+VICTIM = """
+import os, pickle, signal, sys
+from namr import ray_connection
+from namr.nightly import gate, reindexing
+from namr.release import users
+from namr.store.lease import Lease
+ttl_s = float(sys.argv[2])
+ray_connection.connect = lambda *_: None
+ray_connection.map_tasks = lambda function, arguments, **_: enumerate(map(function, arguments))
+users.write_alone = lambda root, *, what: Lease.take(
+    root + "/lease.json", what=what, ttl_s=ttl_s, renew_s=ttl_s / 4
+)
+gate.check = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+reindexing.reindex(pickle.loads(bytes.fromhex(sys.argv[1])))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local", "quick_lease")
+def test_a_killed_night_is_taken_up_by_the_next_where_it_was(
+    tmp_path: Path, model_folder: Path, python: str
+) -> None:
+    dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=2, rows_per_shard=60))
+    config = config_of(tmp_path, model_folder)
+    extraction.extract(dataset, config.embeddings_uri, str(model_folder), config.extraction)
+    command = [python, "-c", VICTIM, pickle.dumps(config).hex(), str(TTL_S)]
+    killed = subprocess.run(command, check=False, capture_output=True, timeout=120, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert releases.current(config.releases_uri) is None
+    made = {entry for entry in storage.list_entries(config.releases_uri) if "/" in entry.name}
+    assert any(entry.name.endswith("segment.json") for entry in made)
+    started = time.monotonic()
+    night = reindexing.reindex(config, clock=lambda: NOW)
+    assert night.is_new and time.monotonic() - started > TTL_S / 2
+    left = set(storage.list_entries(config.releases_uri))
+    again = {entry.name for entry in made - left}
+    assert again == set(), "nothing that was made was made again"
+    assert night.release.manifest.segments[0].file.name in {entry.name for entry in made}
 
 
 def test_what_decides_a_release_is_in_its_digest(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from namr.data import datasets
 from namr.data.shards import make_id
 from namr.errors import ConfigError, Conflict, ManifestError
-from namr.release import arrays, publication, releases, takedowns
+from namr.release import arrays, listing, publication, releases, takedowns
 from namr.release.releases import Release, ReleaseManifest
 from namr.store import storage
 from tests import small_release
@@ -28,7 +28,7 @@ def test_a_difference_in_the_counts_stops_the_publication(
     with pytest.raises(ManifestError, match=r"first is not published: .* against"):
         publication.publish(uri, wrong, expected=None)
     assert releases.current(uri) is None
-    assert releases.list_releases(uri).manifests == []
+    assert listing.list_releases(uri).manifests == []
 
 
 def test_counts_that_agree_among_themselves_are_held_against_the_segments(
@@ -134,7 +134,7 @@ def test_an_id_names_one_release_for_ever(fresh: tuple[str, ReleaseManifest]) ->
         publication.publish(uri, replace(manifest, nprobe=9), expected=releases.read_pointer(uri))
 
 
-@pytest.mark.parametrize("name", ["objects", "../up", "", "a/b", ".hidden"])
+@pytest.mark.parametrize("name", ["objects", "building", "readers", "../up", "", "a/b", ".hidden"])
 def test_a_release_id_that_is_no_name_is_refused(fresh: tuple[str, ReleaseManifest], name: str) -> None:
     uri, manifest = fresh
     with pytest.raises(ConfigError, match="release id"):

@@ -25,7 +25,6 @@ from tests.small_release import NOW, Recipe
 def test_nothing_is_there_before_the_first_release(tmp_path: Path) -> None:
     assert releases.current(str(tmp_path)) is None
     assert releases.read_pointer(str(tmp_path)) is None
-    assert releases.list_releases(str(tmp_path)) == ([], {})
     with pytest.raises(ManifestError, match="no current release"):
         releases.open_release(str(tmp_path))
 
@@ -126,16 +125,6 @@ def test_a_damaged_or_missing_local_object_is_noticed_when_it_is_opened(three: s
     victim.write_bytes(data[:-1])
     with pytest.raises(ManifestError, match="is damaged"):
         release.path(release.manifest.items[0], cache)
-
-
-def test_releases_are_listed_by_age_and_a_damaged_one_hides_no_other(three: str) -> None:
-    Path(three, "second", "manifest.json").write_text('{"format": "namr-release"')
-    Path(three, "a folder").mkdir()
-    Path(three, "a folder", "manifest.json").write_text("{}")
-    listing = releases.list_releases(three)
-    assert [manifest.release_id for manifest in listing.manifests] == ["first", "third"]
-    assert set(listing.damaged) == {"second", "a folder"}
-    assert "manifest.json is damaged" in str(listing.damaged["second"])
 
 
 def test_a_manifest_of_an_earlier_namr_opens_if_its_layout_is_the_same(three: str) -> None:

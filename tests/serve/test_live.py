@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,20 +11,25 @@ import pytest
 
 from namr.data.shards import make_id
 from namr.errors import ManifestError
-from namr.release import publication, releases, takedowns
+from namr.release import publication, releases, takedowns, users
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
 from namr.serve.follower import Follower
 from namr.serve.process import ServeConfig
+from namr.store import storage
 from tests import small_release
 from tests.running import running, wait_for
 from tests.serve.test_app import error_of, metric, upload
 
 
-def follower_of(root: Path) -> Follower:
+def config_of(root: Path) -> ServeConfig:
     return ServeConfig(
         releases_uri=str(root / "releases"), model_folder=root / "model", cache_folder=root / "cache"
-    ).follower()
+    )
+
+
+def follower_of(root: Path) -> Follower:
+    return config_of(root).follower()
 
 
 @contextmanager
@@ -187,6 +193,43 @@ def test_take_downs_that_cannot_be_read_are_told_and_what_was_hidden_stays_so(
         assert upload(client, small_release.digit(3)).status_code == 200
         listed.write_bytes(whole)
         wait_for(lambda: client.get("/ready").status_code, 200)
+
+
+def held(root: Path) -> list[str]:
+    entries = storage.list_entries(str(root / "releases"))
+    return sorted(users.held(str(root / "releases"), [e for e in entries if e.name.startswith("readers/")]))
+
+
+def test_the_release_that_is_open_is_held_until_the_service_ends(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(small_release.publish_with_model(tmp_path))
+    follower = follower_of(tmp_path)
+    searcher = follower.first()
+    assert held(tmp_path) == ["first"]
+    republish(tmp_path, "second")
+    successor = follower.successor(searcher)
+    assert successor is not None and follower.successor(successor) is None
+    assert held(tmp_path) == ["second"]
+    follower.end()
+    assert held(tmp_path) == []
+
+
+def test_a_service_that_may_not_write_says_so_once_and_serves_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model").symlink_to(small_release.publish_with_model(tmp_path))
+
+    (tmp_path / "releases" / "readers").write_text("a file, where a folder would be")
+    follower = follower_of(tmp_path)
+    searcher = follower.first()
+    assert [follower.successor(searcher) for _ in range(3)] == [None] * 3
+    (said,) = caplog.messages
+    assert said.startswith("can't hold release first (cannot write ") and said.endswith(
+        "serving it all the same"
+    )
+    follower.end()
+    silent = replace(config_of(tmp_path), hold_release=False).follower()
+    silent.first()
+    assert len(caplog.messages) == 1
 
 
 def test_where_nothing_is_published_there_is_nothing_to_serve(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from namr.errors import ConfigError, Conflict, ObjectMissing, StorageError
-from namr.store import buckets, storage
+from namr.store import buckets, scratch, storage
 from namr.store.storage import Range
 
 
@@ -144,6 +145,52 @@ def test_names_are_listed_below_a_folder(root: str) -> None:
     assert storage.list_names(root) == ["a", "b/10", "b/2", "c/d/e"]
     assert storage.list_names(storage.join(root, "b")) == ["10", "2"]
     assert storage.list_names(storage.join(root, "nothing")) == []
+
+
+def test_a_listing_tells_size_and_age_by_the_clock_of_the_store(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 0.0)  # this machine's clock says nothing
+    storage.write(storage.join(root, "folder", "b"), b"12")
+    (entry,) = storage.list_entries(root)
+    assert entry[:2] == ("folder/b", 2)
+    time.sleep(0.02)
+    assert -0.01 <= storage.now(root) - entry.modified < 60
+    assert storage.list_names(root) == ["folder/b"]
+
+
+def test_a_copy_that_keeps_times_is_as_young_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "restored").write_bytes(b"")
+    os.utime(tmp_path / "restored", (0, 0))
+    (entry,) = storage.list_entries(str(tmp_path))
+    assert storage.now(str(tmp_path)) - entry.modified < 60
+
+
+def test_empty_folders_and_what_killed_writers_left_are_cleared(tmp_path: Path) -> None:
+    for name in ("objects/1", "objects/2", "full"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "full" / "x").write_bytes(b"")
+    with scratch.beside(tmp_path / "full" / "y") as held:
+        left = held.with_name(f"{held.name[:-2]}zz")
+        left.write_bytes(b"half")
+        assert storage.clear_leftovers(str(tmp_path), before=0) == 1
+        assert held.exists() and not left.exists()
+        assert (tmp_path / "objects" / "1").exists()
+    assert storage.clear_leftovers(str(tmp_path), before=storage.now(str(tmp_path)) + 60) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    assert storage.clear_leftovers(str(tmp_path / "nothing"), before=0) == 0
+
+
+@pytest.mark.s3
+def test_uploads_that_never_ended_are_cleared(s3: str) -> None:
+    bucket, root = s3.removeprefix("s3://"), storage.join(s3, "releases")
+    call = storage._s3.filesystem().call_s3
+    for key in ("releases/one", "releases/two", "releases-of-others/x"):
+        call("create_multipart_upload", Bucket=bucket, Key=key)
+    assert storage.clear_leftovers(root, before=storage.now(root) - 3600) == 0
+    assert storage.clear_leftovers(root, before=storage.now(root) + 3600) == 2
+    left = call("list_multipart_uploads", Bucket=bucket)["Uploads"]
+    assert [upload["Key"] for upload in left] == ["releases-of-others/x"]
 
 
 def test_a_missing_object_is_named(root: str) -> None:

@@ -31,6 +31,8 @@ ACTS: dict[str, Callable[[str, Path], object]] = {
     "replace_if_match": lambda uri, _: storage.replace_if_match(uri, b"x", etag='"0"'),
     "size": lambda uri, _: storage.size(uri),
     "list_names": lambda uri, _: storage.list_names(uri),
+    "now": lambda uri, _: storage.now(uri),
+    "clear_leftovers": lambda uri, _: storage.clear_leftovers(uri, before=0),
     "delete": lambda uri, _: storage.delete(uri),
     "check_writable": lambda uri, _: storage.check_writable(uri),
     "sha256_of": lambda uri, _: storage.sha256_of(uri),
