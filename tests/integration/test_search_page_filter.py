@@ -171,7 +171,7 @@ def test_the_filter_is_in_the_address_and_goes_where_it_goes(
 
 def test_going_back_ends_a_search_that_is_still_under_way(page: Page, searcher: Searcher, url: str) -> None:
     late = re.compile(r"/items/50$")
-    page.route(late, lambda route: None)  # never answered
+    page.route(late, lambda _: None)  # never answered
     with page.expect_request(late):
         page.goto(address(url, searcher, {"row": 5}).replace("id=33", "id=50"))
     with page.expect_event("requestfailed", lambda request: bool(late.search(request.url)), timeout=5000):
