@@ -1,7 +1,8 @@
 // The search page: a query, its plain and its adaptive answer, and the gallery to begin with.
 
+import { listenToControls, options, readControls, settingsOfAddress, takeDefaults } from "./controls.js";
 import { complain, filterText, listenToFilter, noteOnFilter, offerFields, readFilter } from "./filter.js";
-import { ServiceError, ask, at, element } from "./page.js";
+import { ServiceError, ask, at, element, say } from "./page.js";
 
 const THUMBNAIL_PX = 320;
 const NUM_GALLERY = 20;
@@ -105,15 +106,6 @@ function showAnswer(name, answer, rankBefore) {
     `re-ranking ${times.rerank_ms.toFixed(1)} ms`;
 }
 
-function options(side) {
-  const exact = at("exact").checked;
-  const chosen = { k: at("k").valueAsNumber, side, exact };
-  if (exact) return chosen;
-  if (at("deepen").checked) chosen.depth = "adaptive";
-  else if (side !== "none") chosen.depth = at("depth").valueAsNumber;
-  return chosen;
-}
-
 function oneSearch(side, signal) {
   if (query.file) {
     const form = new FormData();
@@ -147,8 +139,12 @@ async function search() {
       oneSearch(at("side").value, signal),
     ]);
     if (signal.aborted) return;
-    at("problem").hidden = true;
-    if (plain.release_id !== release.release_id) await showRelease();
+    say("problem", null);
+    if (plain.release_id !== release.release_id) {
+      await showRelease();
+      remember({ isNew: false }); // what is a default may be another
+      if (signal.aborted) return;
+    }
     showAnswer("plain", plain);
     showAnswer("adaptive", adaptive, new Map(plain.hits.map((hit, index) => [hit.id, index + 1])));
     at("results").hidden = false;
@@ -157,7 +153,7 @@ async function search() {
     if (error.name === "AbortError") return;
     if (error.message.startsWith("filter")) complain(error.message);
     else showProblem(error);
-    noteOnFilter("");
+    noteOnFilter(null);
     at("results").hidden = true;
   } finally {
     if (!signal.aborted) at("results").classList.remove("waiting");
@@ -166,15 +162,13 @@ async function search() {
 
 // How many images pass the filter, where the answer shows it: it has all of them.
 function passed({ hits, certainty }) {
-  if (!filterText() || certainty !== "proved" || hits.length >= at("k").valueAsNumber) return "";
+  if (!filterText() || certainty !== "proved" || hits.length >= at("k").valueAsNumber) return null;
   const images = `${query.key === undefined ? "" : "other "}image${hits.length === 1 ? "" : "s"}`;
   return hits.length ? `${hits.length} ${images} pass this filter.` : `No ${images} pass this filter.`;
 }
 
 function showProblem(error) {
-  at("problem").textContent =
-    error instanceof ServiceError ? error.message : `The page has a fault: ${error.message}`;
-  at("problem").hidden = false;
+  say("problem", error instanceof ServiceError ? error.message : `The page has a fault: ${error.message}`);
 }
 
 function showQuery(source, words, detail) {
@@ -210,19 +204,20 @@ function searchByItem(item, { isNew = true } = {}) {
   search();
 }
 
-// Query and filter go into the address, so that they are shared by link and found again by going back.
-function remember() {
-  const parts = [
-    ["id", query?.id],
-    ["filter", filterText()],
-  ].filter(([, value]) => value !== undefined && value !== null);
+// Query, filter and controls go into the address, so that they are shared by link and found again by going back.
+function remember({ isNew = true } = {}) {
+  const parts = [["id", query?.id], ["filter", filterText()], ...settingsOfAddress()].filter(
+    ([, value]) => value !== undefined && value !== null,
+  );
   const hash = parts.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
-  history.pushState(null, "", location.pathname + (hash && `#${hash}`));
+  const address = location.pathname + (hash && `#${hash}`);
+  if (!isNew) history.replaceState(null, "", address);
+  else if (address !== location.pathname + location.hash) history.pushState(null, "", address);
 }
 
 async function searchByAddress() {
   const address = new URLSearchParams(location.hash.slice(1));
-  const isOther = readFilter(address.get("filter"));
+  const isOther = [readFilter(address.get("filter")), readControls(address)].some(Boolean);
   const id = address.get("id");
   if (!/^\d+$/.test(id ?? "")) {
     if (isOther) search();
@@ -238,6 +233,7 @@ async function searchByAddress() {
 async function showRelease() {
   const [served, described] = await Promise.all([ask("/release"), ask("/fields")]);
   release = served;
+  takeDefaults(release);
   offerFields(described.fields, described.num_items === release.num_items);
   const facts = [
     ["release", release.release_id],
@@ -284,20 +280,17 @@ function listen() {
     const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
     if (file) searchByFile(file);
   });
-  at("controls").addEventListener("submit", (event) => event.preventDefault());
-  at("controls").addEventListener("change", () => {
-    at("deepen").disabled = at("exact").checked;
-    at("depth").disabled = at("exact").checked || at("deepen").checked;
-    search();
-  });
   at("others").addEventListener("click", async () => {
     gallerySeed += 1;
     await showGallery().catch(showProblem);
   });
-  listenToFilter(() => {
+  const searchAnew = () => {
+    if (!release) return; // the address is still to be read
     remember();
     search();
-  });
+  };
+  listenToControls(searchAnew);
+  listenToFilter(searchAnew);
 }
 
 async function begin() {
@@ -305,8 +298,6 @@ async function begin() {
   try {
     await showRelease();
     window.addEventListener("popstate", searchByAddress);
-    at("depth").value = release.depth;
-    if (release.structure_side !== "none") at("side").value = release.structure_side;
     await Promise.all([showGallery(), searchByAddress()]);
   } catch (error) {
     showProblem(error);
