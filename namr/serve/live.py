@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from namr.serve.follower import Follower
 from namr.serve.limits import Limits, Slots
 from namr.serve.telemetry import Metrics
 
+T = TypeVar("T")
 Work = Callable[[Stop], list[Answer]]
 
 _log = logging.getLogger("namr.serve")
@@ -106,6 +107,10 @@ class Live:
             stages_ms=asdict(answers[0].timings),
         )
         return answers
+
+    async def in_line(self, work: Callable[[Stop], T]) -> T:
+        """What `work` returns, which waits for its turn as searches do. Raises Busy, TimedOut."""
+        return await self._slots.run(work)
 
     def _take(self, searcher: Searcher) -> None:
         manifest = searcher.manifest

@@ -4,6 +4,7 @@ The options of a search are those of `SearchOptions`, with this service's limits
 option or query has is refused.
 """
 
+import asyncio
 import dataclasses
 import difflib
 import inspect
@@ -19,7 +20,7 @@ from fastapi.responses import FileResponse
 
 from namr.data import images
 from namr.errors import ConfigError, ShapeError
-from namr.search import fields
+from namr.search import fields, filters
 from namr.search.answers import Answer, FieldList, Item, ReleaseInfo, SearchOptions
 from namr.search.items import Items
 from namr.search.rerank import Stop
@@ -144,12 +145,23 @@ def add_items(app: FastAPI, live: Live) -> None:
         return described[items]
 
     @app.get("/items", tags=["items"])
-    def some_items(
+    async def some_items(
         num: Annotated[int, Query(ge=1, le=200, description="How many.")] = 24,
         seed: Annotated[int, Query(ge=0, description="Another seed draws other items.")] = 0,
+        filter: Annotated[
+            str | None, Query(description="Which items, as a search takes it, as JSON text. Default: all.")
+        ] = None,
     ) -> ItemList:
         """Items drawn at random."""
-        return ItemList(live.searcher.items.draw(num, seed=seed))
+        items, wanted = live.searcher.items, _filter_of(filter)
+        if wanted is None:
+            return ItemList(await asyncio.to_thread(items.draw, num, seed=seed))
+
+        def draw(_: Stop) -> list[Item]:
+            allowed = items.matching(filters.parse(wanted, items.kinds))
+            return items.draw(num, seed=seed, allowed=allowed)
+
+        return ItemList(await live.in_line(draw))  # to read all items takes as long as many a search
 
     @app.get("/items/{item_id}", tags=["items"], responses={404: {"description": "No such item."}})
     def one_item(item_id: int) -> Item:
@@ -227,12 +239,15 @@ def add_state(app: FastAPI, live: Live) -> None:
 
 def _of_form(**given: Any) -> Options:
     """The options among the fields of a form; its signature, below, is what FastAPI reads."""
-    if given["filter"] is not None:
-        try:
-            given["filter"] = json.loads(given["filter"])
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"filter is no JSON ({error}); expected {{...}} as text") from error
-    return Options(**given)
+    return Options(**{**given, "filter": _filter_of(given["filter"])})
+
+
+def _filter_of(text: str | None) -> Any:
+    """What JSON text asks for; None for all items."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"filter is no JSON ({error}); expected {{...}} as text") from error
 
 
 def _form_signature() -> inspect.Signature:
