@@ -11,6 +11,8 @@ let release = null;
 let query = null; // {key, id, label} of an item, or {file} of an upload
 let running = null; // the AbortController of the search under way, its item's look-up included
 let gallerySeed = Math.floor(Math.random() * 1e9);
+let galleryFilter; // of the items that were asked for last, undefined before
+let drawing = null; // the AbortController of the items on their way
 
 const imageOf = (id) => `/items/${id}/image?size_px=${THUMBNAIL_PX}&release=${encodeURIComponent(release.release_id)}`;
 
@@ -151,8 +153,7 @@ async function search() {
     noteOnFilter(passed(plain));
   } catch (error) {
     if (error.name === "AbortError") return;
-    if (error.message.startsWith("filter")) complain(error.message);
-    else showProblem(error);
+    showProblem(error);
     noteOnFilter(null);
     at("results").hidden = true;
   } finally {
@@ -168,7 +169,8 @@ function passed({ hits, certainty }) {
 }
 
 function showProblem(error) {
-  say("problem", error instanceof ServiceError ? error.message : `The page has a fault: ${error.message}`);
+  if (error.message.startsWith("filter")) complain(error.message);
+  else say("problem", error instanceof ServiceError ? error.message : `The page has a fault: ${error.message}`);
 }
 
 function showQuery(source, words, detail) {
@@ -218,6 +220,7 @@ function remember({ isNew = true } = {}) {
 async function searchByAddress() {
   const address = new URLSearchParams(location.hash.slice(1));
   const isOther = [readFilter(address.get("filter")), readControls(address)].some(Boolean);
+  if (filterText() !== galleryFilter) showGallery();
   const id = address.get("id");
   if (!/^\d+$/.test(id ?? "")) {
     if (isOther) search();
@@ -252,10 +255,23 @@ async function showRelease() {
 }
 
 async function showGallery() {
-  const { items } = await ask(`/items?num=${NUM_GALLERY}&seed=${gallerySeed}`);
-  at("items").replaceChildren(
-    ...(items.length ? items.map((item) => card(item)) : [element("li", "empty", "The gallery is empty.")]),
-  );
+  drawing?.abort();
+  drawing = new AbortController();
+  const { signal } = drawing;
+  galleryFilter = filterText();
+  const asked = new URLSearchParams({ num: NUM_GALLERY, seed: gallerySeed });
+  if (galleryFilter) asked.set("filter", galleryFilter);
+  try {
+    const { items } = await ask(`/items?${asked}`, { signal });
+    const none = asked.has("filter") ? "No image of the gallery passes this filter." : "The gallery is empty.";
+    at("items").replaceChildren(
+      ...(items.length ? items.map((item) => card(item)) : [element("li", "empty", none)]),
+    );
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    at("items").replaceChildren();
+    showProblem(error);
+  }
 }
 
 function listen() {
@@ -280,9 +296,9 @@ function listen() {
     const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
     if (file) searchByFile(file);
   });
-  at("others").addEventListener("click", async () => {
+  at("others").addEventListener("click", () => {
     gallerySeed += 1;
-    await showGallery().catch(showProblem);
+    showGallery();
   });
   const searchAnew = () => {
     if (!release) return; // the address is still to be read
@@ -290,7 +306,10 @@ function listen() {
     search();
   };
   listenToControls(searchAnew);
-  listenToFilter(searchAnew);
+  listenToFilter(() => {
+    searchAnew();
+    showGallery();
+  });
 }
 
 async function begin() {
@@ -298,7 +317,7 @@ async function begin() {
   try {
     await showRelease();
     window.addEventListener("popstate", searchByAddress);
-    await Promise.all([showGallery(), searchByAddress()]);
+    await searchByAddress();
   } catch (error) {
     showProblem(error);
   }
