@@ -26,7 +26,7 @@ from namr.search.items import Items
 from namr.search.rerank import Stop
 from namr.serve import telemetry
 from namr.serve.limits import MAX_DEPTH, MAX_K, MAX_QUERIES
-from namr.serve.live import Live
+from namr.serve.live import Admit, Live
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -98,7 +98,10 @@ def add_search(app: FastAPI, live: Live) -> None:
         """The items that look most like an uploaded picture."""
         searcher, data = live.searcher, await image.read()
         answers = await live.search(
-            searcher, options, 1, lambda stop: searcher.search(images=[data], options=options, stop=stop)
+            searcher,
+            options,
+            1,
+            lambda stop, admit: searcher.search(images=[data], options=options, stop=stop, admit=admit),
         )
         return answers[0]
 
@@ -107,10 +110,10 @@ def add_search(app: FastAPI, live: Live) -> None:
         """The items nearest to each of some vectors."""
         searcher = live.searcher
 
-        def work(stop: Stop) -> list[Answer]:
+        def work(stop: Stop, admit: Admit) -> list[Answer]:
             x = _rows("embeddings", query.embeddings)
             s = None if query.structures is None else _rows("structures", query.structures)
-            return searcher.search(embeddings=x, structures=s, options=query, stop=stop)
+            return searcher.search(embeddings=x, structures=s, options=query, stop=stop, admit=admit)
 
         answers = await live.search(searcher, query, len(query.embeddings), work)
         return Answers(answers)
@@ -127,7 +130,10 @@ def add_search(app: FastAPI, live: Live) -> None:
         if searcher.items.by_key(key) is None:
             raise HTTPException(404, f"no item of release {searcher.manifest.release_id} has the key {key!r}")
         answers = await live.search(
-            searcher, query, 1, lambda stop: searcher.search(keys=[key], options=query, stop=stop)
+            searcher,
+            query,
+            1,
+            lambda stop, admit: searcher.search(keys=[key], options=query, stop=stop, admit=admit),
         )
         return answers[0]
 

@@ -19,7 +19,7 @@ from PIL import Image
 from namr.data import datasets
 from namr.data.shards import make_id
 from namr.errors import Busy, TimedOut
-from namr.search import fields
+from namr.search import fields, stages
 from namr.search.answers import Answer, SearchOptions
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
@@ -366,15 +366,51 @@ def test_what_takes_too_much_is_refused_with_what_to_lower(searcher: Searcher) -
                 "5 queries with an adaptive depth, each up to 1550 in all, are 7750 candidates; expected at "
                 "most 99 in one request: give a depth, or send fewer queries at once",
             ),
-            ({"depth": 19, "filter": {}}, "5 queries with depth 19 under a filter, 4 times as deep, are 380"),
             ({"k": 5, "side": "none"}, "5 queries with k 5 are 25 hits; expected at most 20"),
             ({"exact": True}, "80 items; expected at most 79"),
         ):
             status, kind, said = error_of(httpx.post(f"{url}/search/vector", json={**body, **more}))
             assert (status, kind) == (422, "ConfigError")
             assert message in said
-        for more in ({"depth": 19}, {"side": "none"}):
+        few = {"row": {"min": 0, "max": 78}}  # each query is compared with these, whatever is asked for
+        for more in (
+            {"depth": 19},
+            {"side": "none"},
+            {"depth": 1000, "filter": few},
+            {"depth": "adaptive", "filter": few},
+            {"exact": True, "filter": few},
+        ):
             assert httpx.post(f"{url}/search/vector", json={**body, **more}).status_code == 200
+        status, kind, said = error_of(
+            httpx.post(f"{url}/search/vector", json={**body, "exact": True, "filter": {}})
+        )
+        assert (status, kind) == (422, "ConfigError")
+        assert "the filter lets 80 items through; expected at most 79" in said
+    with limited(searcher, max_candidates=49) as url:
+        reply = httpx.post(f"{url}/search/vector", json={**body, "depth": 1, "filter": few})
+        assert "5 queries with 79 items each, which the filter lets through, 8 for" in error_of(reply)[2]
+
+
+@pytest.mark.parametrize(("num_allowed", "times"), [(20, 1), (21, 4)])
+def test_where_a_filter_lets_many_through_what_the_index_is_asked_for_counts(
+    searcher: Searcher, num_allowed: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    search = searcher.index.search
+
+    def counted(q: np.ndarray, num: int, *more: Any, **named: Any) -> Any:
+        asked.append(len(q) * num)
+        return search(q, num, *more, **named)
+
+    monkeypatch.setattr(stages, "_FEW_ALLOWED", 0)
+    monkeypatch.setattr(searcher.index, "search", counted)
+    x, s = searcher.embed([small_release.digit(number) for number in range(5)])
+    body = {"embeddings": x.tolist(), "structures": s.tolist(), "k": 3, "depth": 5}
+    body["filter"] = {"row": {"max": num_allowed - 1}}
+    for most, status in ((25 * times, 200), (25 * times - 1, 422)):
+        with limited(searcher, max_candidates=most) as url:
+            assert httpx.post(f"{url}/search/vector", json=body).status_code == status
+    assert asked[0] == 25 * times
 
 
 class HeldSearcher:
