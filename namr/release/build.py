@@ -132,7 +132,10 @@ def build(
     held = HeldOut(held_out.share(config.num_held_out, dataset.version.num_samples), config.seed)
     work = storage.join(
         storage.absolute(config.work_uri or storage.join(root, "building")),
-        _digest_of(dataset.digest, model_digest, described.files, metric, config.seed, plan, held),
+        _digest_of(
+            *(dataset.digest, model_digest, described.files, metric, config.seed, plan, held),
+            *(["gpu"] if config.use_gpu else []),  # others keep the names they had
+        ),
     )
     ray_connection.connect()
     if config.use_gpu and ray_connection.total_gpus() < 1:
