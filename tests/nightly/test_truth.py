@@ -115,7 +115,7 @@ def test_neither_the_number_of_tasks_nor_of_rows_at_once_changes_anything(
     alone = truth.neighbours(searcher, asked, k=K, shares=SHARES, cache=cache)
     ranges: list[tuple[int, int, int]] = []
 
-    def run_here(function, tasks):
+    def run_here(function, tasks, **_):
         for at, task in enumerate(tasks):
             ranges.append((task.file, task.start, len(task.ids)))
             yield at, function(task)
@@ -139,7 +139,7 @@ def test_a_file_that_was_damaged_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     data[-1] ^= 1
     path.write_bytes(data)
     monkeypatch.setattr(ray_connection, "connect", lambda: None)
-    monkeypatch.setattr(ray_connection, "map_tasks", lambda run, tasks: enumerate(map(run, tasks)))
+    monkeypatch.setattr(ray_connection, "map_tasks", lambda run, tasks, **_: enumerate(map(run, tasks)))
     monkeypatch.setattr(truth, "_ROWS_PER_TASK", 20)
     with pytest.raises(ManifestError, match="is damaged"):
         truth.neighbours(searcher, asked, k=K, cache=cache)
