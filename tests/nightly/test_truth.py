@@ -11,12 +11,13 @@ from namr.data.shards import make_id
 from namr.errors import ManifestError
 from namr.nightly import truth
 from namr.nightly.truth import Truth
-from namr.search import queries, rerank
+from namr.search import queries
 from namr.search.queries import Queries
 from namr.search.searcher import Searcher
 from namr.sides import SIDES
 from namr.store.cache import Cache
 from tests import small_release
+from tests.search.test_exact import K, by_itself
 from tests.small_release import Recipe
 
 RECIPE = Recipe(
@@ -27,7 +28,6 @@ RECIPE = Recipe(
     num_vector_files=2,
 )
 SHARES = (0.5, 0.1)
-K = 5
 
 
 def opened(root: Path, recipe: Recipe = RECIPE, **more: str) -> tuple[Searcher, Cache]:
@@ -56,16 +56,8 @@ def test_every_side_is_the_exact_search_of_it(release: tuple[Searcher, Cache]) -
     found = truth.neighbours(searcher, asked, k=K)
     assert found.of_shares == []
     for side in SIDES:
-        one = rerank.nearest_exact(
-            asked.x,
-            asked.s,
-            searcher.vectors,
-            k=K,
-            side=side,
-            hidden=searcher.hidden,
-            own_ids=asked.own_ids,
-        )
-        np.testing.assert_array_equal(found.of_all.of(side), one.ids)
+        one = by_itself(asked, side, searcher.vectors, hidden=searcher.hidden)
+        np.testing.assert_array_equal(found.of_all.of(side), one)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -77,17 +69,8 @@ def test_a_share_is_searched_as_if_nothing_else_were_there(
     ids = np.array([item.id for item in searcher.items], np.int64)
     allowed = ids[truth.is_in_share(ids, share)]
     assert 0 < len(allowed) < 0.75 * len(ids)
-    one = rerank.nearest_exact(
-        asked.x,
-        None,
-        searcher.vectors,
-        k=K,
-        side="none",
-        hidden=searcher.hidden,
-        own_ids=asked.own_ids,
-        allowed=allowed,
-    )
-    np.testing.assert_array_equal(found.of("none"), one.ids)
+    one = by_itself(asked, "none", searcher.vectors, hidden=searcher.hidden, allowed=allowed)
+    np.testing.assert_array_equal(found.of("none"), one)
 
 
 def test_shares_are_asked_by_few_queries_from_first_to_last(monkeypatch: pytest.MonkeyPatch) -> None:
