@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
@@ -268,6 +268,26 @@ def test_settings_of_an_address_that_can_not_be_are_said_and_left_out(page: Page
     expect(problem).to_be_hidden()
     expect(page.locator("#plain .card")).to_have_count(7)
     expect_controls(page, k="7")
+
+
+def test_what_is_a_default_of_the_release_that_came_meanwhile_is_left_out_and_nothing_else(
+    page: Page, url: str
+) -> None:
+    def of_the_next(route: Route) -> None:
+        reply = route.fetch()
+        body = {**reply.json(), "release_id": "next"}
+        route.fulfill(response=reply, json={**body, "depth": 70} if route.request.method == "GET" else body)
+
+    page.route(re.compile(f"^{re.escape(url)}/(release|search/key)$"), of_the_next)
+    page.locator("#items .card").first.click()
+    expect(page.locator("#release")).to_contain_text("next")
+    expect(page.locator("#plain .card")).to_have_count(12)
+    assert hash_of(page) == {"depth": "50"}  # which the answer was made with
+    expect_controls(page)
+    page.locator("#depth").fill("70")
+    page.locator("#depth").press("Enter")
+    expect(page.locator("#adaptive-badge")).to_have_attribute("title", re.compile("Nearest of 70 cand"))
+    assert hash_of(page) == {}
 
 
 def test_everything_is_reached_by_keyboard(page: Page) -> None:
