@@ -7,7 +7,7 @@ RAY_AUTH_MODE says otherwise. The address is always passed, so that no forgotten
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray
@@ -93,15 +93,26 @@ def map_tasks(
 
 
 def in_order(
-    what: str, function: Callable[[A], R], arguments: Sequence[A], *, num_gpus: float = 0.0
+    what: str,
+    function: Callable[[A], R],
+    arguments: Iterable[A],
+    *,
+    num: int | None = None,
+    num_gpus: float = 0.0,
 ) -> list[R]:
-    """What Ray tasks made of each argument, in the order of the arguments; progress is shown as `what`."""
+    """What Ray tasks made of each argument, in the order of the arguments; progress is shown as `what`.
+
+    num: how many arguments there are, each made when it is its turn; None: they are there already.
+    """
+    if num is None:
+        arguments = there = list(arguments)
+        num = len(there)
     results: dict[int, R] = {}
-    with progress.shown(what, len(arguments)) as show:
+    with progress.shown(what, num) as show:
         for at, result in map_tasks(function, arguments, num_gpus=num_gpus):
             results[at] = result
             show(len(results), "")
-    return [results[at] for at in range(len(arguments))]
+    return [results[at] for at in range(num)]
 
 
 def _resources() -> dict[str, float]:

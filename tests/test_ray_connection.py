@@ -1,6 +1,7 @@
 import random
 import subprocess
 import time
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
@@ -33,6 +34,31 @@ def test_tasks_yield_every_result_with_its_position() -> None:
 def test_a_task_that_fails_raises_its_own_exception() -> None:
     with pytest.raises(ConfigError, match="seven is not allowed"):
         list(ray_connection.map_tasks(squared, range(30)))
+
+
+@pytest.mark.parametrize("is_made_by_turns", [False, True])
+def test_results_are_in_the_order_of_arguments_however_these_are_made(
+    is_made_by_turns: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tasks, which stand in for Ray's, end two by two, the second first."""
+    made: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(4):
+            made.append(number)
+            yield number
+
+    def by_two(function: Callable[[int], int], arguments: Iterable[int], **_: object):
+        waiting = enumerate(arguments)
+        for at, first in waiting:
+            yield from [(at + 1, function(next(waiting)[1])), (at, function(first))]
+            if is_made_by_turns:
+                assert len(made) == at + 2
+
+    monkeypatch.setattr(ray_connection, "map_tasks", by_two)
+    found = ray_connection.in_order("squaring", squared, numbers(), num=4 if is_made_by_turns else None)
+    assert found == [0, 1, 4, 9]
+    assert capsys.readouterr().err == "squaring: 4 of 4\n"
 
 
 FAILS_OFTEN = """

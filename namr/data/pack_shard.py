@@ -43,6 +43,11 @@ class Receipt:
     sources: str = ""
     """digest of the states (`storage.state`) of all that was read, as it was read"""
 
+    @property
+    def num_images(self) -> int:
+        """Packed or refused."""
+        return len(self.refused) + (self.entry.num_samples if self.entry else 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:

@@ -106,7 +106,8 @@ class _Work(NamedTuple):
 
     plans: Iterable[ShardPlan]
     """each made when it is its turn"""
-    num_plans: int
+    num_to_pack: int
+    """images; shards where num_found is None"""
     num_known: int
     num_found: int | None
     """None where only reading the shards will tell"""
@@ -185,10 +186,9 @@ def _own_work(config: PackingConfig, before: Head) -> _Work:
         ShardPlan(dataset_uri=before.uri, number=before.next_shard_number + place, images=images)
         for place, images in enumerate(cut(new, config, shard_bytes=shard_bytes))
     )
-    num_plans = sum(1 for _ in cut(new, config, shard_bytes=shard_bytes))
     passed_over = Tally()
     passed_over.add_all(source.passed_over)
-    return _Work(plans, num_plans, num_known, num_found, source.refused, passed_over)
+    return _Work(plans, len(new), num_known, num_found, source.refused, passed_over)
 
 
 def _shard_bytes(new: Offered, config: PackingConfig) -> int:
@@ -281,19 +281,21 @@ def _size_or_zero(uri: str) -> int:
 
 def _run(work: _Work, max_bad_fraction: float) -> list[Receipt]:
     """The receipts in plan order; ends early once too many images are refused."""
-    if not work.num_plans:
+    if not work.num_to_pack:
         return []
     ray_connection.connect()
     receipts: dict[int, Receipt] = {}
     refused = list(work.refused)
-    with progress.shown("packing shards", work.num_plans) as show:
+    num_done, what = 0, "indexing shards" if work.num_found is None else "packing images"
+    with progress.shown(what, work.num_to_pack) as show:
         for place, receipt in ray_connection.map_tasks(run_plan, work.plans):
             receipts[place] = receipt
             refused += receipt.refused
             if work.num_found:
                 _check_refused(refused, work.num_found, max_bad_fraction)
-            show(len(receipts), f"({len(refused)} images refused)" if refused else "")
-    return [receipts[place] for place in range(work.num_plans)]
+            num_done += 1 if work.num_found is None else receipt.num_images
+            show(num_done, f"({len(refused)} images refused)" if refused else "")
+    return [receipts[place] for place in sorted(receipts)]
 
 
 def _check_refused(refused: Sequence[RefusedImage], num_found: int, max_bad_fraction: float) -> None:

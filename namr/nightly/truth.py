@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from namr import progress, ray_connection
+from namr import ray_connection
 from namr.data import shards
 from namr.errors import ConfigError
 from namr.release import held_out
@@ -115,12 +115,7 @@ def neighbours(
             first += num_rows
 
     ray_connection.connect()
-    parts: list[Truth] = []
-    with progress.shown("comparing all vectors", len(ranges)) as show:
-        for _, part in ray_connection.map_tasks(compare, tasks()):
-            parts.append(part)
-            show(len(parts), "")
-    return _joined(parts)
+    return _joined(ray_connection.in_order("comparing all vectors", compare, tasks(), num=len(ranges)))
 
 
 def thinned(asked: Queries) -> Queries:

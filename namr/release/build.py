@@ -117,7 +117,8 @@ def build(
     )
     held = HeldOut(held_out.share(config.num_held_out, dataset.version.num_samples), config.seed)
     decisive = [dataset.digest, model_digest, described.files, metric, config.seed, plan, held]
-    work = work_uri(config, root, *decisive, *([template.stored.sha256] if template else []))
+    also = [*([template.stored.sha256] if template else []), *(["gpu"] if config.use_gpu else [])]
+    work = work_uri(config, root, *decisive, *also)
     ray_connection.connect()
     if config.use_gpu and ray_connection.total_gpus() < 1:
         raise ConfigError("use_gpu is set, and this Ray has no GPU; leave it out, or connect to one that has")

@@ -30,6 +30,11 @@ def is_exact(index: ivf.Index, nprobe: int) -> bool:
     return not index.is_compressed and nprobe >= index.num_lists
 
 
+def times_as_deep(num_allowed: int, num_vectors: int) -> int:
+    """How many times as many entries the index is asked for where only some are allowed."""
+    return 1 if num_allowed * FEW_OF <= num_vectors else FEW_OF
+
+
 def candidates(
     index: ivf.Index,
     q: Floats,
@@ -47,10 +52,10 @@ def candidates(
     searched deeper and the others are dropped, since FAISS's own selection hashes every id for each search.
     """
     depth, selector = num + min(num, len(hidden)), None
-    if allowed is not None and len(allowed) * FEW_OF <= index.num_vectors:
-        depth, selector = num, index_files.selector(allowed)
-    elif allowed is not None:
-        depth = num * FEW_OF
+    if allowed is not None:
+        deeper = times_as_deep(len(allowed), index.num_vectors)
+        depth = num * deeper
+        selector = index_files.selector(allowed) if deeper == 1 else None
     stage = _Stage(index, num, nprobe, hidden, allowed, selector, stop)
     depth += own_ids is not None
     squared, ids = stage.nearest(q, own_ids, depth)

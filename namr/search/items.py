@@ -105,9 +105,15 @@ class Items:
             if len(rows):
                 yield file, rows
 
-    def draw(self, num: int, *, seed: int) -> list[Item]:
-        """Up to `num` different items at random, in random order."""
-        return [_item(file, row) for file, row in self._drawn(num, seed=seed)]
+    def draw(self, num: int, *, seed: int, allowed: Ids | None = None) -> list[Item]:
+        """Up to `num` different items at random, in random order.
+
+        allowed: ids that may be drawn, as `matching` returns them; None: all.
+        """
+        if allowed is None:
+            return [_item(file, row) for file, row in self._drawn(num, seed=seed)]
+        ids = np.random.default_rng(seed).choice(allowed, min(num, len(allowed)), False)
+        return [item for each in ids.tolist() if (item := self.by_id(each)) is not None]
 
     def draw_ids(self, num: int, *, seed: int) -> Ids:
         """(n,) the ids of what `draw` returns."""

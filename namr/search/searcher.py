@@ -14,7 +14,7 @@ Not covered: what a filter may say (`filters`), and approximate search over seve
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -173,13 +173,16 @@ class Searcher:
         keys: Sequence[str] | None = None,
         options: SearchOptions = _DEFAULTS,
         stop: Stop = go_on,
+        admit: Callable[[int], None] | None = None,
     ) -> list[Answer]:
         """The nearest items of each query; give images, or embeddings (with structures), or keys.
 
         images: encoded pictures; the item of a picture that is in the gallery is found like any other.
         embeddings, structures (Q, D): as the model returns them. keys: items of the gallery, which are left
-        out of their own answer. stop: see `search_arrays`. Raises ImageRefused for bytes that are no picture,
-        ConfigError for an unknown key or a filter that is none, and what `search_arrays` raises.
+        out of their own answer. stop: see `search_arrays`. admit: called with how many items the filter lets
+        through before anything is compared; what it raises ends the search. Raises ImageRefused for bytes
+        that are no picture, ConfigError for an unknown key or a filter that is none, and what `search_arrays`
+        raises.
         """
         given = {"images": images, "embeddings": embeddings, "keys": keys}
         names = [name for name, it in given.items() if it is not None]
@@ -190,6 +193,8 @@ class Searcher:
         plan, shown = stages.plan_of(options, self.manifest), self._shown
         filtering = time.perf_counter()
         allowed = self._allowed(options, shown.items)
+        if admit is not None and allowed is not None:
+            admit(len(allowed))
         began = time.perf_counter()
         own_ids = None if keys is None else self._ids_of(keys, shown.items)
         if images is not None:

@@ -90,6 +90,11 @@ def refines(index: ivf.Index, side: Side) -> bool:
     return side != "none" or index.is_compressed
 
 
+def compares_all(plan: Plan, num_allowed: int | None) -> bool:
+    """Whether all that may be found is compared one by one; num_allowed: by a filter, None without one."""
+    return plan.exact or (num_allowed is not None and num_allowed <= _FEW_ALLOWED)
+
+
 class _Found(NamedTuple):
     """What a search knows of some queries after a level."""
 
@@ -143,7 +148,7 @@ class Stages:
                 f"side {plan.side!r} needs structures with the embeddings; or ask for side 'none' or 'scale'"
             )
         num_others = _num_others(asked, num_items, allowed)
-        if plan.exact or (allowed is not None and len(allowed) <= _FEW_ALLOWED):
+        if compares_all(plan, None if allowed is None else len(allowed)):
             return self._one_by_one(asked, plan, hidden, allowed, num_others, stop)
         first, *deeper = self._levels(plan, allowed)
         found, timings = self._at(first, asked, plan, hidden, allowed, num_others, stop)

@@ -99,6 +99,11 @@ class Client:
         """Key, label and fields of an item; ObjectMissing if there is none."""
         return _made(Item, self._get(f"/items/{item_id}").json())
 
+    def items(self, num: int = 24, *, seed: int = 0, filter: Mapping[str, Any] | None = None) -> list[Item]:
+        """Items drawn at random, of those that the filter lets through; another seed draws others."""
+        given = {"num": num, "seed": seed, "filter": None if filter is None else json.dumps(filter)}
+        return [_made(Item, each) for each in self._get("/items", params=_given(given)).json()["items"]]
+
     def fields(self) -> FieldList:
         """The label and the fields that a filter can name, with values that they take."""
         body = self._get("/fields").json()

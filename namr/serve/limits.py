@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from namr import checks
 from namr.errors import Busy, ConfigError, TimedOut
@@ -28,8 +28,21 @@ MAX_QUERIES = 256
 MAX_K = 1000
 MAX_DEPTH = 10_000
 
+_COMPARED_AT_ONCE = 8
+"""items that are compared one by one, with all queries together, in about the time that a candidate takes"""
 _NEWEST = 0.2
 """what the newest search counts in the mean time of one"""
+
+
+class Filtered(NamedTuple):
+    """What a filter makes of a search."""
+
+    num_allowed: int
+    """items that it lets through"""
+    are_few: bool
+    """so few that each query is compared with all of them"""
+    times: int
+    """how many times as deep the index is searched where they are not"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +54,12 @@ class Limits:
     max_bodies_bytes: int = 256 << 20
     """of all bodies that are held at once; beyond it bodies are refused with 429"""
     max_candidates: int = 1 << 18
-    """queries x depth (or k, where that is more) of one request"""
+    """queries x depth (or k, where that is more) of one request; under a filter as deep as the index is then
+    searched, or an eighth of the items where it lets few through and all of them are compared"""
     max_hits: int = 25_600
     """queries x k of one request"""
     max_exact_items: int = 200_000
-    """items of the largest gallery that is searched with `exact`"""
+    """items of the largest gallery, or of what a filter lets through of it, that is searched with `exact`"""
     max_waiting: int = 64
     """searches that wait for a core; those beyond, or that would wait too long, are refused with 429"""
     deadline_s: float = 10.0
@@ -61,6 +75,10 @@ class Limits:
         checks.in_range(self, "max_exact_items", "max_waiting", at_least=0)
         checks.in_range(self, "deadline_s", "header_timeout_s", "body_timeout_s", above=0)
 
+    def check_hits(self, *, num_queries: int, k: int) -> None:
+        """ConfigError for a search that would return too much."""
+        self._check(num_queries, k, f"k {k}", "hits", self.max_hits, "lower k, or ")
+
     def check_search(
         self,
         *,
@@ -70,36 +88,47 @@ class Limits:
         num_items: int,
         exact: bool,
         is_adaptive: bool = False,
-        times: int = 1,
+        filtered: Filtered | None = None,
     ) -> None:
-        """ConfigError for a search that would take too much.
+        """ConfigError for a search that would take or return too much.
 
         depth: candidates that each query gets, with an adaptive depth at first. What that may take is
-        counted as if no answer were ever sure. times: how many times as deep the index is searched for
-        them, because of a filter.
+        counted as if no answer were ever sure. num_items: of the gallery.
         """
-        if exact and num_items > self.max_exact_items:
-            raise ConfigError(
-                f"exact reads every vector, and this gallery has {num_items} items; expected at most "
-                f"{self.max_exact_items}: use depth"
-            )
-        costs = [("hits", "k", k, 1, self.max_hits)]
-        if not exact:
+        self.check_hits(num_queries=num_queries, k=k)
+        if exact:
+            self._check_exact(num_items, filtered)
+        elif filtered is not None and filtered.are_few:
+            num, each = filtered.num_allowed, -(-filtered.num_allowed // _COMPARED_AT_ONCE)
+            asked = f"{num} items each, which the filter lets through, {_COMPARED_AT_ONCE} for a candidate,"
+            self._check(num_queries, each, asked, "candidates", self.max_candidates, "")
+        else:
             depths = certainty.doubled(depth) if is_adaptive else [depth]
             option = "depth" if depths[-1] > k else "k"
-            in_all = sum(max(k, each) for each in depths)
-            costs.append(("candidates", option, in_all, times, self.max_candidates))
-        for what, option, each, deeper, most in costs:
-            total = num_queries * each * deeper
-            if total > most:
-                asked, mend = f"{option} {each}", f"lower {option}"
-                if is_adaptive and option == "depth":
-                    asked, mend = f"an adaptive depth, each up to {each} in all,", "give a depth"
-                under = f" under a filter, {deeper} times as deep," if deeper > 1 else ""
-                raise ConfigError(
-                    f"{num_queries} queries with {asked}{under} are {total} {what}; expected "
-                    f"at most {most} in one request: {mend}, or send fewer queries at once"
-                )
+            each, times = sum(max(k, each) for each in depths), 1 if filtered is None else filtered.times
+            asked, mend = f"{option} {each}", f"lower {option}, or "
+            if is_adaptive and option == "depth":
+                asked, mend = f"an adaptive depth, each up to {each} in all,", "give a depth, or "
+            asked += f" under a filter, {times} times as deep," if times > 1 else ""
+            self._check(num_queries, each * times, asked, "candidates", self.max_candidates, mend)
+
+    def _check_exact(self, num_items: int, filtered: Filtered | None) -> None:
+        found = f"this gallery has {num_items} items"
+        if filtered is not None:
+            num_items, found = filtered.num_allowed, f"the filter lets {filtered.num_allowed} items through"
+        if num_items > self.max_exact_items:
+            raise ConfigError(
+                f"exact compares with every item, and {found}; expected at most {self.max_exact_items}: "
+                "use depth"
+            )
+
+    @staticmethod
+    def _check(num_queries: int, each: int, asked: str, what: str, most: int, mend: str) -> None:
+        if num_queries * each > most:
+            raise ConfigError(
+                f"{num_queries} queries with {asked} are {num_queries * each} {what}; expected at most "
+                f"{most} in one request: {mend}send fewer queries at once"
+            )
 
 
 class Slots:

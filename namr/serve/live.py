@@ -7,11 +7,12 @@ what is served goes on.
 """
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,10 +23,12 @@ from namr.search.answers import Answer, SearchOptions
 from namr.search.rerank import Stop
 from namr.search.searcher import Searcher
 from namr.serve.follower import Follower
-from namr.serve.limits import Limits, Slots
+from namr.serve.limits import Filtered, Limits, Slots
 from namr.serve.telemetry import Metrics
 
-Work = Callable[[Stop], list[Answer]]
+T = TypeVar("T")
+Admit = Callable[[int], None]
+Work = Callable[[Stop, Admit], list[Answer]]
 
 _log = logging.getLogger("namr.serve")
 
@@ -86,26 +89,41 @@ class Live:
     ) -> list[Answer]:
         """The answers of one request, when there is room and within its time; options: what `work` asks for.
 
-        Raises ConfigError for more than a request may ask for, Busy, TimedOut, and what the search raises.
+        `work` gets what to call between its steps, and what to call with how many items the filter lets
+        through: only then is known what such a search takes. Raises ConfigError for more than a request may
+        ask for, Busy, TimedOut, and what the search raises.
         """
-        own = searcher.manifest
-        plan = stages.plan_of(options, own)
-        self.limits.check_search(
+        plan, index = stages.plan_of(options, searcher.manifest), searcher.index
+        check = functools.partial(
+            self.limits.check_search,
             num_queries=num_queries,
-            k=options.k,
-            depth=plan.depth if stages.refines(searcher.index, plan.side) else plan.k,
-            times=1 if options.filter is None else first_stage.FEW_OF,
+            k=plan.k,
+            depth=plan.depth if stages.refines(index, plan.side) else plan.k,
             num_items=len(searcher.items),
-            exact=options.exact,
+            exact=plan.exact,
             is_adaptive=plan.is_adaptive,
         )
-        answers = await self._slots.run(work)
+
+        def admit(num_allowed: int) -> None:
+            are_few = stages.compares_all(plan, num_allowed)
+            times = first_stage.times_as_deep(num_allowed, index.num_vectors)
+            check(filtered=Filtered(num_allowed, are_few, times))
+
+        if options.filter is None:
+            check()
+        else:
+            self.limits.check_hits(num_queries=num_queries, k=plan.k)
+        answers = await self._slots.run(lambda stop: work(stop, admit))
         self.metrics.searched(
             side=answers[0].side,
             certainties=[answer.certainty for answer in answers],
             stages_ms=asdict(answers[0].timings),
         )
         return answers
+
+    async def in_line(self, work: Callable[[Stop], T]) -> T:
+        """What `work` returns, which waits for its turn as searches do. Raises Busy, TimedOut."""
+        return await self._slots.run(work)
 
     def _take(self, searcher: Searcher) -> None:
         manifest = searcher.manifest

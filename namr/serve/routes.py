@@ -4,6 +4,7 @@ The options of a search are those of `SearchOptions`, with this service's limits
 option or query has is refused.
 """
 
+import asyncio
 import dataclasses
 import difflib
 import inspect
@@ -19,13 +20,13 @@ from fastapi.responses import FileResponse
 
 from namr.data import images
 from namr.errors import ConfigError, ShapeError
-from namr.search import fields
+from namr.search import fields, filters
 from namr.search.answers import Answer, FieldList, Item, ReleaseInfo, SearchOptions
 from namr.search.items import Items
 from namr.search.rerank import Stop
 from namr.serve import telemetry
 from namr.serve.limits import MAX_DEPTH, MAX_K, MAX_QUERIES
-from namr.serve.live import Live
+from namr.serve.live import Admit, Live
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -97,7 +98,10 @@ def add_search(app: FastAPI, live: Live) -> None:
         """The items that look most like an uploaded picture."""
         searcher, data = live.searcher, await image.read()
         answers = await live.search(
-            searcher, options, 1, lambda stop: searcher.search(images=[data], options=options, stop=stop)
+            searcher,
+            options,
+            1,
+            lambda stop, admit: searcher.search(images=[data], options=options, stop=stop, admit=admit),
         )
         return answers[0]
 
@@ -106,10 +110,10 @@ def add_search(app: FastAPI, live: Live) -> None:
         """The items nearest to each of some vectors."""
         searcher = live.searcher
 
-        def work(stop: Stop) -> list[Answer]:
+        def work(stop: Stop, admit: Admit) -> list[Answer]:
             x = _rows("embeddings", query.embeddings)
             s = None if query.structures is None else _rows("structures", query.structures)
-            return searcher.search(embeddings=x, structures=s, options=query, stop=stop)
+            return searcher.search(embeddings=x, structures=s, options=query, stop=stop, admit=admit)
 
         answers = await live.search(searcher, query, len(query.embeddings), work)
         return Answers(answers)
@@ -126,7 +130,10 @@ def add_search(app: FastAPI, live: Live) -> None:
         if searcher.items.by_key(key) is None:
             raise HTTPException(404, f"no item of release {searcher.manifest.release_id} has the key {key!r}")
         answers = await live.search(
-            searcher, query, 1, lambda stop: searcher.search(keys=[key], options=query, stop=stop)
+            searcher,
+            query,
+            1,
+            lambda stop, admit: searcher.search(keys=[key], options=query, stop=stop, admit=admit),
         )
         return answers[0]
 
@@ -144,12 +151,23 @@ def add_items(app: FastAPI, live: Live) -> None:
         return described[items]
 
     @app.get("/items", tags=["items"])
-    def some_items(
+    async def some_items(
         num: Annotated[int, Query(ge=1, le=200, description="How many.")] = 24,
         seed: Annotated[int, Query(ge=0, description="Another seed draws other items.")] = 0,
+        filter: Annotated[
+            str | None, Query(description="Which items, as a search takes it, as JSON text. Default: all.")
+        ] = None,
     ) -> ItemList:
         """Items drawn at random."""
-        return ItemList(live.searcher.items.draw(num, seed=seed))
+        items, wanted = live.searcher.items, _filter_of(filter)
+        if wanted is None:
+            return ItemList(await asyncio.to_thread(items.draw, num, seed=seed))
+
+        def draw(_: Stop) -> list[Item]:
+            allowed = items.matching(filters.parse(wanted, items.kinds))
+            return items.draw(num, seed=seed, allowed=allowed)
+
+        return ItemList(await live.in_line(draw))  # to read all items takes as long as many a search
 
     @app.get("/items/{item_id}", tags=["items"], responses={404: {"description": "No such item."}})
     def one_item(item_id: int) -> Item:
@@ -227,12 +245,15 @@ def add_state(app: FastAPI, live: Live) -> None:
 
 def _of_form(**given: Any) -> Options:
     """The options among the fields of a form; its signature, below, is what FastAPI reads."""
-    if given["filter"] is not None:
-        try:
-            given["filter"] = json.loads(given["filter"])
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"filter is no JSON ({error}); expected {{...}} as text") from error
-    return Options(**given)
+    return Options(**{**given, "filter": _filter_of(given["filter"])})
+
+
+def _filter_of(text: str | None) -> Any:
+    """What JSON text asks for; None for all items."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"filter is no JSON ({error}); expected {{...}} as text") from error
 
 
 def _form_signature() -> inspect.Signature:

@@ -19,7 +19,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from namr.errors import NamrError, StorageError
@@ -56,26 +56,14 @@ def folder(prefix: str) -> Iterator[Path]:
         os.close(handle)
 
 
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> AbstractContextManager[Path]:
     """An empty file of a new, hidden name in the folder of `path`, gone afterwards unless it was renamed."""
-    temporary, handle = _held(lambda: _new_file(path.parent))
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(handle)
+    return _gone_afterwards(lambda: _new_file(path.parent))
 
 
-@contextmanager
-def folder_beside(path: Path) -> Iterator[Path]:
+def folder_beside(path: Path) -> AbstractContextManager[Path]:
     """`beside` for a folder."""
-    temporary, handle = _held(lambda: _new_folder(path.parent))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(handle)
+    return _gone_afterwards(lambda: _new_folder(path.parent))
 
 
 def sweep(folder: Path, *, below: bool = False) -> int:
@@ -151,6 +139,16 @@ def _new_folder(parent: Path) -> Path:
     return path
 
 
+@contextmanager
+def _gone_afterwards(make: Callable[[], Path]) -> Iterator[Path]:
+    path, handle = _held(make)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        os.close(handle)
+
+
 def _held(make: Callable[[], Path]) -> tuple[Path, int]:
     """A new file or folder and the handle that locks it. Where a sweep was quicker than the lock, again."""
     while True:
@@ -182,6 +180,13 @@ def _is_old(path: Path) -> bool:
         return False
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _remove_unless_held(path: Path) -> bool:
     try:
         handle = _opened(path)
@@ -191,10 +196,7 @@ def _remove_unless_held(path: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not is_at(path, handle):
             return False
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
     except OSError:
         return False  # held, so its process lives
     finally:

@@ -6,6 +6,7 @@ import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +112,31 @@ def test_what_can_not_be_written_or_read_fails_before_any_work(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"has no \.tar files"):
         pack(f"webdataset:{tmp_path / 'empty'}", tmp_path / "set")
     assert not (tmp_path / "set" / "current.json").exists()
+
+
+def test_images_are_put_in_order_once_and_counted_as_they_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_ordered = []
+    in_order = Offered.in_order
+
+    def watched(*of: Any, **how: Any) -> Any:
+        num_ordered.append(1)
+        return in_order(*of, **how)
+
+    monkeypatch.setattr(Offered, "in_order", watched)
+    monkeypatch.setattr(ray_connection, "connect", lambda: None)
+    monkeypatch.setattr(ray_connection, "total_cpus", lambda: 1)
+    monkeypatch.setattr(ray_connection, "map_tasks", lambda run, plans: enumerate(map(run, plans)))
+    source = folder_of(tmp_path / "in", *(f"cat/{n}.png" for n in range(6)))
+    (source / "cat" / "x.jpg").write_bytes(b"no image")
+    report = pack(source, tmp_path / "set", shard_bytes=6000, max_bad_fraction=0.5)
+    assert (report.num_packed, report.num_refused, report.num_new_shards > 1) == (6, 1, True)
+    assert num_ordered == [1]
+    assert "packing images: 7 of 7 (1 images refused)" in capsys.readouterr().err
+    tar_of(tmp_path / "tars" / "0.tar", ("a.png", picture(0)), ("b.png", picture(1)))
+    assert pack(f"webdataset:{tmp_path / 'tars'}", tmp_path / "foreign").num_packed == 2
+    assert "indexing shards: 1 of 1" in capsys.readouterr().err
 
 
 @pytest.mark.ray

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
@@ -146,6 +146,148 @@ def test_controls_change_the_answer(page: Page, searcher: Searcher) -> None:
     expect(page.locator("#adaptive-badge")).to_have_text("proved")
     answer = searcher.search(keys=["digit/33"], options=SearchOptions(k=5, side="query", exact=True))[0]
     expect(page.locator("#adaptive .key")).to_have_text([hit.key for hit in answer.hits])
+
+
+def hash_of(page: Page) -> dict[str, str]:
+    """What the address says, its item left out."""
+    return {
+        name: value
+        for name, value in page.evaluate("[...new URLSearchParams(location.hash.slice(1))]")
+        if name != "id"
+    }
+
+
+def expect_controls(page: Page, **wanted: str | bool) -> None:
+    """k, side and depth as text; deepen and exact as flags; those not named as the release has them."""
+    usual: dict[str, str | bool] = {"k": "12", "side": "both", "depth": "50", "deepen": False, "exact": False}
+    for name, value in (usual | wanted).items():
+        shown = page.locator(f"#{name}")
+        if isinstance(value, str):
+            expect(shown).to_have_value(value)
+        else:
+            expect(shown).to_be_checked(checked=value)
+    shown = page.evaluate("['deepen', 'depth'].map((id) => document.getElementById(id).disabled)")
+    exact, deepen = wanted.get("exact", False), wanted.get("deepen", False)
+    assert shown == [exact, bool(exact or deepen)]
+
+
+def test_a_link_shows_the_answer_that_it_was_made_of_and_going_back_the_one_before(
+    page: Page, browser: Browser, searcher: Searcher
+) -> None:
+    page.goto(f"{page.url}#id={searcher.items.by_key('digit/33').id}")
+    expect(page.locator("#plain .card")).to_have_count(12)
+    assert hash_of(page) == {}
+    made: list[tuple[dict[str, str], dict[str, str | bool], SearchOptions]] = [
+        ({"k": "5"}, {"k": "5"}, SearchOptions(k=5, depth=50)),
+        (
+            {"k": "5", "side": "query"},
+            {"k": "5", "side": "query"},
+            SearchOptions(k=5, depth=50, side="query"),
+        ),
+        (
+            {"k": "5", "side": "query", "depth": "7"},
+            {"k": "5", "side": "query", "depth": "7"},
+            SearchOptions(k=5, depth=7, side="query"),
+        ),
+        (
+            {"k": "5", "side": "query", "depth": "adaptive"},
+            {"k": "5", "side": "query", "deepen": True},
+            SearchOptions(k=5, depth="adaptive", side="query"),
+        ),
+        (
+            {"k": "5", "side": "query", "depth": "adaptive", "exact": "true"},
+            {"k": "5", "side": "query", "deepen": True, "exact": True},
+            SearchOptions(k=5, exact=True, side="query"),
+        ),
+    ]
+
+    def expect_answer(of: Page, options: SearchOptions) -> None:
+        (answer,) = searcher.search(keys=["digit/33"], options=options)
+        expect(of.locator("#adaptive .key")).to_have_text([hit.key for hit in answer.hits])
+        expect(of.locator("#adaptive-badge")).to_have_attribute(
+            "title", re.compile(f"Nearest of {answer.depth} candidates")
+        )
+
+    changes = [
+        lambda: (page.locator("#k").fill("5"), page.locator("#k").press("Enter")),
+        lambda: page.locator("#side").select_option("query"),
+        lambda: (page.locator("#depth").fill("7"), page.locator("#depth").press("Enter")),
+        lambda: page.locator("#deepen").check(),
+        lambda: page.locator("#exact").check(),
+    ]
+    for change, (said, controls, options) in zip(changes, made, strict=True):
+        change()
+        expect_answer(page, options)
+        assert hash_of(page) == said
+        context = browser.new_context()
+        receiver = context.new_page()
+        receiver.goto(page.url)
+        expect_answer(receiver, options)
+        expect_controls(receiver, **controls)
+        context.close()
+    for said, controls, options in reversed(made[:-1]):
+        page.go_back()
+        expect_answer(page, options)
+        assert hash_of(page) == said
+        expect_controls(page, **controls)
+    page.go_back()
+    expect_answer(page, SearchOptions(k=12, depth=50))
+    expect_controls(page)
+    page.go_forward()
+    expect_answer(page, made[0][2])
+    page.locator("#plain .card").first.click()
+    expect(page.locator("#about")).not_to_contain_text("digit/33")
+    assert hash_of(page) == {"k": "5"}
+    page.locator("#k").fill("12")
+    page.locator("#k").press("Enter")
+    expect(page.locator("#plain .card")).to_have_count(12)
+    assert hash_of(page) == {}
+
+
+def test_settings_of_an_address_that_can_not_be_are_said_and_left_out(page: Page, searcher: Searcher) -> None:
+    problem, url = page.locator("#controls-problem"), page.url
+    item = searcher.items.by_key("digit/33").id
+    wrong = {"k": "0", "side": "none", "depth": "-3", "exact": "perhaps"}
+    for name, value in wrong.items():
+        page.goto(f"{url}#id={item}&{name}={value}")
+        expect(problem).to_have_text(
+            f"This address asks for {name} “{value}”, which can't be: it is left at its default."
+        )
+        expect(page.locator("#plain .card")).to_have_count(12)
+        expect_controls(page)
+    page.goto(f"{url}#id={item}&k=1e1&side=query&depth=10001&exact={'<b>' * 30}")
+    expect(problem).to_contain_text("asks for k “1e1”, depth “10001”, exact “<b><b><b>")
+    expect(problem).to_contain_text("they are left at their defaults")
+    expect_controls(page, side="query")
+    page.locator("#k").fill("5")
+    page.locator("#k").press("Enter")
+    expect(problem).to_be_hidden()
+    expect(page.locator("#plain .card")).to_have_count(5)
+    assert hash_of(page) == {"k": "5", "side": "query"}
+    page.goto(f"{url}#id={item}&k=007&side=both&exact=false&depth=50")
+    expect(problem).to_be_hidden()
+    expect(page.locator("#plain .card")).to_have_count(7)
+    expect_controls(page, k="7")
+
+
+def test_what_is_a_default_of_the_release_that_came_meanwhile_is_left_out_and_nothing_else(
+    page: Page, url: str
+) -> None:
+    def of_the_next(route: Route) -> None:
+        reply = route.fetch()
+        body = {**reply.json(), "release_id": "next"}
+        route.fulfill(response=reply, json={**body, "depth": 70} if route.request.method == "GET" else body)
+
+    page.route(re.compile(f"^{re.escape(url)}/(release|search/key)$"), of_the_next)
+    page.locator("#items .card").first.click()
+    expect(page.locator("#release")).to_contain_text("next")
+    expect(page.locator("#plain .card")).to_have_count(12)
+    assert hash_of(page) == {"depth": "50"}  # which the answer was made with
+    expect_controls(page)
+    page.locator("#depth").fill("70")
+    page.locator("#depth").press("Enter")
+    expect(page.locator("#adaptive-badge")).to_have_attribute("title", re.compile("Nearest of 70 cand"))
+    assert hash_of(page) == {}
 
 
 def test_everything_is_reached_by_keyboard(page: Page) -> None:

@@ -216,6 +216,47 @@ def test_a_filter_that_lets_few_or_nothing_through_says_so(page: Page, searcher:
     expect(page.locator("#filter-note")).to_be_hidden()
 
 
+def expect_gallery(page: Page, rows: set[int], *, num: int) -> None:
+    """So many items are shown to begin with, all of these rows."""
+    expect(page.locator("#items .card")).to_have_count(num)
+    shown = page.locator("#items .key").all_text_contents()
+    assert {int(key.removeprefix("digit/")) for key in shown} <= rows
+
+
+def test_the_gallery_shows_what_passes_the_filter(page: Page, searcher: Searcher, url: str) -> None:
+    everything = {item.fields["row"] for item in searcher.items}
+    expect_gallery(page, everything, num=20)
+    add(page, "row")
+    page.locator("#max").fill("3")
+    page.keyboard.press("Enter")
+    expect_gallery(page, set(range(4)), num=4)
+    page.locator("#others").click()
+    expect_gallery(page, set(range(4)), num=4)
+    page.go_back()
+    expect_gallery(page, everything, num=20)
+    page.goto(address(url, searcher, {"row": {"max": 45}, "sold": True}))
+    page.reload()
+    expect_gallery(page, set(range(0, 46, 2)), num=20)
+    page.goto(address(url, searcher, {"row": -1}))
+    expect(page.locator("#items")).to_have_text("No image of the gallery passes this filter.")
+    page.goto(f"{url}/#filter={urllib.parse.quote(json.dumps({'brnd': 'acme'}))}")
+    expect(page.locator("#filter-problem")).to_contain_text("perhaps you meant 'brand'")
+    expect(page.locator("#items")).to_have_text("")
+    expect(page.locator("#problem")).to_be_hidden()
+    page.get_by_role("button", name="Remove the filter brnd").click()
+    expect_gallery(page, everything, num=20)
+
+
+def test_of_two_draws_the_one_that_began_last_is_shown(page: Page, searcher: Searcher, url: str) -> None:
+    late = re.compile(r"/items\?.*filter=")
+    page.route(late, lambda _: None)  # never answered
+    with page.expect_request(late):
+        page.goto(address(url, searcher, {"row": {"max": 3}}))
+    with page.expect_event("requestfailed", lambda request: bool(late.search(request.url)), timeout=5000):
+        page.go_back()
+    expect_gallery(page, {item.fields["row"] for item in searcher.items}, num=20)
+
+
 def test_the_filter_is_made_and_removed_by_keyboard(page: Page, searcher: Searcher) -> None:
     focused = "document.activeElement.id || document.activeElement.ariaLabel"
     page.locator("#exact").focus()

@@ -11,12 +11,13 @@ from namr.data.shards import make_id
 from namr.errors import ManifestError
 from namr.nightly import truth
 from namr.nightly.truth import Truth
-from namr.search import queries, rerank
+from namr.search import queries
 from namr.search.queries import Queries
 from namr.search.searcher import Searcher
 from namr.sides import SIDES
 from namr.store.cache import Cache
 from tests import small_release
+from tests.search.test_exact import K, by_itself
 from tests.small_release import Recipe
 
 RECIPE = Recipe(
@@ -27,7 +28,6 @@ RECIPE = Recipe(
     num_vector_files=2,
 )
 SHARES = (0.5, 0.1)
-K = 5
 
 
 def opened(root: Path, recipe: Recipe = RECIPE, **more: str) -> tuple[Searcher, Cache]:
@@ -56,16 +56,8 @@ def test_every_side_is_the_exact_search_of_it(release: tuple[Searcher, Cache]) -
     found = truth.neighbours(searcher, asked, k=K)
     assert found.of_shares == []
     for side in SIDES:
-        one = rerank.nearest_exact(
-            asked.x,
-            asked.s,
-            searcher.vectors,
-            k=K,
-            side=side,
-            hidden=searcher.hidden,
-            own_ids=asked.own_ids,
-        )
-        np.testing.assert_array_equal(found.of_all.of(side), one.ids)
+        one = by_itself(asked, side, searcher.vectors, hidden=searcher.hidden)
+        np.testing.assert_array_equal(found.of_all.of(side), one)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -77,17 +69,8 @@ def test_a_share_is_searched_as_if_nothing_else_were_there(
     ids = np.array([item.id for item in searcher.items], np.int64)
     allowed = ids[truth.is_in_share(ids, share)]
     assert 0 < len(allowed) < 0.75 * len(ids)
-    one = rerank.nearest_exact(
-        asked.x,
-        None,
-        searcher.vectors,
-        k=K,
-        side="none",
-        hidden=searcher.hidden,
-        own_ids=asked.own_ids,
-        allowed=allowed,
-    )
-    np.testing.assert_array_equal(found.of("none"), one.ids)
+    one = by_itself(asked, "none", searcher.vectors, hidden=searcher.hidden, allowed=allowed)
+    np.testing.assert_array_equal(found.of("none"), one)
 
 
 def test_shares_are_asked_by_few_queries_from_first_to_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +98,7 @@ def test_neither_the_number_of_tasks_nor_of_rows_at_once_changes_anything(
     alone = truth.neighbours(searcher, asked, k=K, shares=SHARES, cache=cache)
     ranges: list[tuple[int, int, int]] = []
 
-    def run_here(function, tasks):
+    def run_here(function, tasks, **_):
         for at, task in enumerate(tasks):
             ranges.append((task.file, task.start, len(task.ids)))
             yield at, function(task)
@@ -139,7 +122,7 @@ def test_a_file_that_was_damaged_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     data[-1] ^= 1
     path.write_bytes(data)
     monkeypatch.setattr(ray_connection, "connect", lambda: None)
-    monkeypatch.setattr(ray_connection, "map_tasks", lambda run, tasks: enumerate(map(run, tasks)))
+    monkeypatch.setattr(ray_connection, "map_tasks", lambda run, tasks, **_: enumerate(map(run, tasks)))
     monkeypatch.setattr(truth, "_ROWS_PER_TASK", 20)
     with pytest.raises(ManifestError, match="is damaged"):
         truth.neighbours(searcher, asked, k=K, cache=cache)

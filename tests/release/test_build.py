@@ -121,6 +121,27 @@ def test_files_of_items_are_whole_shards_and_few_and_know_their_rows(
     assert {task.num_rows for task in tasks} == {595}
 
 
+def test_what_a_gpu_trained_lies_in_a_folder_of_its_own(
+    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build on processors that goes on with it would not be the same again."""
+    named: list[str] = []
+
+    def note(*_: object, work_uri: str, **__: object) -> None:
+        named.append(work_uri)
+        raise InterruptedError
+
+    monkeypatch.setattr(build.ray_connection, "connect", lambda: None)
+    monkeypatch.setattr(build.ray_connection, "total_gpus", lambda: 1)
+    monkeypatch.setattr(build.templates, "train", note)
+    for use_gpu in (False, True, False, True):
+        with pytest.raises(InterruptedError):
+            built(gallery, tmp_path, index_key="IVF8,Flat", use_gpu=use_gpu)
+    on_processors, on_gpus, *again = named
+    assert again == [on_processors, on_gpus]
+    assert on_processors != on_gpus
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import torch
 
 from namr.errors import ManifestError, ShapeError
 from namr.search import exact, rerank
-from namr.search.exact import Exact
+from namr.search.exact import Exact, Ids
 from namr.search.queries import Queries
-from namr.sides import SIDES
+from namr.search.vectors import GalleryVectors
+from namr.sides import SIDES, Side
 from tests.search.test_rerank import Gallery, brute, store
 
 NOTHING = np.empty(0, np.int64)
@@ -45,6 +46,14 @@ def search(
     return one.found()
 
 
+def by_itself(asked: Queries, side: Side, vectors: GalleryVectors, *, hidden: Ids, allowed=None) -> Ids:
+    """(Q, K) what an exact search by this side alone finds, in float64."""
+    x, s, own_ids = asked
+    return rerank.nearest_exact(
+        x, s, vectors, k=K, side=side, hidden=hidden, own_ids=own_ids, allowed=allowed
+    ).ids
+
+
 def truth(gallery: Gallery, *, k: int = K, hidden=()) -> Exact:
     """By loops; ties of float32 by id."""
     ids, squared = [], []
@@ -76,18 +85,8 @@ def test_every_side_is_brute_force(
 def test_it_finds_what_one_side_after_the_other_finds_in_float64(gallery: Gallery) -> None:
     asked, found = asked_of(gallery), search(gallery, hidden=gallery.ids[HIDDEN])
     for side in SIDES:
-        one = rerank.nearest_exact(
-            asked.x,
-            asked.s,
-            gallery.vectors,
-            k=K,
-            side=side,
-            hidden=gallery.ids[HIDDEN],
-            own_ids=asked.own_ids,
-        )
-        np.testing.assert_array_equal(
-            np.sort(found.of(side)), np.sort(one.ids)
-        )  # copies are 0 away, or 1e-16
+        one = by_itself(asked, side, gallery.vectors, hidden=gallery.ids[HIDDEN])
+        np.testing.assert_array_equal(np.sort(found.of(side)), np.sort(one))  # copies are 0 away, or 1e-16
 
 
 def test_bounds_change_nothing_but_the_work(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,18 @@ def test_items_are_drawn_by_seed() -> None:
     assert {item.id for item in of.draw(500, seed=0)} == set(range(100))
 
 
+def test_items_are_drawn_of_those_that_are_allowed() -> None:
+    of = in_files(table(np.arange(100)), cut=70)
+    allowed = np.array([3, 8, 69, 70, 99])
+    few = of.draw(3, seed=1, allowed=allowed)
+    assert len({item.id for item in few} & set(allowed.tolist())) == 3
+    assert few == of.draw(3, seed=1, allowed=allowed)
+    drawn = [[item.id for item in of.draw(50, seed=seed, allowed=allowed)] for seed in range(5)]
+    assert all(sorted(ids) == allowed.tolist() for ids in drawn)
+    assert len({tuple(ids) for ids in drawn}) > 1  # in random order
+    assert of.draw(5, seed=0, allowed=allowed[:0]) == []
+
+
 @pytest.mark.parametrize("cut", [0, 37, 70])
 def test_rows_are_taken_in_blocks_over_all_files(cut: int) -> None:
     of = in_files(table(np.arange(100)), cut=cut)

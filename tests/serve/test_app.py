@@ -19,7 +19,7 @@ from PIL import Image
 from namr.data import datasets
 from namr.data.shards import make_id
 from namr.errors import Busy, TimedOut
-from namr.search import fields
+from namr.search import fields, stages
 from namr.search.answers import Answer, SearchOptions
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
@@ -99,6 +99,19 @@ def test_a_filter_is_taken_as_json_and_as_text_of_a_form(http: httpx.Client) -> 
     assert (none.status_code, none.json()["hits"]) == (200, [])
 
 
+def test_items_are_drawn_of_those_that_a_filter_lets_through(http: httpx.Client) -> None:
+    def drawn(**asked: object) -> list[int]:
+        given = {"num": 30, "filter": json.dumps({"row": {"min": 10, "max": 49}}), **asked}
+        items = http.get("/items", params=given).json()["items"]
+        return [item["fields"]["row"] for item in items]
+
+    assert len(set(drawn())) == 30
+    assert set(drawn(num=200)) == set(range(10, 50))
+    assert drawn(seed=1) == drawn(seed=1) != drawn(seed=2)
+    assert drawn(filter=json.dumps({"row": -1})) == []
+    assert len(drawn(filter="null")) == 30  # as a search takes it: all
+
+
 def test_what_a_filter_can_name_is_told(http: httpx.Client, searcher: Searcher) -> None:
     body = http.get("/fields").json()
     assert body["num_items"] == len(searcher.items) == 80
@@ -123,12 +136,18 @@ def test_what_is_no_filter_is_the_callers_to_mend(http: httpx.Client, wanted: ob
     for reply in (
         http.post("/search/key", json={"key": "digit/17", "filter": wanted}),
         upload(http, small_release.digit(17), filter=json.dumps(wanted)),
+        http.get("/items", params={"filter": json.dumps(wanted)}),
     ):
         status, kind, said = error_of(reply)
         assert (status, kind) == (422, "ConfigError")
         assert message in said
-    assert "filter is no JSON" in error_of(upload(http, small_release.digit(17), filter="{row: 1}"))[2]
+    for reply in (
+        upload(http, small_release.digit(17), filter="{row: 1}"),
+        http.get("/items", params={"filter": "{row: 1}"}),
+    ):
+        assert "filter is no JSON" in error_of(reply)[2]
     assert "filter: " in error_of(http.post("/search/key", json={"key": "digit/17", "filter": [1]}))[2]
+    assert "filter is [1]; expected" in error_of(http.get("/items", params={"filter": "[1]"}))[2]
 
 
 def test_a_key_is_searched_without_itself(http: httpx.Client) -> None:
@@ -347,15 +366,51 @@ def test_what_takes_too_much_is_refused_with_what_to_lower(searcher: Searcher) -
                 "5 queries with an adaptive depth, each up to 1550 in all, are 7750 candidates; expected at "
                 "most 99 in one request: give a depth, or send fewer queries at once",
             ),
-            ({"depth": 19, "filter": {}}, "5 queries with depth 19 under a filter, 4 times as deep, are 380"),
             ({"k": 5, "side": "none"}, "5 queries with k 5 are 25 hits; expected at most 20"),
             ({"exact": True}, "80 items; expected at most 79"),
         ):
             status, kind, said = error_of(httpx.post(f"{url}/search/vector", json={**body, **more}))
             assert (status, kind) == (422, "ConfigError")
             assert message in said
-        for more in ({"depth": 19}, {"side": "none"}):
+        few = {"row": {"min": 0, "max": 78}}  # each query is compared with these, whatever is asked for
+        for more in (
+            {"depth": 19},
+            {"side": "none"},
+            {"depth": 1000, "filter": few},
+            {"depth": "adaptive", "filter": few},
+            {"exact": True, "filter": few},
+        ):
             assert httpx.post(f"{url}/search/vector", json={**body, **more}).status_code == 200
+        status, kind, said = error_of(
+            httpx.post(f"{url}/search/vector", json={**body, "exact": True, "filter": {}})
+        )
+        assert (status, kind) == (422, "ConfigError")
+        assert "the filter lets 80 items through; expected at most 79" in said
+    with limited(searcher, max_candidates=49) as url:
+        reply = httpx.post(f"{url}/search/vector", json={**body, "depth": 1, "filter": few})
+        assert "5 queries with 79 items each, which the filter lets through, 8 for" in error_of(reply)[2]
+
+
+@pytest.mark.parametrize(("num_allowed", "times"), [(20, 1), (21, 4)])
+def test_where_a_filter_lets_many_through_what_the_index_is_asked_for_counts(
+    searcher: Searcher, num_allowed: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    search = searcher.index.search
+
+    def counted(q: np.ndarray, num: int, *more: Any, **named: Any) -> Any:
+        asked.append(len(q) * num)
+        return search(q, num, *more, **named)
+
+    monkeypatch.setattr(stages, "_FEW_ALLOWED", 0)
+    monkeypatch.setattr(searcher.index, "search", counted)
+    x, s = searcher.embed([small_release.digit(number) for number in range(5)])
+    body = {"embeddings": x.tolist(), "structures": s.tolist(), "k": 3, "depth": 5}
+    body["filter"] = {"row": {"max": num_allowed - 1}}
+    for most, status in ((25 * times, 200), (25 * times - 1, 422)):
+        with limited(searcher, max_candidates=most) as url:
+            assert httpx.post(f"{url}/search/vector", json=body).status_code == status
+    assert asked[0] == 25 * times
 
 
 class HeldSearcher:
@@ -396,6 +451,7 @@ def test_when_no_more_may_wait_searches_are_shed_and_the_rest_goes_on(
             assert upload(client, small_release.digit(1)).status_code == 429
             large = client.post("/search/vector", json={"embeddings": [[1 / 3] * 16] * 256})
             assert error_of(large)[:2] == (429, "Busy")  # and not parsed, for its side needs structures
+            assert error_of(client.get("/items", params={"filter": "{}"}))[:2] == (429, "Busy")
             with Client(url) as impatient, pytest.raises(Busy, match=r"no more may wait; ask again in \d+ s"):
                 impatient.search_key("digit/1")
             for path in ("/health", "/items", f"/items/{make_id(0, 1)}/image", "/release", "/"):
@@ -404,7 +460,7 @@ def test_when_no_more_may_wait_searches_are_shed_and_the_rest_goes_on(
             held.let_go.set()
         assert {each.result().status_code for each in waiting} == {200}
         assert ask().status_code == client.get("/ready").status_code == 200
-        assert metric(client, 'namr_refused_total{kind="Busy"}') == 4
+        assert metric(client, 'namr_refused_total{kind="Busy"}') == 5
 
 
 def test_a_search_that_is_not_done_in_time_is_stopped_and_the_next_is_answered(

@@ -82,6 +82,17 @@ def test_filters_are_sent_with_every_way_of_searching(client: Client) -> None:
         client.search_key("digit/3", SearchOptions(filter={"raw": 1}))
 
 
+def test_items_are_drawn_of_all_or_of_those_that_a_filter_lets_through(
+    client: Client, searcher: Searcher
+) -> None:
+    assert client.items(7, seed=3) == searcher.items.draw(7, seed=3)
+    assert len(client.items()) == 24
+    drawn = client.items(100, filter={"row": {"max": 2}, "label": {"in": ["0", "1"]}})
+    assert {item.key for item in drawn} == {"digit/0", "digit/1"}
+    with pytest.raises(ConfigError, match="perhaps you meant 'row'"):
+        client.items(filter={"raw": 1})
+
+
 def test_items_pictures_and_the_release(client: Client) -> None:
     item = client.item(make_id(1, 1))
     assert (item.key, item.label, item.fields) == ("digit/41", "4", {"row": 41})

@@ -3,12 +3,17 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from namr.errors import Busy, ConfigError, TimedOut
 from namr.search.rerank import Stop
-from namr.serve.limits import Limits, Slots
+from namr.serve.limits import Filtered, Limits, Slots
+
+MANY = Filtered(600_000, are_few=False, times=4)
+SOME = Filtered(20_000, are_few=False, times=1)
+FEW = Filtered(8192, are_few=True, times=1)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +53,31 @@ def test_limits_that_are_wrong_are_named(wrong: dict[str, float]) -> None:
             "most 262144 in one request: give a depth",
         ),
         (
-            {"num_queries": 256, "depth": 1000, "times": 4},
+            {"num_queries": 256, "depth": 1000, "filtered": MANY},
             "256 queries with depth 1000 under a filter, 4 times as deep, are 1024000 candidates; expected",
         ),
+        (
+            {"num_queries": 90, "is_adaptive": True, "filtered": SOME},
+            "90 queries with an adaptive depth, each up to 3100 in all, are 279000 candidates; expected",
+        ),
+        (
+            {"num_queries": 256, "filtered": Filtered(8200, are_few=True, times=1)},
+            "256 queries with 8200 items each, which the filter lets through, 8 for a candidate, are 262400 "
+            "candidates; expected at most 262144 in one request: send fewer queries at once",
+        ),
         ({"exact": True, "num_items": 200_001}, "this gallery has 200001 items; expected at most 200000"),
+        (
+            {"exact": True, "num_items": 10**9, "filtered": Filtered(200_001, are_few=True, times=1)},
+            "exact compares with every item, and the filter lets 200001 items through; expected at most",
+        ),
+        (
+            {"num_queries": 256, "k": 200, "filtered": FEW},
+            "256 queries with k 200 are 51200 hits; expected at most 25600 in one request: lower k",
+        ),
     ],
 )
 def test_a_search_that_would_take_too_much_is_told_what_to_lower(
-    search: dict[str, int], message: str
+    search: dict[str, Any], message: str
 ) -> None:
     usual = {"num_queries": 1, "k": 10, "depth": 100, "num_items": 1000, "exact": False}
     Limits().check_search(**usual)
@@ -68,6 +90,16 @@ def test_the_largest_search_of_one_query_is_allowed() -> None:
     Limits().check_search(num_queries=1, k=1000, depth=10_000, num_items=10**9, exact=False)
     Limits().check_search(num_queries=256, k=100, depth=1000, num_items=200_000, exact=True)
     Limits().check_search(num_queries=84, k=10, depth=100, num_items=10**9, exact=False, is_adaptive=True)
+
+
+def test_under_a_filter_what_is_compared_counts_and_not_what_was_asked_for() -> None:
+    """What a filter lets through may be little of a gallery too large for exact, or less than the depth."""
+    usual = {"num_queries": 256, "k": 10, "num_items": 10**6}
+    Limits().check_search(**usual, depth=100, exact=True, filtered=Filtered(200_000, are_few=True, times=4))
+    Limits().check_search(**usual, depth=10_000, exact=False, filtered=FEW)
+    Limits().check_search(**usual, depth=10_000, exact=False, is_adaptive=True, filtered=FEW)
+    Limits().check_search(**usual, depth=1000, exact=False, filtered=SOME)
+    Limits().check_search(**usual, depth=250, exact=False, filtered=MANY)
 
 
 class Held:

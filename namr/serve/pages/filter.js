@@ -1,7 +1,7 @@
 // The filter of a search: chips of what is set, and a form for the condition of one field. A condition is kept
 // as the service wants it, {"in": [...]} or {"min": ..., "max": ...} by field; links may hold a bare value too.
 
-import { at, element } from "./page.js";
+import { at, element, say } from "./page.js";
 
 const FEW_NUMBERS = 20; // of which a person picks some; of more, a range
 
@@ -74,14 +74,12 @@ export function readFilter(text) {
 
 // What is wrong with the filter, null for nothing.
 export function complain(message) {
-  at("filter-problem").textContent = message ?? "";
-  at("filter-problem").hidden = message === null;
+  say("filter-problem", message);
 }
 
-// What the last search told of the filter.
+// What the last search told of the filter, null for nothing.
 export function noteOnFilter(message) {
-  at("filter-note").textContent = message;
-  at("filter-note").hidden = message === "";
+  say("filter-note", message);
 }
 
 const shown = (value) => (value === null ? "no value" : value === "" ? "(empty)" : String(value));
@@ -135,7 +133,7 @@ function showChips() {
 function take(others) {
   conditions = others;
   complain(null);
-  noteOnFilter("");
+  noteOnFilter(null);
   showChips();
   close();
   changed();

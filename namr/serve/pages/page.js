@@ -31,3 +31,9 @@ export function element(tag, className, text) {
   if (text !== undefined) made.textContent = text;
   return made;
 }
+
+// Shows a line of words, null for none.
+export function say(id, words) {
+  at(id).textContent = words ?? "";
+  at(id).hidden = words === null;
+}

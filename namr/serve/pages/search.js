@@ -1,7 +1,8 @@
 // The search page: a query, its plain and its adaptive answer, and the gallery to begin with.
 
+import { listenToControls, options, readControls, settingsOfAddress, takeDefaults } from "./controls.js";
 import { complain, filterText, listenToFilter, noteOnFilter, offerFields, readFilter } from "./filter.js";
-import { ServiceError, ask, at, element } from "./page.js";
+import { ServiceError, ask, at, element, say } from "./page.js";
 
 const THUMBNAIL_PX = 320;
 const NUM_GALLERY = 20;
@@ -10,6 +11,8 @@ let release = null;
 let query = null; // {key, id, label} of an item, or {file} of an upload
 let running = null; // the AbortController of the search under way, its item's look-up included
 let gallerySeed = Math.floor(Math.random() * 1e9);
+let galleryFilter; // of the items that were asked for last, undefined before
+let drawing = null; // the AbortController of the items on their way
 
 const imageOf = (id) => `/items/${id}/image?size_px=${THUMBNAIL_PX}&release=${encodeURIComponent(release.release_id)}`;
 
@@ -105,15 +108,6 @@ function showAnswer(name, answer, rankBefore) {
     `re-ranking ${times.rerank_ms.toFixed(1)} ms`;
 }
 
-function options(side) {
-  const exact = at("exact").checked;
-  const chosen = { k: at("k").valueAsNumber, side, exact };
-  if (exact) return chosen;
-  if (at("deepen").checked) chosen.depth = "adaptive";
-  else if (side !== "none") chosen.depth = at("depth").valueAsNumber;
-  return chosen;
-}
-
 function oneSearch(side, signal) {
   if (query.file) {
     const form = new FormData();
@@ -147,17 +141,20 @@ async function search() {
       oneSearch(at("side").value, signal),
     ]);
     if (signal.aborted) return;
-    at("problem").hidden = true;
-    if (plain.release_id !== release.release_id) await showRelease();
+    say("problem", null);
+    if (plain.release_id !== release.release_id) {
+      await showRelease();
+      remember({ isNew: false }); // what is a default may be another
+      if (signal.aborted) return;
+    }
     showAnswer("plain", plain);
     showAnswer("adaptive", adaptive, new Map(plain.hits.map((hit, index) => [hit.id, index + 1])));
     at("results").hidden = false;
     noteOnFilter(passed(plain));
   } catch (error) {
     if (error.name === "AbortError") return;
-    if (error.message.startsWith("filter")) complain(error.message);
-    else showProblem(error);
-    noteOnFilter("");
+    showProblem(error);
+    noteOnFilter(null);
     at("results").hidden = true;
   } finally {
     if (!signal.aborted) at("results").classList.remove("waiting");
@@ -166,15 +163,14 @@ async function search() {
 
 // How many images pass the filter, where the answer shows it: it has all of them.
 function passed({ hits, certainty }) {
-  if (!filterText() || certainty !== "proved" || hits.length >= at("k").valueAsNumber) return "";
+  if (!filterText() || certainty !== "proved" || hits.length >= at("k").valueAsNumber) return null;
   const images = `${query.key === undefined ? "" : "other "}image${hits.length === 1 ? "" : "s"}`;
   return hits.length ? `${hits.length} ${images} pass this filter.` : `No ${images} pass this filter.`;
 }
 
 function showProblem(error) {
-  at("problem").textContent =
-    error instanceof ServiceError ? error.message : `The page has a fault: ${error.message}`;
-  at("problem").hidden = false;
+  if (error.message.startsWith("filter")) complain(error.message);
+  else say("problem", error instanceof ServiceError ? error.message : `The page has a fault: ${error.message}`);
 }
 
 function showQuery(source, words, detail) {
@@ -210,19 +206,21 @@ function searchByItem(item, { isNew = true } = {}) {
   search();
 }
 
-// Query and filter go into the address, so that they are shared by link and found again by going back.
-function remember() {
-  const parts = [
-    ["id", query?.id],
-    ["filter", filterText()],
-  ].filter(([, value]) => value !== undefined && value !== null);
+// Query, filter and controls go into the address, so that they are shared by link and found again by going back.
+function remember({ isNew = true } = {}) {
+  const parts = [["id", query?.id], ["filter", filterText()], ...settingsOfAddress()].filter(
+    ([, value]) => value !== undefined && value !== null,
+  );
   const hash = parts.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
-  history.pushState(null, "", location.pathname + (hash && `#${hash}`));
+  const address = location.pathname + (hash && `#${hash}`);
+  if (!isNew) history.replaceState(null, "", address);
+  else if (address !== location.pathname + location.hash) history.pushState(null, "", address);
 }
 
 async function searchByAddress() {
   const address = new URLSearchParams(location.hash.slice(1));
-  const isOther = readFilter(address.get("filter"));
+  const isOther = [readFilter(address.get("filter")), readControls(address)].some(Boolean);
+  if (filterText() !== galleryFilter) showGallery();
   const id = address.get("id");
   if (!/^\d+$/.test(id ?? "")) {
     if (isOther) search();
@@ -238,6 +236,7 @@ async function searchByAddress() {
 async function showRelease() {
   const [served, described] = await Promise.all([ask("/release"), ask("/fields")]);
   release = served;
+  takeDefaults(release);
   offerFields(described.fields, described.num_items === release.num_items);
   const facts = [
     ["release", release.release_id],
@@ -256,10 +255,23 @@ async function showRelease() {
 }
 
 async function showGallery() {
-  const { items } = await ask(`/items?num=${NUM_GALLERY}&seed=${gallerySeed}`);
-  at("items").replaceChildren(
-    ...(items.length ? items.map((item) => card(item)) : [element("li", "empty", "The gallery is empty.")]),
-  );
+  drawing?.abort();
+  drawing = new AbortController();
+  const { signal } = drawing;
+  galleryFilter = filterText();
+  const asked = new URLSearchParams({ num: NUM_GALLERY, seed: gallerySeed });
+  if (galleryFilter) asked.set("filter", galleryFilter);
+  try {
+    const { items } = await ask(`/items?${asked}`, { signal });
+    const none = asked.has("filter") ? "No image of the gallery passes this filter." : "The gallery is empty.";
+    at("items").replaceChildren(
+      ...(items.length ? items.map((item) => card(item)) : [element("li", "empty", none)]),
+    );
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    at("items").replaceChildren();
+    showProblem(error);
+  }
 }
 
 function listen() {
@@ -284,19 +296,19 @@ function listen() {
     const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
     if (file) searchByFile(file);
   });
-  at("controls").addEventListener("submit", (event) => event.preventDefault());
-  at("controls").addEventListener("change", () => {
-    at("deepen").disabled = at("exact").checked;
-    at("depth").disabled = at("exact").checked || at("deepen").checked;
-    search();
-  });
-  at("others").addEventListener("click", async () => {
+  at("others").addEventListener("click", () => {
     gallerySeed += 1;
-    await showGallery().catch(showProblem);
+    showGallery();
   });
-  listenToFilter(() => {
+  const searchAnew = () => {
+    if (!release) return; // the address is still to be read
     remember();
     search();
+  };
+  listenToControls(searchAnew);
+  listenToFilter(() => {
+    searchAnew();
+    showGallery();
   });
 }
 
@@ -305,9 +317,7 @@ async function begin() {
   try {
     await showRelease();
     window.addEventListener("popstate", searchByAddress);
-    at("depth").value = release.depth;
-    if (release.structure_side !== "none") at("side").value = release.structure_side;
-    await Promise.all([showGallery(), searchByAddress()]);
+    await searchByAddress();
   } catch (error) {
     showProblem(error);
   }
