@@ -118,6 +118,23 @@ def test_files_that_a_document_names_exist(path: Path) -> None:
     assert missing == []
 
 
+def test_every_test_that_a_document_names_exists() -> None:
+    told = {
+        name for path in DOCUMENTS for name in re.findall(r"`(tests/[\w/]+\.py::test_\w+)`", path.read_text())
+    }
+    there = {
+        name for name in told if re.search(rf"^def {name.partition('::')[2]}\(", source_of(name), flags=re.M)
+    }
+    assert told - there == set()
+    assert len(told) > 30
+
+
+def source_of(test: str) -> str:
+    """Of the file of a test, empty where there is none."""
+    path = ROOT / test.partition("::")[0]
+    return path.read_text() if path.is_file() else ""
+
+
 def test_the_library_prints_nothing() -> None:
     prints = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
