@@ -120,18 +120,21 @@ class Items:
         return np.array([file.ids[row] for file, row in self._drawn(num, seed=seed)], np.int64)
 
     def _drawn(self, num: int, *, seed: int) -> list[tuple[ItemFile, int]]:
-        total = len(self) + len(self._hidden)
-        drawn = np.random.default_rng(seed).choice(total, min(num + len(self._hidden), total), False)
-        places: list[tuple[ItemFile, int]] = []
-        for place in drawn.tolist():
-            at = int(np.searchsorted(self._ends, place, side="right"))
-            file = self.files[at]
-            row = place - int(self._ends[at]) + len(file)
-            if not self._is_hidden(file.ids[row]):
-                places.append((file, row))
+        """Few are hidden, so that mostly twice as many as are wanted hold enough that aren't."""
+        total, places = len(self) + len(self._hidden), list[tuple[ItemFile, int]]()
+        for most in (2 * num, num + len(self._hidden)):
+            drawn = np.random.default_rng(seed).choice(total, min(most, total), False)
+            places = [place for place in map(self._place, drawn.tolist()) if place][:num]
             if len(places) == num:
                 break
         return places
+
+    def _place(self, place: int) -> tuple[ItemFile, int] | None:
+        """Of all files' rows the one with this number, None if it is hidden."""
+        at = int(np.searchsorted(self._ends, place, side="right"))
+        file = self.files[at]
+        row = place - int(self._ends[at]) + len(file)
+        return None if self._is_hidden(file.ids[row]) else (file, row)
 
     def _place_of_id(self, item_id: int) -> tuple[ItemFile, int] | None:
         if not 0 <= item_id < 2**63:
