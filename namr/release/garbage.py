@@ -18,6 +18,7 @@ delete what both looks found. Manifests are deleted before objects, so a kill le
 garbage for the next time. Not covered: embeddings (`old_embeddings`), datasets, releases of other roots.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from namr.store.storage import Entry
 
 _NUM_DELETERS = 16
 _MANIFEST = "/manifest.json"
-_WORK_NAME_LENGTH = 32
+_WORK_NAME = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,7 @@ class _Looking:
         return [
             entry
             for name, files in folders.items()
-            if len(name) == _WORK_NAME_LENGTH and all(map(self._is_old, files))
+            if _WORK_NAME.fullmatch(name) and all(map(self._is_old, files))
             for entry in files
         ]
 

@@ -15,6 +15,7 @@ again when it is asked for, so nothing here is more than time lost. Not covered:
 to the same old model in the moment when it goes; the later one fails, and the next goes on.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from namr.store.lease import Lease
 from namr.store.storage import Entry
 
 _USERS = "users"
-_DIGEST_LENGTH = 64
+_MODEL = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def collect(
     of_model = defaultdict(list)
     for entry in entries:
         digest, _, _ = entry.name.partition("/")
-        if len(digest) == _DIGEST_LENGTH:
+        if _MODEL.fullmatch(digest):
             of_model[digest].append(entry)
     sets = {
         entry.name: manifests.read_manifest(storage.join(root, entry.name), SetManifest)
