@@ -28,12 +28,14 @@ def run_of(folder: Path) -> Run:
     return Run(setting, 0, training, True, folder / "cache", folder)
 
 
-def test_a_choice_is_one_field_of_one_config_at_another_value(tmp_path: Path) -> None:
+def test_a_choice_changes_the_fields_that_it_names_and_no_other(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     assert choices.changed(run, choices.SHIPPED) == run
     assert choices.changed(run, "warmup_steps=0").training == replace(run.training, warmup_steps=0)
     assert choices.changed(run, "schedule=constant").training.schedule == "constant"
     assert choices.changed(run, "ranking_weight=0.5").setting.loss.weight == 0.5
+    both = choices.changed(run, "learning_rate=2e-3,backbone_learning_rate=6e-4").training
+    assert both == replace(run.training, learning_rate=2e-3, backbone_learning_rate=6e-4)
     assert choices.changed(run, "structure_range=0.25").setting.model.structure_range == 0.25
     results = {choices.changed(run, choice).result for choice in (choices.SHIPPED, *choices.CHOICES)}
     assert len(results) == 1 + len(choices.CHOICES)
