@@ -15,9 +15,10 @@ Recall@1 of "both" to that of lambda = 0, each searched as recommended, and the 
 and MAP@R, query by query, with its 95 % interval (a bootstrap over classes).
 """
 
+import argparse
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -70,39 +71,44 @@ class Run(NamedTuple):
 
 def main() -> None:
     options = parse()
-    config = ModelConfig(
-        backbone="tf_efficientnet_lite0",
-        weights=str(options.weights),
-        embedding_dim=options.dim,
-        image_size_px=options.size_px,
-    )
+    config = config_of(options)
     cache = options.cache / f"{options.data.name}-{options.size_px}"
     for part in ("train", "test"):
         pixels_of(options.data / part, config, cache)
     start_of(config, options.data, cache, validates=False)
     plan = list(runs_of(config, options, cache))
-    to_do = [run for run in plan if not run.result.exists()]
-    print(f"{len(plan)} runs, {len(to_do)} to do", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-        for words in pool.map(train, to_do):
-            print(words, flush=True)
+    train_all(plan, train, processes=options.processes)
     test = pixels_of(options.data / "test", config, cache)
     held_out = method.split(pixels_of(options.data / "train", config, cache))[1]
     for base in options.losses:
         tell(base, [run for run in plan if run.setting.loss.base == base], test, held_out, options)
 
 
+def config_of(options: Any) -> ModelConfig:
+    return ModelConfig(
+        backbone="tf_efficientnet_lite0",
+        weights=str(options.weights),
+        embedding_dim=options.dim,
+        image_size_px=options.size_px,
+    )
+
+
 def parse() -> Any:
-    parser = method.parser_of(__doc__ or "", cache=Path("/tmp/namr-fine-tuning"))
+    parser = parser_of(__doc__ or "")
     parser.add_argument("--losses", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--rows", nargs="+", default=["lambda 0", "both"])
     parser.add_argument("--rate", type=float, default=RATES.learning_rate)
     parser.add_argument("--backbone-rate", type=float, default=RATES.backbone_learning_rate)
     parser.add_argument("--four-fifths", action="store_true", help="measure what was trained on four fifths")
+    return method.parsed(parser)
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """The options of the benchmarks that fine-tune."""
+    parser = method.parser_of(description, cache=Path("/tmp/namr-fine-tuning"))
     parser.add_argument("--size-px", type=int, default=96)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    return method.parsed(parser)
+    return parser
 
 
 def runs_of(config: ModelConfig, options: Any, cache: Path) -> Iterator[Run]:
@@ -120,14 +126,30 @@ def runs_of(config: ModelConfig, options: Any, cache: Path) -> Iterator[Run]:
             yield from (Run(row, 0, training, True, cache, options.data) for row in rows)
 
 
+def train_all(plan: Sequence[Run], train: Callable[[Run], str], *, processes: int) -> None:
+    """Those whose result is not there yet, so many at a time."""
+    to_do = [run for run in plan if not run.result.exists()]
+    print(f"{len(plan)} runs, {len(to_do)} to do", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for words in pool.map(train, to_do):
+            print(words, flush=True)
+
+
 def train(run: Run) -> str:
     """Train, embed what is measured, keep it; in a process of its own."""
-    torch.set_num_threads(1)
-    setting, config = run.setting, run.setting.model
+    config = run.setting.model
     learnt = pixels_of(run.data / "train", config, run.cache)
     measured = {"test": pixels_of(run.data / "test", config, run.cache)}
     if run.validates:
         learnt, measured["held_out"] = method.split(learnt)
+    return train_on(learnt, run, measured)
+
+
+def train_on(learnt: Labelled, run: Run, measured: dict[str, Labelled]) -> str:
+    """Train on the pixels that are learnt from, embed those that are measured, keep that."""
+    torch.set_num_threads(1)
+    setting, config = run.setting, run.setting.model
     built = model.build(config, seed=run.seed)
     start = start_of(config, run.data, run.cache, validates=run.validates)
     whitening.start_from(built.heads.sample, start)
