@@ -192,7 +192,7 @@ def make(folder: Path, options: argparse.Namespace, *, key: str) -> Gallery:
     paths = [release.path(each.file, cache) for each in vectors.files]
     opened = Opened(
         ivf.open_index(path, num_threads=options.threads),
-        GalleryVectors(paths, release.places(cache), dim=options.dim),
+        GalleryVectors(paths, release.places(cache), dim=options.dim, num_threads=options.threads),
         Items([]),
     )
     searcher = Searcher(
