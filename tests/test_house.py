@@ -49,6 +49,8 @@ DOORS: dict[str, set[str]] = {
     "sklearn": {"measure.metrics", "data.sources"},
     "scipy": {"data.benchmarks", "measure.metrics"},
     "faiss": {"index.ivf", "index.index_files"},
+    "numba": {"search.kernel"},
+    "llvmlite": {"search.kernel"},
     "webdataset": {"data.shards"},
     "jinja2": {"measure.report"},
     "matplotlib": {"measure.report"},

@@ -35,10 +35,11 @@ class Places:
             )
         # by the number of the shard; the last stands for all numbers above
         num_known = int(shards[-1, 0]) + 1 if len(shards) else 0
-        self._starts = np.zeros(num_known + 1, np.int64)
-        self._sizes = np.zeros(num_known + 1, np.int64)
-        self._starts[shards[:, 0]] = starts_of(shards)
-        self._sizes[shards[:, 0]] = shards[:, 1]
+        self.starts = np.zeros(num_known + 1, np.int64)
+        """where in `rows` each shard begins, by its number"""
+        self.sizes = np.zeros(num_known + 1, np.int64)
+        self.starts[shards[:, 0]] = starts_of(shards)
+        self.sizes[shards[:, 0]] = shards[:, 1]
 
     @classmethod
     def open(cls, shards_path: Path, rows_path: Path, *, num_rows: int) -> "Places":
@@ -48,10 +49,10 @@ class Places:
 
     def of(self, ids: Ids) -> Ids:
         """(n,) ids -> (n,) rows, -1 for what has none."""
-        numbers = np.minimum((ids >> 32).view(np.uint64), len(self._sizes) - 1).view(np.int64)
+        numbers = np.minimum((ids >> 32).view(np.uint64), len(self.sizes) - 1).view(np.int64)
         at = ids & 0xFFFFFFFF
-        known = at < self._sizes[numbers]
-        at += self._starts[numbers]
+        known = at < self.sizes[numbers]
+        at += self.starts[numbers]
         if known.all():
             of_all: Ids = self.rows[at].astype(np.int64)
             return of_all

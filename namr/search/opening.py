@@ -37,7 +37,7 @@ def opened(release: Release, cache: Cache, *, num_threads: int) -> Opened:
     paths = [release.path(each.file, cache) for each in manifest.vector_files]
     return Opened(
         index,
-        GalleryVectors(paths, release.places(cache), dim=manifest.embedding_dim),
+        GalleryVectors(paths, release.places(cache), dim=manifest.embedding_dim, num_threads=num_threads),
         Items([item_files.open_file(release.path(stored, cache)) for stored in manifest.items]),
     )
 

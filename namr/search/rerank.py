@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from namr.errors import ManifestError
+from namr.errors import ManifestError, ShapeError
 from namr.model import distances
 from namr.search.vectors import GalleryVectors
-from namr.sides import Side
+from namr.sides import SIDES, Side
+from namr.store import read_ahead
 
 Ids = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
@@ -25,10 +26,10 @@ Doubles = npt.NDArray[np.float64]
 Stop = Callable[[], None]
 """Called before each block of work; what it raises ends the search."""
 
-_GATHERED_VALUES = 1 << 23
-"""float16 values that are gathered at once, 16 MB, whatever the number of queries and candidates"""
-_BLOCK_VALUES = 1 << 19
-"""values of a block of float32 candidates: 2 MB, which stays in a core's cache from step to step"""
+_BLOCK_VALUES = 1 << 23
+"""that are compared between two looks at `stop`: some milliseconds of one core where they are in memory"""
+_FEW_VALUES = 1 << 19
+"""that are compared sooner than another thread begins"""
 _FEW = 2048
 """distances that are sorted in less time than it takes to see which are worth it"""
 
@@ -60,26 +61,41 @@ def rerank(
 ) -> Ranked:
     """The k nearest of each query's own candidates by the adaptive distance of `side`.
 
-    q, s_q (Q, D) float32; candidate_ids (Q, M), -1 where there is none. Memory grows with Q M and not with
-    Q M D. Raises ManifestError for a candidate without a usable re-rank vector.
+    q, s_q (Q, D) float32; candidate_ids (Q, M), -1 where there is none. Memory grows with Q k. Raises
+    ManifestError for a candidate without a usable re-rank vector.
     """
-    num_queries, _ = candidate_ids.shape
-    present, known = candidate_ids >= 0, candidate_ids
-    has_all = present.all()
-    if not has_all:
-        if not present.any():
-            return _nothing(num_queries, k)
-        known = np.where(present, candidate_ids, candidate_ids[present][0])
-    squared = _own_squared(q, s_q, known, vectors, side=side, stop=stop)
-    check_usable((squared >= 0) & (squared < np.inf), known)  # False for NaN too
-    if not has_all:
-        squared[~present] = np.inf
-    best = _nearest(Ranked(candidate_ids, squared, squared), k)
-    if side == "none":
-        return _filled(best, k)
-    shown = np.where(best.ids >= 0, best.ids, known[0, 0])
-    plain = _own_squared(q, None, shown, vectors, side="none", stop=stop)
-    return _filled(best._replace(plain_squared=plain), k)
+    if s_q is None and side in ("query", "both"):
+        raise ValueError(f"side {side!r} without structures")
+    asked = [np.ascontiguousarray(of.numpy()) for of in (q, q if s_q is None else s_q)]
+    if any(of.shape != (len(candidate_ids), vectors.dim) for of in asked):
+        raise ShapeError(f"queries are {asked[0].shape} and {asked[1].shape}; expected (Q, {vectors.dim})")
+    ids, shape = np.ascontiguousarray(candidate_ids), (len(q), k)
+    ranked = Ranked(np.empty(shape, np.int64), np.empty(shape), np.empty(shape))
+
+    def compare(rows: slice) -> None:
+        given, filled = ((each[rows] for each in of) for of in ((*asked, ids), ranked))
+        at = vectors.nearest(*given, *vectors.table, SIDES.index(side), *filled)
+        if at >= 0:
+            damaged = ids[rows].ravel()[at : at + 1]
+            vectors.both(damaged)  # says so where it has none
+            check_usable(np.zeros(1, np.bool_), damaged)
+
+    per_query = max(1, ids.shape[1] * vectors.dim)
+    share = max(-(-len(q) // vectors.num_threads), _FEW_VALUES // per_query)
+    step = max(1, min(share, _BLOCK_VALUES // per_query))
+    if step >= len(q):
+        stop()
+        compare(slice(None))
+        return ranked
+
+    def blocks() -> Iterator[slice]:
+        for start in range(0, len(q), step):
+            stop()
+            yield slice(start, start + step)
+
+    for _ in read_ahead.in_order(compare, blocks(), num_threads=vectors.num_threads):
+        pass
+    return ranked
 
 
 def merged(one: Ranked, other: Ranked, *, k: int) -> Ranked:
@@ -132,58 +148,10 @@ def nearest_exact(
 
 
 def _blocks_of(ids: Ids, vectors: GalleryVectors) -> Iterator[tuple[Ids, Tensor, Tensor]]:
-    step = max(1, _GATHERED_VALUES // (2 * vectors.dim))
+    step = max(1, _BLOCK_VALUES // (2 * vectors.dim))
     for start in range(0, len(ids), step):
         some = ids[start : start + step]
         yield some, *vectors.both(some)
-
-
-def _own_squared(
-    q: Tensor, s_q: Tensor | None, ids: Ids, vectors: GalleryVectors, *, side: Side, stop: Stop
-) -> Doubles:
-    """(Q, M) squared distances of each query to its own items, ids (Q, M).
-
-    Gathered in large blocks, so that few pages are read twice, and computed in small ones.
-    """
-    most = _BLOCK_VALUES // vectors.dim
-    if ids.size <= min(most, _GATHERED_VALUES // vectors.dim):
-        # one block: a query that is alone would wait longer for the slices than for the work
-        stop()
-        x, s = _gathered(ids, vectors, side)
-        return distances.rerank_squared(q, s_q, x, s, side=side).numpy().astype(np.float64)
-    squared = np.empty(ids.shape, np.float64)
-    for rows, columns in _blocks(*ids.shape, most=_GATHERED_VALUES // vectors.dim):
-        stop()
-        some, of_some = ids[rows, columns], squared[rows, columns]
-        x, s = _gathered(some, vectors, side)
-        q_rows, s_q_rows = q[rows], None if s_q is None else s_q[rows]
-        for r, c in _blocks(*some.shape, most=most):
-            of_some[r, c] = distances.rerank_squared(
-                q_rows[r],
-                None if s_q_rows is None else s_q_rows[r],
-                x[r, c],
-                None if s is None else s[r, c],
-                side=side,
-            ).numpy()
-    return squared
-
-
-def _gathered(ids: Ids, vectors: GalleryVectors, side: Side) -> tuple[Tensor, Tensor | None]:
-    """What `side` compares of items: ids (Q, M) -> embeddings, and structures if they are read, (Q, M, D)."""
-    shape = (*ids.shape, vectors.dim)
-    if side in ("both", "scale"):
-        x, s = vectors.both(ids.ravel())
-        return x.view(shape), s.view(shape)
-    return vectors.embeddings(ids.ravel()).view(shape), None
-
-
-def _blocks(num_rows: int, num_columns: int, *, most: int) -> Iterator[tuple[slice, slice]]:
-    """A table in blocks of at most `most` cells: some whole rows, or a part of one that is too long."""
-    width = max(1, min(num_columns, most))
-    height = max(1, most // max(1, num_columns))
-    for row in range(0, num_rows, height):
-        for column in range(0, num_columns, width):
-            yield slice(row, row + height), slice(column, column + width)
 
 
 def check_usable(usable: npt.NDArray[np.bool_], ids: Ids) -> None:

@@ -213,30 +213,52 @@ class Stages:
             ranked = rerank.rerank(q, s_q, first.ids, vectors, k=plan.k, side=side, stop=stop)
         if before is not None:
             ranked = rerank.merged(ranked, before, k=plan.k)
-        kth = ranked.squared[:, -1]
-        proved = np.full(len(q), first_stage.is_exact(index, level.nprobe))
-        if side != "none" and proved.any():
-            least = self._gallery_min
-            proved &= certainty.is_proved(kth, first.squared[:, -1], q, s_q, side=side, gallery_min=least)
-        calibrated = np.zeros(len(q), np.bool_)
+        proved, calibrated = self._sure(first, ranked, level, asked, plan, allowed, num_others, stop)
+        ended = time.perf_counter()
+        timings = Timings(0.0, (between - began) * 1e3, (ended - between) * 1e3)
+        return _Found(ranked, proved, calibrated), timings
+
+    def _sure(
+        self,
+        first: Ranked,
+        ranked: Ranked,
+        level: Level,
+        asked: Queries,
+        plan: Plan,
+        allowed: Ids | None,
+        num_others: Ids,
+        stop: Stop,
+    ) -> tuple[Flags, Flags]:
+        """(Q,) which answers are proved, and which of the others are calibrated."""
+        index, side, (q, s_q, _) = self._index, plan.side, asked
+        proved, calibrated = np.zeros(len(q), np.bool_), np.zeros(len(q), np.bool_)
+        is_exact = first_stage.is_exact(index, level.nprobe)
         weight = self._weight(level, plan) if allowed is None else None
+        if not is_exact and weight is None:
+            return proved, calibrated
+        kth, has_all = ranked.squared[:, -1], _has_all(ranked, num_others)
+        if is_exact:
+            proved = np.ones(len(q), np.bool_)
+        if is_exact and side != "none":
+            least = self._gallery_min
+            proved = certainty.is_proved(kth, first.squared[:, -1], q, s_q, side=side, gallery_min=least)
         if weight is not None:
             last = certainty.last_squared(
-                first, weight.depth, q, vectors, is_compressed=index.is_compressed, stop=stop
+                first, weight.depth, q, self._vectors, is_compressed=index.is_compressed, stop=stop
             )
             calibrated = certainty.is_calibrated(kth, last, q, weight=weight.weight) & ~proved
-        has_all, ended = _has_all(ranked, num_others), time.perf_counter()
-        timings = Timings(0.0, (between - began) * 1e3, (ended - between) * 1e3)
-        return _Found(ranked, proved & has_all, calibrated & has_all), timings
+        return proved & has_all, calibrated & has_all
 
     def _levels(self, plan: Plan, allowed: Ids | None) -> list[Level]:
         """How far the search looks; where it is adaptive, at first and then for those that are not sure."""
         index = self._index
         nprobe = self._nprobe(plan, allowed)
-        levels = certainty.levels(plan.depth, nprobe, num_lists=index.num_lists)
+        levels = [Level(plan.depth, min(nprobe, index.num_lists))]
+        if plan.is_adaptive:
+            levels = certainty.levels(plan.depth, nprobe, num_lists=index.num_lists)
         different: dict[tuple[int, int], Level] = {}
-        for level in levels if plan.is_adaptive else levels[:1]:
-            depth = max(plan.k, level.depth) if refines(self._index, plan.side) else plan.k
+        for level in levels:
+            depth = max(plan.k, level.depth) if refines(index, plan.side) else plan.k
             lists = level.nprobe if plan.is_widened else levels[0].nprobe
             different.setdefault((min(depth, index.num_vectors), lists), Level(depth, lists))
         return list(different.values())

@@ -19,6 +19,7 @@ from torch import Tensor
 from namr.errors import ManifestError
 from namr.release import arrays
 from namr.release.places import Places
+from namr.search import kernel
 
 Ids = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.void]
@@ -51,11 +52,11 @@ def blocks_of(path: Path, ids: Ids, *, dim: int, start: int, num_rows: int | Non
 class GalleryVectors:
     """Both vectors of every item, mapped into memory: opening reads a header a file and no vector.
 
-    ManifestError for a file that is not (N, 2, D) float16.
+    ManifestError for a file that is not (N, 2, D) float16. num_threads: of one comparison, see `rerank`.
     """
 
-    def __init__(self, paths: Sequence[Path], places: Places, *, dim: int) -> None:
-        self.dim, self._places = dim, places
+    def __init__(self, paths: Sequence[Path], places: Places, *, dim: int, num_threads: int = 1) -> None:
+        self.dim, self.num_threads, self._places = dim, num_threads, places
         files = [arrays.map_array(path, np.float16, (None, 2, dim)) for path in paths]
         halves = [file.view(np.dtype((np.void, 2 * dim))).reshape(len(file), 2) for file in files]
         self._embeddings, self._structures = ([each[:, at] for each in halves] for at in (0, 1))
@@ -64,6 +65,9 @@ class GalleryVectors:
         ]
         self._starts = np.cumsum([0, *(len(file) for file in files)])
         self._num_rows = self._starts[-1].astype(np.uint64)
+        addresses = np.array([file.ctypes.data for file in files], np.int64)
+        self.table = kernel.Table(places.starts, places.sizes, places.rows, addresses, self._starts)
+        self.nearest = kernel.nearest(places.rows.dtype)
 
     def embeddings(self, ids: Ids) -> Tensor:
         """(n,) ids -> (n, D) float16; ManifestError for an id that has no row."""

@@ -1,5 +1,6 @@
 """Re-ranking against brute force in float64."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from namr.errors import ManifestError
+from namr.errors import ManifestError, ShapeError
 from namr.release.places import Places, rows_of
 from namr.search import rerank, vectors
 from namr.search.vectors import GalleryVectors
@@ -96,41 +97,59 @@ def test_re_ranking_orders_the_candidates_as_brute_force_does(tmp_path: Path, si
         np.testing.assert_allclose(ranked.plain_squared[row], plain[row, best], rtol=1e-5)
 
 
-def test_re_ranking_in_blocks_is_re_ranking_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gallery = make(tmp_path)
-    q, s_q = queries(7, 8)
-    ids = np.tile(gallery.ids, (7, 1))
-    at_once = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
-    monkeypatch.setattr(rerank, "_BLOCK_VALUES", 2 * 60 * 8)
-    in_blocks = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
-    np.testing.assert_array_equal(at_once.ids, in_blocks.ids)
-    np.testing.assert_array_equal(at_once.squared, in_blocks.squared)
-
-
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("most", [1, 7, 60, 100, 1000])
-def test_no_more_vectors_are_gathered_at_once_than_a_block_has(
-    tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+def test_re_ranking_in_blocks_by_several_threads_is_re_ranking_at_once(
+    tmp_path: Path, most: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many queries and candidates: a block is some queries, or a part of one."""
     gallery = make(tmp_path)
     q, s_q = queries(7, 8)
     ids = np.tile(gallery.ids, (7, 1))
     at_once = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
-    sizes: list[int] = []
-    gather = GalleryVectors._gather
-
-    def noted_gather(self: GalleryVectors, ids: np.ndarray, files: Sequence) -> np.ndarray:
-        sizes.append(len(ids))
-        return gather(self, ids, files)
-
-    monkeypatch.setattr(rerank, "_GATHERED_VALUES", most * 8)
-    monkeypatch.setattr(GalleryVectors, "_gather", noted_gather)
-    in_blocks = rerank.rerank(q, s_q, ids, gallery.vectors, k=60, side="both")
+    stops: list[str] = []
+    monkeypatch.setattr(rerank, "_BLOCK_VALUES", most * 8)
+    monkeypatch.setattr(rerank, "_FEW_VALUES", 1)
+    monkeypatch.setattr(gallery.vectors, "num_threads", num_threads)
+    in_blocks = rerank.rerank(
+        q,
+        s_q,
+        ids,
+        gallery.vectors,
+        k=60,
+        side="both",
+        stop=lambda: stops.append(threading.current_thread().name),
+    )
     np.testing.assert_array_equal(at_once.ids, in_blocks.ids)
     np.testing.assert_array_equal(at_once.squared, in_blocks.squared)
     np.testing.assert_array_equal(at_once.plain_squared, in_blocks.plain_squared)
-    assert max(sizes) <= most
-    assert sum(sizes) == 2 * 7 * 60  # each candidate, and once more what is shown
+    step = min(max(1, most // 60), -(-7 // num_threads))
+    assert stops == ["MainThread"] * -(-7 // step)
+
+
+def test_a_search_that_is_stopped_compares_no_further_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = make(tmp_path)
+    q, s_q = queries(40, 8)
+    monkeypatch.setattr(rerank, "_BLOCK_VALUES", 1)
+    looks = iter([None, None, TimeoutError("enough")])
+
+    def stop() -> None:
+        if (error := next(looks)) is not None:
+            raise error
+
+    with pytest.raises(TimeoutError, match="enough"):
+        rerank.rerank(q, s_q, np.tile(gallery.ids, (40, 1)), gallery.vectors, k=3, side="both", stop=stop)
+
+
+def test_queries_of_another_dimension_than_the_files_are_refused(tmp_path: Path) -> None:
+    gallery = make(tmp_path)
+    with pytest.raises(ShapeError, match=r"queries are \(2, 9\).*expected \(Q, 8\)"):
+        rerank.rerank(
+            queries(2, 9)[0], None, gallery.ids[None, :3].repeat(2, 0), gallery.vectors, k=1, side="none"
+        )
+    with pytest.raises(ValueError, match="without structures"):
+        rerank.rerank(queries(1, 8)[0], None, gallery.ids[None, :3], gallery.vectors, k=1, side="both")
 
 
 def test_all_candidates_stay_whatever_their_order(tmp_path: Path) -> None:

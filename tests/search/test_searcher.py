@@ -382,7 +382,7 @@ def test_a_search_that_is_stopped_ends_with_what_stop_raises(
         num_asked = 0
         with pytest.raises(Stopped):
             searcher.search_arrays(*QUERIES, options=options, stop=stop_at(number))
-    assert num_stages >= (1 if options.side == "none" else 3)
+    assert num_stages >= (1 if options.side == "none" else 2)
 
 
 def test_an_item_without_a_place_in_the_table_is_damage(tmp_path: Path) -> None:
