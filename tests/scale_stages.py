@@ -7,7 +7,7 @@ don't exist; nothing measured here reads a picture.
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -224,30 +224,12 @@ def search(gallery: Gallery, share: str) -> None:
 
 def manifest_of(gallery: Gallery, built: BuildReport, *, release_id: str = "first") -> ReleaseManifest:
     """What would be published of a build."""
-    root = gallery.releases_uri
-    return ReleaseManifest(
-        release_id=release_id,
+    draft = built.draft(
+        release_id,
         created=NOW.isoformat(),
         model_name="made-up",
         model_version="1",
-        model_digest=MODEL,
-        dataset_uri=built.dataset.uri,
-        dataset_version=built.dataset.version.version,
-        dataset_digest=built.dataset.digest,
-        index_key=built.index_key,
-        template=built.template,
-        template_hash=built.template_hash,
-        metric=built.metric,
         structure_side="both",
-        embedding_dim=built.embedding_dim,
-        counts=built.counts,
-        segments=built.segments,
-        tombstones=built.tombstones,
-        vectors=built.vectors,
-        items=built.items,
-        report_json=releases.store(root, "report.json", b"{}"),
-        report_html=releases.store(root, "report.html", b"<p>none</p>"),
-        nprobe=8,
-        depth=100,
-        recall_at_10=1.0,
     )
+    report = releases.store(gallery.releases_uri, "report.json", b"{}")
+    return replace(draft, nprobe=8, depth=100, recall_at_10=1.0, report_json=report, report_html=report)

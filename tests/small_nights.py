@@ -1,6 +1,7 @@
 """A gallery that grows night by night, embedded without pictures, and a release of each of its versions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from namr.data.shards import make_id
 from namr.embed import embeddings
 from namr.release import publication, releases
 from namr.release.build import BuildReport
-from namr.release.releases import Release, ReleaseManifest
+from namr.release.releases import Release
 from namr.store import manifests, tables
 from namr.store.tables import EmbeddingTable, SampleTable
 from tests import small_release
@@ -65,31 +66,14 @@ def embeddings_of(root: Path) -> str:
 
 def as_release(uri: str, built: BuildReport) -> Release:
     """What the night would publish, verified as it is then."""
-    manifest = ReleaseManifest(
-        release_id=f"of-version-{built.dataset.version.version}",
+    draft = built.draft(
+        f"of-version-{built.dataset.version.version}",
         created=NOW.isoformat(),
         model_name="made-up",
         model_version="1",
-        model_digest=MODEL,
-        dataset_uri=built.dataset.uri,
-        dataset_version=built.dataset.version.version,
-        dataset_digest=built.dataset.digest,
-        index_key=built.index_key,
-        template=built.template,
-        template_hash=built.template_hash,
-        metric=built.metric,
         structure_side="both",
-        embedding_dim=built.embedding_dim,
-        counts=built.counts,
-        segments=built.segments,
-        tombstones=built.tombstones,
-        vectors=built.vectors,
-        items=built.items,
-        report_json=releases.store(uri, "report.json", b"{}"),
-        report_html=releases.store(uri, "report.html", b"<p>none</p>"),
-        nprobe=3,
-        depth=30,
-        recall_at_10=1.0,
     )
+    report = releases.store(uri, "report.json", b"{}")
+    manifest = replace(draft, nprobe=3, depth=30, recall_at_10=1.0, report_json=report, report_html=report)
     publication.verify(uri, manifest)
     return Release(uri, manifest)

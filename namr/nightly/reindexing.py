@@ -228,31 +228,11 @@ def config_digest(config: ReindexConfig) -> str:
 def _draft(
     fetched: FoundModel, query_model: NamrModel, built: BuildReport, config: ReindexConfig, at: datetime
 ) -> ReleaseManifest:
-    """The manifest as far as it is known before anything was measured."""
-    return ReleaseManifest(
-        release_id=f"{at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}",
+    draft = built.draft(
+        f"{at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}",
         created=at.isoformat(timespec="seconds"),
         model_name=fetched.name,
         model_version=fetched.version,
-        model_digest=built.model_digest,
-        dataset_uri=built.dataset.uri,
-        dataset_version=built.dataset.version.version,
-        dataset_digest=built.dataset.digest,
-        index_key=built.index_key,
-        template=built.template,
-        template_hash=built.template_hash,
-        metric=built.metric,
         structure_side=query_model.search.structure_side,
-        embedding_dim=built.embedding_dim,
-        counts=built.counts,
-        segments=built.segments,
-        tombstones=built.tombstones,
-        vectors=built.vectors,
-        items=built.items,
-        report_json=None,
-        report_html=None,
-        nprobe=1,
-        depth=config.assessment.depth,
-        recall_at_10=0.0,
-        config_digest=config_digest(config),
     )
+    return replace(draft, depth=config.assessment.depth, config_digest=config_digest(config))

@@ -22,10 +22,10 @@ from namr.embed import embeddings
 from namr.errors import ConfigError, ManifestError
 from namr.index import planning
 from namr.index.planning import Considered
-from namr.model.distances import Metric
+from namr.model.distances import Metric, Side
 from namr.release import held_out, segments, templates
 from namr.release.build_steps import HeldOut, VectorSource
-from namr.release.releases import Counts, Segment, StoredVectors
+from namr.release.releases import Counts, ReleaseManifest, Segment, StoredVectors
 from namr.release.templates import StoredTemplate
 from namr.store import storage
 from namr.store.manifests import StoredObject
@@ -82,6 +82,37 @@ class BuildReport:
     considered: tuple[Considered, ...]
     """what else could have been built, and why it was not"""
     seconds: float
+
+    def draft(
+        self, release_id: str, *, created: str, model_name: str, model_version: str, structure_side: Side
+    ) -> ReleaseManifest:
+        """The manifest of a release of it, as far as it is known before anything was measured."""
+        return ReleaseManifest(
+            release_id=release_id,
+            created=created,
+            model_name=model_name,
+            model_version=model_version,
+            model_digest=self.model_digest,
+            dataset_uri=self.dataset.uri,
+            dataset_version=self.dataset.version.version,
+            dataset_digest=self.dataset.digest,
+            index_key=self.index_key,
+            template=self.template,
+            template_hash=self.template_hash,
+            metric=self.metric,
+            structure_side=structure_side,
+            embedding_dim=self.embedding_dim,
+            counts=self.counts,
+            segments=self.segments,
+            tombstones=self.tombstones,
+            vectors=self.vectors,
+            items=self.items,
+            report_json=None,
+            report_html=None,
+            nprobe=1,
+            depth=1,
+            recall_at_10=0.0,
+        )
 
 
 def build(
