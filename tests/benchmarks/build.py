@@ -4,12 +4,12 @@
 
 All get the same vectors and number of threads, and end with an index file on disk: FAISS with `train`,
 `add_with_ids`, `write_index` of a memory-mapped .npy file; namr's parts with the same training sample, one
-Ray task of one thread for each part, and `merge_parts`. The chain is `segments.build`, what a release is made
-by: it reads its embeddings from Parquet files, which hold structures, keys and labels too, verifies and
-writes digests, and has parts and segment stored and synced, which FAISS's file is not. Ray and its workers
-are up before the clock runs, as on a cluster, and the files of the round before are gone: ext4 flushes a file
-to the disk that replaces another. Rounds alternate; a ratio is that of the medians. On the last line stands
-the one that is worst against its target.
+Ray task of one thread for each part, and `merge_parts`. The chain is `templates.train` and `segments.build`,
+what a release is made by: it reads its embeddings from Parquet files, which hold structures, keys and labels
+too, verifies and writes digests, and has parts and segment stored and synced, which FAISS's file is not. Ray
+and its workers are up before the clock runs, as on a cluster, and the files of the round before are gone:
+ext4 flushes a file to the disk that replaces another. Rounds alternate; a ratio is that of the medians. On
+the last line stands the one that is worst against its target.
 
 Before the times count, the files are compared: the same bytes, or how many vectors lie in another list; the
 chain's, which has another sample, by how many vectors find themselves.
@@ -32,7 +32,7 @@ from namr.data.shards import make_id
 from namr.embed.embeddings import EmbeddingFile
 from namr.index import ivf, planning
 from namr.index.ivf import Floats, IndexInfo, Template
-from namr.release import held_out, segments
+from namr.release import held_out, segments, templates
 from namr.release.build_steps import HeldOut, VectorSource
 from namr.store import manifests, tables
 from namr.store.tables import EmbeddingTable
@@ -203,16 +203,10 @@ def chain(files: list[EmbeddingFile], options: argparse.Namespace, folder: Path)
         embeddings_uri=str(folder.parent / "embeddings"), dead=np.empty(0, np.int64), metric="l2"
     )
     work, begun = folder / "work", time.time()
-    segments.build(
-        source,
-        files,
-        plan,
-        HeldOut(held_out.share(500, options.vectors), SEED),
-        seed=SEED,
-        use_gpu=False,
-        work_uri=str(work),
-        releases_uri=str(folder / "releases"),
-    )
+    where = {"work_uri": str(work), "releases_uri": str(folder / "releases")}
+    held = HeldOut(held_out.share(500, options.vectors), SEED)
+    template, _ = templates.train(source, files, plan, held, seed=SEED, use_gpu=False, **where)
+    segments.build(template, source, files, num_parts=plan.num_parts, **where)
     ended = time.time()
     trained = (work / "template.faiss").stat().st_mtime
     built = max(path.stat().st_mtime for path in work.glob("part-*.json"))

@@ -256,7 +256,7 @@ def describe(
         counts=Counts(num_samples=num, num_indexed=num, num_refused=0, num_tombstoned=0),
         segments=(Segment(file=empty, num_entries=num),),
         tombstones=None,
-        vectors=vectors,
+        vectors=(vectors,),
         items=(),
         report_json=empty,
         report_html=empty,
