@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from namr import checks
+from namr.data.shards import among
 from namr.model.distances import Side
 from namr.nightly import selectivity, truth, tuning
 from namr.nightly.selectivity import FilteredResult
@@ -134,10 +135,9 @@ def held_out_keys(searcher: Searcher, num: int, *, seed: int) -> list[str]:
     """Keys of the items that the template was not trained on, about `num`; of any where that leaves none."""
     share = held_out.share(num, searcher.manifest.counts.num_samples)
     keys: list[str] = []
-    hidden = set(searcher.hidden.tolist())
     for file in searcher.items.files:
-        rows = np.flatnonzero(held_out.mask(file.ids, share=share, seed=seed))
-        keys += [file.key(row) for row in rows.tolist() if file.ids[row] not in hidden]
+        is_asked = held_out.mask(file.ids, share=share, seed=seed) & ~among(file.ids, searcher.hidden)
+        keys += [file.key(row) for row in np.flatnonzero(is_asked).tolist()]
     if keys:
         return keys
     return [item.key for item in itertools.islice(searcher.items, num)]

@@ -37,8 +37,6 @@ from namr.store.cache import Cache
 
 _FEW = 100
 """queries from before, and as many of what is new: recall@10 is then known to about a point"""
-
-
 _SAMPLED = 2000
 """embeddings whose effective rank is looked at"""
 
