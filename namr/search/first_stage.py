@@ -97,13 +97,7 @@ class _Stage:
         total = max(1, self.index.num_vectors)
         squared, ids = self.index.search(q, min(depth, total), self.nprobe, allowed=self.selector)
         is_last = (depth >= total) | (ids[:, -1] < 0)  # a deeper search would bring nothing more
-        hides = False
-        if len(self.hidden) or own_ids is not None or self.allowed is not None:
-            is_hidden = among(ids, self.hidden) if self.allowed is None else ~among(ids, self.allowed)
-            if own_ids is not None:
-                is_hidden |= ids == own_ids[:, None]
-            squared[is_hidden], ids[is_hidden] = np.inf, -1
-            hides = bool(is_hidden.any())
+        hides = self._hide(squared, ids, own_ids)
         if hides or not self.index.is_compressed:  # those of codes are ordered anew anyway
             order = np.lexsort((np.where(ids < 0, _NO_ID, ids), squared), axis=-1)[:, : self.num]
             rows = np.arange(len(order))[:, None]
@@ -113,8 +107,20 @@ class _Stage:
             missing = ((0, 0), (0, self.num - ids.shape[1]))
             squared = np.pad(squared, missing, constant_values=np.inf)
             ids = np.pad(ids, missing, constant_values=-1)
+        if not hides:
+            return squared, ids
         lacking = np.flatnonzero((ids[:, -1] < 0) & ~is_last)
         if len(lacking):
             own = None if own_ids is None else own_ids[lacking]
             squared[lacking], ids[lacking] = self.nearest(q[lacking], own, 2 * depth)
         return squared, ids
+
+    def _hide(self, squared: Floats, ids: Ids, own_ids: Ids | None) -> bool:
+        """Strike out what may not be found; whether there was any."""
+        if not len(self.hidden) and own_ids is None and self.allowed is None:
+            return False
+        is_hidden = among(ids, self.hidden) if self.allowed is None else ~among(ids, self.allowed)
+        if own_ids is not None:
+            is_hidden |= ids == own_ids[:, None]
+        squared[is_hidden], ids[is_hidden] = np.inf, -1
+        return bool(is_hidden.any())

@@ -66,36 +66,47 @@ def rerank(
     """
     if s_q is None and side in ("query", "both"):
         raise ValueError(f"side {side!r} without structures")
-    asked = [np.ascontiguousarray(of.numpy()) for of in (q, q if s_q is None else s_q)]
-    if any(of.shape != (len(candidate_ids), vectors.dim) for of in asked):
-        raise ShapeError(f"queries are {asked[0].shape} and {asked[1].shape}; expected (Q, {vectors.dim})")
-    ids, shape = np.ascontiguousarray(candidate_ids), (len(q), k)
+    x = np.ascontiguousarray(q.numpy())
+    s = x if s_q is None else np.ascontiguousarray(s_q.numpy())
+    if x.shape != (len(candidate_ids), vectors.dim) or s.shape != x.shape:
+        raise ShapeError(f"queries are {x.shape} and {s.shape}; expected (Q, {vectors.dim})")
+    ids, shape = np.ascontiguousarray(candidate_ids), (len(x), k)
     ranked = Ranked(np.empty(shape, np.int64), np.empty(shape), np.empty(shape))
-
-    def compare(rows: slice) -> None:
-        given, filled = ((each[rows] for each in of) for of in ((*asked, ids), ranked))
-        at = vectors.nearest(*given, *vectors.table, SIDES.index(side), *filled)
-        if at >= 0:
-            damaged = ids[rows].ravel()[at : at + 1]
-            vectors.both(damaged)  # says so where it has none
-            check_usable(np.zeros(1, np.bool_), damaged)
-
     per_query = max(1, ids.shape[1] * vectors.dim)
-    share = max(-(-len(q) // vectors.num_threads), _FEW_VALUES // per_query)
+    share = max(-(-len(x) // vectors.num_threads), _FEW_VALUES // per_query)
     step = max(1, min(share, _BLOCK_VALUES // per_query))
-    if step >= len(q):
+    if step >= len(x):
         stop()
-        compare(slice(None))
+        _compare(x, s, ids, vectors, side, ranked)
         return ranked
 
     def blocks() -> Iterator[slice]:
-        for start in range(0, len(q), step):
+        for start in range(0, len(x), step):
             stop()
             yield slice(start, start + step)
+
+    def compare(rows: slice) -> None:
+        into = Ranked(ranked.ids[rows], ranked.squared[rows], ranked.plain_squared[rows])
+        _compare(x[rows], s[rows], ids[rows], vectors, side, into)
 
     for _ in read_ahead.in_order(compare, blocks(), num_threads=vectors.num_threads):
         pass
     return ranked
+
+
+def _compare(
+    x: npt.NDArray[np.float32],
+    s: npt.NDArray[np.float32],
+    ids: Ids,
+    vectors: GalleryVectors,
+    side: Side,
+    into: Ranked,
+) -> None:
+    at = vectors.nearest(x, s, ids, *vectors.table, SIDES.index(side), *into)
+    if at >= 0:
+        damaged = ids.ravel()[at : at + 1]
+        vectors.both(damaged)  # says so where it has none
+        check_usable(np.zeros(1, np.bool_), damaged)
 
 
 def merged(one: Ranked, other: Ranked, *, k: int) -> Ranked:

@@ -8,6 +8,7 @@ no items here. `first_stage`, `rerank` and `certainty` do the work.
 Legend: Q queries, K neighbours.
 """
 
+import functools
 import time
 from typing import NamedTuple
 
@@ -127,6 +128,7 @@ class Stages:
         """gallery_min: no structure weight of the gallery is below it. calibration: None says nothing."""
         self._index, self._vectors, self._gallery_min = index, vectors, gallery_min
         self._calibration = calibration
+        self._levels = functools.lru_cache(maxsize=64)(self._levels_of)
 
     def search(
         self,
@@ -150,7 +152,7 @@ class Stages:
         num_others = _num_others(asked, num_items, allowed)
         if compares_all(plan, None if allowed is None else len(allowed)):
             return self._one_by_one(asked, plan, hidden, allowed, num_others, stop)
-        first, *deeper = self._levels(plan, allowed)
+        first, *deeper = self._levels(plan, None if allowed is None else len(allowed))
         found, timings = self._at(first, asked, plan, hidden, allowed, num_others, stop)
         depths = np.full(len(num_others), first.depth)
         for level in deeper:
@@ -249,10 +251,10 @@ class Stages:
             calibrated = certainty.is_calibrated(kth, last, q, weight=weight.weight) & ~proved
         return proved & has_all, calibrated & has_all
 
-    def _levels(self, plan: Plan, allowed: Ids | None) -> list[Level]:
+    def _levels_of(self, plan: Plan, num_allowed: int | None) -> list[Level]:
         """How far the search looks; where it is adaptive, at first and then for those that are not sure."""
         index = self._index
-        nprobe = self._nprobe(plan, allowed)
+        nprobe = self._nprobe(plan, num_allowed)
         levels = [Level(plan.depth, min(nprobe, index.num_lists))]
         if plan.is_adaptive:
             levels = certainty.levels(plan.depth, nprobe, num_lists=index.num_lists)
@@ -268,15 +270,15 @@ class Stages:
             return None
         return self._calibration.weight(side=plan.side, k=plan.k, depth=level.depth, nprobe=level.nprobe)
 
-    def _nprobe(self, plan: Plan, allowed: Ids | None) -> int:
+    def _nprobe(self, plan: Plan, num_allowed: int | None) -> int:
         """As many lists as hold as many allowed entries as the plan's would hold of all, and few more.
 
         Those that are allowed lie farther apart, across more borders of lists: where few are probed, that
         takes recall away.
         """
-        if allowed is None or not plan.is_widened:
+        if num_allowed is None or not plan.is_widened:
             return plan.nprobe
-        as_many = -(-plan.nprobe * self._index.num_vectors // len(allowed))
+        as_many = -(-plan.nprobe * self._index.num_vectors // num_allowed)
         return min(max(1, self._index.num_lists), as_many + _MORE_LISTS)
 
 
