@@ -1,23 +1,24 @@
-"""The same index by namr and by autofaiss: time, and peak memory.
+"""The same index by namr, by autofaiss and by lance: time, peak memory, recall at equal bytes.
 
     pip install --no-deps --target /tmp/autofaiss autofaiss embedding-reader fire termcolor
-    python -m tests.benchmarks.autofaiss --autofaiss /tmp/autofaiss [--vectors 1000000] [--key IVF1024,SQ8]
+    pip install --no-deps --target /tmp/lance pylance
+    python -m tests.benchmarks.autofaiss --autofaiss /tmp/autofaiss --lance /tmp/lance [--vectors 1000000]
 
 (autofaiss asks for faiss-cpu and an old numpy, which would replace the ones that are here: so it is installed
 beside, without its dependencies, and runs with ours; json gets told how to write numpy 2's floats for it.)
 
 Each side is a fresh process that reads the same eight .npy files, has the same number of threads, and leaves
-one index file: autofaiss with its key and search parameter given, so that it has nothing to choose; namr
-with a part for each file, one after the other, and a merge. Peak memory is the largest sum of anonymous and
-shared pages (/proc/<pid>/status, every 10 ms), so mapped files don't count on either side. The ratio is the
-worse of time and memory.
+an index of IVF<lists>,SQ8: autofaiss with its key and search parameter given, so that it has nothing to
+choose; namr with a part for each file, one after the other, and a merge; lance, which indexes its own format
+alone, with a data set of the vectors that is written first and told apart. Peak memory is the largest sum of
+anonymous and shared pages (/proc/<pid>/status, every 10 ms), so mapped files don't count on any side. The
+ratio is the worst of time and memory against each.
 
-The training samples differ, so the indexes do: before anything counts, both must hold every vector, and find
-nearly the same share of the true neighbours.
+The training samples differ, so the indexes do: before anything counts, all must hold every vector, and find
+nearly the same share of the true neighbours in as many lists.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -46,6 +47,42 @@ index, _ = build_index(
     index_key=key, index_param="nprobe=" + nprobe, metric_type="l2", nb_cores=int(threads),
     max_index_memory_usage="16G", current_memory_available="32G", verbose=40)
 sys.exit(index is None)
+"""
+LANCE = """
+import sys, time
+from pathlib import Path
+import lance, numpy as np, pyarrow as pa
+folder, num_lists = sys.argv[1:]
+paths = sorted(Path(folder, "vectors").glob("*.npy"))
+files = [np.load(path, mmap_mode="r") for path in paths]
+dim = files[0].shape[1]
+schema = pa.schema([("row", pa.int64()), ("vector", pa.list_(pa.float32(), dim))])
+def batches():
+    first = 0
+    for x in files:
+        for at in range(0, len(x), 8192):
+            block = np.ascontiguousarray(x[at : at + 8192])
+            rows = pa.array(np.arange(first + at, first + at + len(block)))
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim)
+            yield pa.record_batch([rows, vectors], schema=schema)
+        first += len(x)
+began = time.perf_counter()
+written = lance.write_dataset(
+    pa.RecordBatchReader.from_batches(schema, batches()), folder + "/lance", mode="overwrite")
+print(f"written in {time.perf_counter() - began:.2f} s")
+written.create_index("vector", "IVF_SQ", num_partitions=int(num_lists), metric="L2")
+"""
+LANCE_SEARCH = """
+import sys
+import lance, numpy as np
+folder, k, nprobe = sys.argv[1:]
+whole = lance.dataset(folder + "/lance")
+def found(q):
+    asked = {"column": "vector", "q": q, "k": int(k), "nprobes": int(nprobe)}
+    return whole.to_table(columns=["row", "_distance"], nearest=asked)["row"].to_numpy()
+ids = np.stack([found(q) for q in np.load(folder + "/queries.npy")])
+np.save(folder + "/lance-found.npy", ids)
+print(whole.count_rows())
 """
 
 
@@ -82,23 +119,40 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     ]
     mine += ["--threads", str(options.threads)]
     given = [str(folder), options.key, str(options.threads), str(NPROBE)]
-    theirs = [sys.executable, "-c", AUTOFAISS, *given]
-    costs: dict[str, list[Cost]] = {"autofaiss": [], "namr": []}
+    sides = {
+        "autofaiss": ([sys.executable, "-c", AUTOFAISS, *given], {"PYTHONPATH": str(options.autofaiss)}),
+        "lance": ([sys.executable, "-c", LANCE, str(folder), num_lists(options.key)], of_lance(options)),
+        "namr": (mine, {}),
+    }
+    if options.lance is None:
+        del sides["lance"]
+    costs: dict[str, list[Cost]] = {side: [] for side in sides}
     for number in range(options.rounds):
-        costs["autofaiss"].append(measured(theirs, {"PYTHONPATH": str(options.autofaiss)}, options.threads))
-        costs["namr"].append(measured(mine, {}, options.threads))
-        for side, found in costs.items():
-            seconds, peak_bytes = found[-1]
+        for side, (command, environment) in sides.items():
+            costs[side].append(measured(command, environment, options.threads))
+            seconds, peak_bytes = costs[side][-1]
             print(f"round {number + 1}  {side:9}  {seconds:6.2f} s, {peak_bytes / 1e6:.0f} MB", flush=True)
         if number == 0:
-            compare(folder)
-    ratios = [
-        statistics.median(cost[at] for cost in costs["autofaiss"])
-        / statistics.median(cost[at] for cost in costs["namr"])
-        for at in (0, 1)
-    ]
-    print(f"time ratio {ratios[0]:.2f}, memory ratio {ratios[1]:.2f}")
+            compare(folder, options)
+    middle = {
+        side: [statistics.median(cost[at] for cost in of_side) for at in (0, 1)]
+        for side, of_side in costs.items()
+    }
+    ours = middle.pop("namr")
+    ratios = []
+    for side, theirs in middle.items():
+        ratios += [theirs[0] / ours[0], theirs[1] / ours[1]]
+        print(f"against {side}: time ratio {ratios[-2]:.2f}, memory ratio {ratios[-1]:.2f}")
     print(f"autofaiss ratio {min(ratios):.2f} target {TARGET}")
+
+
+def num_lists(key: str) -> str:
+    return key.removeprefix("IVF").split(",")[0]
+
+
+def of_lance(options: argparse.Namespace) -> dict[str, str]:
+    threads = str(options.threads)
+    return {"PYTHONPATH": str(options.lance), "LANCE_CPU_THREADS": threads, "LANCE_LOG": "error"}
 
 
 def make_vectors(folder: Path, num: int, dim: int) -> None:
@@ -160,31 +214,51 @@ def unshared_bytes(pid: int) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
-def compare(folder: Path) -> None:
-    """Both indexes hold every vector and find nearly the same share of the true neighbours."""
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    """All hold every vector and find nearly the same share of the true neighbours."""
     x = np.concatenate(vectors_of(folder))
     rng = np.random.default_rng(1)
     queries = x[rng.integers(0, len(x), QUERIES)] + 0.3 * rng.standard_normal(
         (QUERIES, x.shape[1]), dtype=np.float32
     )
     truth = np.asarray(faiss.knn(queries, x, NEIGHBOURS)[1])
-    recalls = {}
+    found: dict[str, np.ndarray] = {}
+    sizes: dict[str, int] = {}
     for side in ("autofaiss", "namr"):
-        index = faiss.read_index(str(folder / f"{side}.index"))
-        if index.ntotal != len(x):
-            raise SystemExit(f"{side}: {index.ntotal} of {len(x)} vectors are in the index")
+        path = folder / f"{side}.index"
+        index = faiss.read_index(str(path))
+        sizes[side], held = path.stat().st_size, index.ntotal
+        if held != len(x):
+            raise SystemExit(f"{side}: {held} of {len(x)} vectors are in the index")
         faiss.ParameterSpace().set_index_parameter(index, "nprobe", NPROBE)
-        _, found = index.search(queries, NEIGHBOURS)
-        shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), truth.tolist(), strict=True)]
-        recalls[side] = sum(shared) / truth.size
-    print(f"recall@{NEIGHBOURS} at nprobe {NPROBE}: {json.dumps(recalls)}")
-    if abs(recalls["autofaiss"] - recalls["namr"]) > 0.03:
-        raise SystemExit("the two sides built indexes of different quality: nothing to compare")
+        found[side] = index.search(queries, NEIGHBOURS)[1]
+    if options.lance:
+        np.save(folder / "queries.npy", queries)
+        words = [sys.executable, "-c", LANCE_SEARCH, str(folder), str(NEIGHBOURS), str(NPROBE)]
+        subprocess.run(words, env={**os.environ, **of_lance(options)}, check=True, stdout=subprocess.DEVNULL)
+        found["lance"] = np.load(folder / "lance-found.npy")
+        sizes["lance"] = bytes_below(folder / "lance" / "_indices")
+        print(f"lance: beside its index {bytes_below(folder / 'lance' / 'data') / 1e6:.0f} MB of vectors")
+    recalls = {side: share_found(ids, truth) for side, ids in found.items()}
+    for side, recall in recalls.items():
+        print(f"{side}: recall@{NEIGHBOURS} {recall:.3f} at nprobe {NPROBE}, {sizes[side] / 1e6:.0f} MB")
+    if max(recalls.values()) - min(recalls.values()) > 0.03:
+        raise SystemExit("the sides built indexes of different quality: nothing to compare")
+
+
+def share_found(ids: np.ndarray, truth: np.ndarray) -> float:
+    """Recall@10. (That of `search` would have this side's process, too, import torch.)"""
+    return sum(len(set(a) & set(b)) for a, b in zip(ids.tolist(), truth.tolist(), strict=True)) / truth.size
+
+
+def bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--autofaiss", type=Path, default=None, help="where autofaiss was installed to")
+    parser.add_argument("--lance", type=Path, default=None, help="where pylance was; none: without it")
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--key", default="IVF1024,SQ8")
