@@ -6,6 +6,8 @@ gradient, and heads and losses run on the global batch everywhere. Gather sums g
 averages them, so nothing is multiplied by the number of ranks. `Trainer` adds optimiser, schedule and step
 counter.
 
+A batch that is larger than memory goes through the backbone in `pieces`.
+
 Not covered: where batches come from (`training_data`), what happens between steps (`loop`), Ray.
 Legend: B images in the global batch, b on this rank, F features, D dimension.
 """
@@ -24,6 +26,7 @@ from namr.errors import ConfigError, NamrError
 from namr.model import whitening
 from namr.model.losses import JointLoss, LossTerms
 from namr.model.model import BatchNormPolicy, ModelConfig, NamrModel, set_batchnorm_policy
+from namr.train import pieces
 
 Precision = Literal["float32", "bf16"]
 
@@ -59,6 +62,9 @@ class TrainingConfig:
     NASA's habit."""
     precision: Precision = "float32"
     """Arithmetic of the backbone; heads and losses always use float32."""
+    images_per_pass: int | None = None
+    """Images of a worker that its backbone takes at a time, where the global batch is larger than memory:
+    each goes through it twice then, and heads and losses see the whole batch as ever. None: all at once."""
     max_gradient_norm: float = 10.0
     """Gradients with a longer norm are shortened to this."""
     whitening_power: float | None = whitening.POWER
@@ -72,7 +78,7 @@ class TrainingConfig:
     """Steps between two checkpoints; every evaluation makes one too."""
 
     def __post_init__(self) -> None:
-        steps = ("num_steps", "evaluation_interval", "checkpoint_interval")
+        steps = ("num_steps", "evaluation_interval", "checkpoint_interval", "images_per_pass")
         checks.in_range(self, *steps, at_least=1, place="training")
         rates = ("learning_rate", "proxy_learning_rate", "max_gradient_norm")
         checks.in_range(self, *rates, above=0, place="training")
@@ -122,8 +128,11 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, inputs: Tensor, labels: Tensor, step: int) -> LossTerms:
         """`inputs`: (b, 3, H, W) uint8 pixels, or (b, F) float32 features; `labels`: (b,) int64."""
-        features = collectives.gather(self.features(inputs))  # (B, F)
-        embedding, structure = self.model.heads(features)
+        return self.losses(self.features(inputs), labels, step)
+
+    def losses(self, features: Tensor, labels: Tensor, step: int) -> LossTerms:
+        """Of the global batch, by this rank's features (b, F) and labels (b,)."""
+        embedding, structure = self.model.heads(collectives.gather(features))
         return cast(
             LossTerms, self.loss(embedding, structure, collectives.gather(labels), seed=self.seed, step=step)
         )
@@ -173,6 +182,12 @@ class Trainer:
         policy = batchnorm_policy(config, model.config)
         if policy == "sync" and device.type == "cpu":
             raise ConfigError('training.batchnorm is "sync", which needs GPUs; on CPUs use frozen or local')
+        self._in_pieces = config.images_per_pass is not None and not config.frozen_backbone
+        if self._in_pieces and policy != "frozen":
+            raise ConfigError(
+                f"training.images_per_pass is {config.images_per_pass}, and the backbone's BatchNorm is "
+                f"{policy}: its statistics would be those of pieces; set training.batchnorm to frozen"
+            )
         set_batchnorm_policy(model, policy, of_structure=config.structure_batchnorm)
         model.backbone.requires_grad_(not config.frozen_backbone)
         self.config, self.seed, self.device = config, seed, device
@@ -186,8 +201,8 @@ class Trainer:
         }
         self.optimiser = torch.optim.AdamW(self._groups())
         self._parallel: nn.Module = self.whole
-        self._is_settled = collectives.world_size() == 1
-        if collectives.world_size() > 1:
+        self._is_settled = collectives.world_size() == 1 or self._in_pieces
+        if not self._is_settled:
             self._parallel = DistributedDataParallel(
                 self.whole,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -252,8 +267,18 @@ class Trainer:
         self.start = Start(**state["start"]) if state.get("start") else None
 
     def _gradients(self, inputs: Tensor, labels: Tensor) -> LossTerms:
-        torch.manual_seed(hashing.mix_of(self.seed, self.next_step, collectives.rank()) >> 1)
+        seed = hashing.mix_of(self.seed, self.next_step, collectives.rank()) >> 1
         self.optimiser.zero_grad(set_to_none=True)
+        if self._in_pieces and not inputs.is_floating_point():
+            return pieces.gradients(
+                inputs,
+                self.whole.features,
+                lambda features: self.whole.losses(features, labels, self.next_step),
+                images_per_pass=self.config.images_per_pass or len(inputs),
+                seed=seed,
+                parameters=self.whole.parameters(),
+            )
+        torch.manual_seed(seed)
         terms: LossTerms = self._parallel(inputs, labels, self.next_step)
         terms.total.backward()  # type: ignore[no-untyped-call]
         return terms
