@@ -12,7 +12,7 @@ Not covered: whether the numbers are good enough (`gate` decides), the method on
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ from namr.nightly import selectivity, truth, tuning
 from namr.nightly.selectivity import FilteredResult
 from namr.nightly.truth import HeldOut
 from namr.release import held_out
+from namr.reports import frontier
+from namr.reports.frontier import Frontier
 from namr.search.answers import Item
 from namr.search.items import Items
 from namr.search.searcher import Searcher
@@ -104,6 +106,9 @@ class Assessment:
     """None where all was built at once, or nothing came"""
     filtered: tuple[FilteredResult, ...] = ()
     """of plain search under filters, the least selective first; none where an earlier namr measured"""
+    frontier: Frontier | None = None
+    """what was tried to choose `nprobe` and `depth`, of this release or of the one whose way of searching it
+    keeps; None where an earlier namr chose"""
 
     @property
     def recalls(self) -> dict[str, float]:
@@ -216,6 +221,23 @@ def assess(
         queries_per_s=len(items) / seconds[nprobe, depth],
         by_age=_by_age(searcher, held, dict(sides)["none"], first_new_id) if first_new_id else None,
         filtered=selectivity.measured(searcher, asked, of_shares, k=_K, nprobe=nprobe, depth=depth),
+        frontier=None if effort else _frontier(searcher, len(items), points, seconds),
+    )
+
+
+def _frontier(
+    searcher: Searcher,
+    num_queries: int,
+    points: Sequence[tuning.Point],
+    seconds: Mapping[tuple[int, int], float],
+) -> Frontier:
+    return Frontier(
+        release_id=searcher.manifest.release_id,
+        num_queries=num_queries,
+        points=tuple(
+            frontier.Point(nprobe, depth, recall, 1e3 * seconds[nprobe, depth] / num_queries)
+            for nprobe, depth, recall in points
+        ),
     )
 
 

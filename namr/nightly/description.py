@@ -5,6 +5,7 @@ Not covered: the page with pictures (`release_report`), and what is stored of a 
 
 from namr.nightly import release_report
 from namr.release.releases import Release
+from namr.store import storage
 
 
 def facts(release: Release) -> dict[str, str]:
@@ -34,6 +35,11 @@ def facts(release: Release) -> dict[str, str]:
         told["Recall@1, then and now"] = f"{compared.then:.3f}, {compared.here:.3f} {of_same}"
     if measured.effective_rank is not None:
         told["effective rank"] = f"{measured.effective_rank:.1f}"
+    if found := measured.searched:
+        told["near-duplicates"] = f"{found.num_pairs} pairs of {found.num_groups} groups"
+        if found.num_suspects is not None:
+            told["label suspects"] = str(found.num_suspects)
+        told["looked for by"] = f"{found.num_asked:,} images"
     told["imbalance"] = f"{measured.imbalance:.2f}"
     told["queries/s"] = f"{assessed.queries_per_s:,.0f}"
     told["stored"] = f"{sum(stored.size_bytes for stored in set(manifest.objects())) / 1e6:,.1f} MB"
@@ -42,6 +48,13 @@ def facts(release: Release) -> dict[str, str]:
     if manifest.forced:
         told["forced"] = f"by {manifest.forced.by}: {manifest.forced.reason} ({manifest.forced.objections})"
     return told
+
+
+def places(release: Release) -> dict[str, str]:
+    """Where its page and its tables lie, by name."""
+    manifest = release.manifest
+    listed = {"page": manifest.report_html} | {f"table {name}": it for name, it in manifest.tables.items()}
+    return {name: storage.join(release.releases_uri, it.name) for name, it in listed.items() if it}
 
 
 def differences(one: Release, other: Release) -> dict[str, tuple[str, str]]:

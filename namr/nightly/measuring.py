@@ -7,11 +7,13 @@ is measured with few: images that were held out from that template's training, a
 Not covered: whether the numbers are good enough (`gate`).
 """
 
+import time
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from namr.embed.extraction import ExtractReport
 from namr.measure import report, structure
 from namr.nightly import (
     aging,
@@ -19,7 +21,6 @@ from namr.nightly import (
     calibration,
     comparison,
     release_report,
-    structure_section,
     truth,
 )
 from namr.nightly.aging import AgingConfig
@@ -31,6 +32,10 @@ from namr.release import releases
 from namr.release.build import BuildConfig
 from namr.release.calibrated import Calibration
 from namr.release.releases import Release, ReleaseManifest, TemplateBirth
+from namr.reports import beside
+from namr.reports.beside import Known
+from namr.reports.costs import StageSeconds
+from namr.reports.self_search import SelfSearchConfig
 from namr.search.searcher import Searcher
 from namr.store import manifests
 from namr.store.cache import Cache
@@ -49,6 +54,8 @@ class Measured(NamedTuple):
     searcher: Searcher
     keys: list[str]
     """of the items that queried"""
+    first_new_id: int | None = None
+    """of what was added to the release before; None where all was built at once, or nothing came"""
 
 
 class _Numbers(NamedTuple):
@@ -75,7 +82,9 @@ def measure(
 
     cache: where objects of a remote release are opened from.
     """
+    began = time.perf_counter()
     searcher = Searcher.of(Release(releases_uri, draft), cache=cache, query_model=None)
+    opened = time.perf_counter()
     keys = assessment.held_out_keys(searcher, build.num_held_out, seed=build.seed)
     imbalance = searcher.index.imbalance
     if made.kept:
@@ -105,19 +114,36 @@ def measure(
         assessment=assessed,
         considered=made.built.considered,
         certainty=numbers.certainty,
+        stages=StageSeconds(open_s=opened - began, measure_s=time.perf_counter() - opened),
     )
-    return Measured(manifest, measured, searcher, numbers.keys)
+    return Measured(manifest, measured, searcher, numbers.keys, made.first_new_id)
 
 
-def with_reports(measured: Measured) -> ReleaseManifest:
-    """The release as it can be published: its report is stored, and a page of it with pictures."""
-    manifest, numbers, searcher, keys = measured
-    grid = release_report.retrieval_grid(searcher, keys, nprobe=manifest.nprobe)
-    section = structure_section.section(searcher, keys, nprobe=manifest.nprobe)
+def with_reports(
+    measured: Measured,
+    self_search: SelfSearchConfig | None = None,
+    *,
+    extracted: ExtractReport | None = None,
+) -> ReleaseManifest:
+    """The release as it can be published: its report is stored, a page with pictures, and tables."""
+    manifest, numbers, searcher, keys, first_new_id = measured
+    if numbers.stages and extracted:
+        stages = replace(numbers.stages, extract_s=extracted.seconds, num_extracted=extracted.num_new)
+        numbers = replace(numbers, stages=stages)
+    told = beside.make(
+        searcher,
+        manifest,
+        Known(numbers.build_s, numbers.stages, numbers.assessment.frontier),
+        keys,
+        self_search or SelfSearchConfig(),
+        first_new_id=first_new_id,
+    )
+    numbers = replace(numbers, stages=told.stages, searched=told.searched)
     title, root = f"{manifest.model_name}: a release", searcher.release.releases_uri
-    html = report.render(release_report.page(title, manifest, numbers, [grid], [section]))
+    html = report.render(release_report.page(title, manifest, numbers, told.grids, told.sections))
     return replace(
         manifest,
+        tables={name: releases.store(root, f"{name}.parquet", data) for name, data in told.tables.items()},
         report_json=releases.store(root, "report.json", manifests.encode_manifest(numbers)),
         report_html=releases.store(root, "report.html", html.encode()),
     )
@@ -157,7 +183,7 @@ def _of_kept(
     held = truth.of_items(searcher, asked, shares=(), cache=cache)
     effort = Effort(then.nprobe, then.depth)
     assessed = assessment.assess(searcher, held, config, effort=effort, first_new_id=first_new_id)
-    assessed = replace(assessed, filtered=before.assessment.filtered)
+    assessed = replace(assessed, filtered=before.assessment.filtered, frontier=before.assessment.frontier)
     birth = then.template_birth or TemplateBirth(
         num_entries=then.num_entries, recall_at_10=then.recall_at_10, imbalance=before.imbalance
     )

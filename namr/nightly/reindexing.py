@@ -38,6 +38,7 @@ from namr.release import increment, old_embeddings, publication, releases, users
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.garbage import CollectionConfig
 from namr.release.releases import Forced, Release, ReleaseManifest
+from namr.reports.self_search import SelfSearchConfig
 from namr.store import scratch, storage
 from namr.store.cache import Cache
 from namr.store.lease import Lease
@@ -67,6 +68,7 @@ class ReindexConfig:
     assessment: AssessmentConfig = field(default_factory=AssessmentConfig)
     aging: AgingConfig = field(default_factory=AgingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    self_search: SelfSearchConfig = field(default_factory=SelfSearchConfig)
     collection: CollectionConfig = field(default_factory=CollectionConfig)
 
     def __post_init__(self) -> None:
@@ -157,11 +159,12 @@ def _reindexed(
             aging=config.aging,
             cache=cache,
         )
-        manifest = measuring.with_reports(measured)
+        manifest = measuring.with_reports(measured, config.self_search, extracted=extracted)
     manifest = _judged(root, manifest, measured.report, dataset, config, current)
     lease.check()
     published = publication.publish(root, manifest, expected=expected)
-    return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured.report)
+    told = release_report.read(published)
+    return ReindexReport(release=published, is_new=True, extracted=extracted, report=told)
 
 
 def _judged(
@@ -211,8 +214,8 @@ def _is_alike(manifest: ReleaseManifest, query_model: NamrModel, digest: str, co
 def config_digest(config: ReindexConfig) -> str:
     """SHA-256 of all that decides a release beside its model and its dataset version.
 
-    Left out are what changes no byte of it: the number of parts and where they are kept, how many workers
-    extract, when a template is old, and the gate.
+    Left out are what changes no answer of it: the number of parts and where they are kept, how many workers
+    extract, when a template is old, the gate, and how far its report looks for duplicates.
     """
     decisive = {
         "embeddings_uri": storage.absolute(config.embeddings_uri),

@@ -2,7 +2,7 @@
 
     <releases>/current.json                       the pointer: a release id
     <releases>/<release id>/manifest.json         written after everything that it lists
-    <releases>/objects/<sha256>/<file name>       segments, vectors, items, reports; shared by releases
+    <releases>/objects/<sha256>/<file name>       segments, vectors, items, reports and tables; shared
 
     <releases>/tombstones.json                    what was taken down since, see `takedowns`
     <releases>/building/<build>/                  work of builds, see `build`
@@ -18,9 +18,9 @@ lists any more (`garbage`), adding to them (`increment`) and one file of all (`e
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -176,6 +176,8 @@ class ReleaseManifest:
     """None where an earlier namr trained it"""
     forced: Forced | None = None
     """None where nothing stood against it"""
+    tables: Mapping[str, StoredObject] = field(default_factory=dict)
+    """Parquet files beside the report, by name, see `reports.beside`"""
     previous: str | None = None
     """the release that was current before; set by `publication.publish`"""
 
@@ -199,6 +201,7 @@ class ReleaseManifest:
         yield from (self.template, *self.items)
         yield from (segment.file for segment in self.segments)
         yield from filter(None, (self.tombstones, self.report_json, self.report_html))
+        yield from self.tables.values()
         for vectors in self.vectors:
             yield from vectors.objects()
 

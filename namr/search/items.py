@@ -85,6 +85,16 @@ class Items:
         found = np.concatenate(ids)
         return found[~among(found, self._hidden)]
 
+    def labels(self, ids: Ids) -> list[str | None]:
+        """Of each of some ids (n,); None where it has none, or there is no such item."""
+        labels: list[str | None] = [None] * len(ids)
+        for file in self.files:
+            at = np.flatnonzero(among(ids, file.ids) & ~among(ids, self._hidden))
+            found = file.values(None, np.searchsorted(file.ids, ids[at]))
+            for place, label in zip(at.tolist(), found, strict=True):
+                labels[place] = label
+        return labels
+
     def label_counts(self) -> dict[str, int]:
         """How many items have each label; one entry a label."""
         counts: Counter[str] = Counter()

@@ -6,6 +6,7 @@ from pathlib import Path
 from namr.nightly import description
 from namr.release import releases
 from namr.release.releases import Forced, Release
+from namr.reports.beside import SelfSearched
 from namr.store import manifests
 from tests import small_release
 from tests.nightly.test_reindexing import a_report
@@ -29,6 +30,19 @@ def test_a_release_is_told_by_what_it_is_made_of_and_what_was_measured(tmp_path:
     assert (told["built"], told["template has aged"]) == ("whole: why", "it grew")
     assert (told["recall@10"], told["Recall@1, both"], told["effective rank"]) == ("1.000", "0.800", "7.2")
     assert told["follows"].startswith("none") and "forced" not in told
+
+
+def test_what_its_images_found_of_each_other_is_told_and_where_the_tables_lie(tmp_path: Path) -> None:
+    searched = SelfSearched(num_asked=4096, num_pairs=5, num_groups=3, limit=0.1, num_suspects=7)
+    release = released(tmp_path, Recipe(num_shards=1), searched=searched)
+    told = description.facts(release)
+    assert told["near-duplicates"] == "5 pairs of 3 groups" and told["label suspects"] == "7"
+    assert told["looked for by"] == "4,096 images"
+    stored = releases.store(release.releases_uri, "near-duplicates.parquet", b"a table")
+    listed = Release(release.releases_uri, replace(release.manifest, tables={"near-duplicates": stored}))
+    where = description.places(listed)
+    assert list(where) == ["page", "table near-duplicates"]
+    assert Path(where["table near-duplicates"]).read_bytes() == b"a table"
 
 
 def test_what_differs_is_told_with_the_bytes_that_are_not_shared(tmp_path: Path) -> None:

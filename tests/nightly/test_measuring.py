@@ -12,7 +12,8 @@ from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.building import Made
 from namr.nightly.measuring import Measured
 from namr.release.build import BuildConfig
-from namr.release.releases import Release, TemplateBirth
+from namr.release.releases import Release, ReleaseManifest, TemplateBirth
+from namr.reports.grids import Album
 from namr.store.cache import Cache
 from tests.small_nights import MODEL, a_night, as_release, embeddings_of
 
@@ -22,7 +23,7 @@ CONFIG = BuildConfig(index_key="IVF8,Flat", num_parts=2, num_held_out=60)
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gallery has none."""
-    monkeypatch.setattr(release_report, "grid_rows", lambda *_: [])
+    monkeypatch.setattr(Album, "images", lambda _, ids: [b""] * len(ids))
 
 
 def night(
@@ -56,6 +57,13 @@ def night(
     return made, measured._replace(manifest=measuring.with_reports(measured))
 
 
+def read_searched(root: str, manifest: ReleaseManifest) -> int:
+    """How many images asked their gallery."""
+    found = release_report.read(Release(root, manifest)).searched
+    assert found is not None
+    return found.num_asked
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local", "without_pictures")
 def test_what_was_added_to_keeps_its_effort_and_is_measured_by_age(tmp_path: Path) -> None:
@@ -85,6 +93,11 @@ def test_what_was_added_to_keeps_its_effort_and_is_measured_by_age(tmp_path: Pat
     assert by_age.new.error > 1.3 * by_age.old.error and by_age.new.recall_at_10 < by_age.old.recall_at_10
     assert added.aged is not None and added.aged.startswith("recall@10 is 0.")
     assert added.assessment.filtered == report.assessment.filtered != ()
+    tried, searched = report.assessment.frontier, [read_searched(root, each) for each in (first, second)]
+    assert tried is not None and added.assessment.frontier == tried and tried.release_id == first.release_id
+    assert tried.points[-1][:3] == (first.nprobe, first.depth, first.recall_at_10)
+    assert searched == [600, 100]
+    assert set(second.tables) == {"near-duplicates", "label-suspects"}
     page = Release(root, second).read(second.report_html).decode()
     assert (
         "added to of-version-1" in page

@@ -123,3 +123,9 @@ def test_drawn_ids_are_those_of_drawn_items() -> None:
     drawn = items.draw_ids(5, seed=1)
     assert drawn.tolist() == [item.id for item in items.draw(5, seed=1)]
     assert len(items.draw_ids(20, seed=1)) == 7
+
+
+def test_labels_are_those_of_the_ids_in_any_order_and_as_often_as_asked() -> None:
+    of = in_files(table(IDS)).without(np.array([8]))
+    assert of.labels(np.array([(1 << 32) + 2, 5, 3, 8, 4, 3, -1])) == ["a", None, "a", None, None, "a", None]
+    assert of.labels(IDS[:0]) == []
