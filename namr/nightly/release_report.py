@@ -73,7 +73,7 @@ def page(
         if side.recall_at_1 is not None
     }
     plots = []
-    if assessed.num_lists:
+    if assessed.num_lists and len(assessed.recall_by_nprobe) > 1:
         plots.append(
             report.curves(
                 "Recall@10 of the index by lists probed",
