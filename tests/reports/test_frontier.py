@@ -15,16 +15,13 @@ TRIED = Frontier(
 )
 
 
-def test_every_point_is_told_and_the_chosen_one_stands_out(tmp_path: Path) -> None:
-    section = frontier.section(TRIED, planted.searcher_of(tmp_path, index_key="IVF4,Flat").manifest)
+def test_every_point_is_told_and_the_chosen_one_stands_out_and_whose_they_are(tmp_path: Path) -> None:
+    manifest = planted.searcher_of(tmp_path, index_key="IVF4,Flat").manifest
+    section = frontier.section(TRIED, manifest)
     (table,) = section.tables
     assert table.rows[1] == ["2", "100", "0.955", "0.1", "10,000"] and list(table.emphasis) == [1]
     assert len(section.text) == 1 and len(section.plots) == 1
     assert "milliseconds a query" in report.render(ReportPage(title="t", sections=[section]))
-
-
-def test_what_an_earlier_release_measured_is_shown_as_such(tmp_path: Path) -> None:
-    manifest = planted.searcher_of(tmp_path).manifest
     section = frontier.section(Frontier(release_id="before", num_queries=5, points=TRIED.points), manifest)
     assert section.text[-1].startswith("Measured on release before, whose template")
 

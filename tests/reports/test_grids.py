@@ -7,15 +7,20 @@ import pytest
 
 from namr.reports import grids
 from namr.search.answers import SearchOptions
+from namr.search.searcher import Searcher
 from tests import planted, small_release
 
 KEYS = [f"digit/{number}" for number in range(planted.NUM)]
 WRONG = {5: "1", 47: "0", 118: "typo"}
 
 
-def test_labelled_queries_are_ordered_by_how_far_other_labels_are(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def searcher(tmp_path_factory: pytest.TempPathFactory) -> Searcher:
+    return planted.searcher_of(tmp_path_factory.mktemp("release"), labels=WRONG)
+
+
+def test_labelled_queries_are_ordered_by_how_far_other_labels_are(searcher: Searcher) -> None:
     """5 and 47 have another class's label; nobody else is called "typo", so 118 isn't judged."""
-    searcher = planted.searcher_of(tmp_path, labels=WRONG)
     ranked = grids.best_first(searcher, KEYS, planted.plan_of(searcher))
     assert {"digit/5", "digit/47"} <= set(ranked.keys[-5:]) and len(ranked.keys) == 119
     assert "another label" in ranked.how
@@ -46,8 +51,7 @@ def test_without_labels_the_nearest_first_answer_is_best(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("num", "nums"), [(0, []), (1, [1]), (2, [1, 1]), (5, [2, 2, 1])])
-def test_few_queries_are_shown_once_each(num: int, nums: list[int], tmp_path: Path) -> None:
-    searcher = planted.searcher_of(tmp_path)
+def test_few_queries_are_shown_once_each(num: int, nums: list[int], searcher: Searcher) -> None:
     found = grids.retrieval_grids(searcher, KEYS[:num], planted.plan_of(searcher))
     assert [len(grid.rows) for grid in found] == nums
 

@@ -35,8 +35,10 @@ def test_planted_wrong_labels_are_found_exactly_with_the_right_ones(side: Side, 
     assert order == sorted(order)
 
 
-def test_the_page_shows_them_with_what_is_suggested(tmp_path: Path) -> None:
+def test_the_page_shows_them_with_what_is_suggested_and_of_nobody_there_is_nothing(tmp_path: Path) -> None:
     searcher = planted.searcher_of(tmp_path, labels=WRONG)
+    nobody = suspects.among(planted.ask(searcher, first_new=120), searcher)
+    assert (len(nobody.rows), nobody.num_labelled) == (0, 0)
     asked = planted.ask(searcher)
     section = suspects.section(suspects.among(asked, searcher), asked, searcher)
     assert section.summary[0].value == "3"
@@ -65,9 +67,3 @@ def test_without_labels_the_page_says_why_there_is_nothing(tmp_path: Path) -> No
     section = suspects.section(found, asked, searcher)
     assert len(found.rows) == 0 and not section.grids and not section.summary
     assert section.text == ["No image that asked has a label, so none can be in doubt."]
-
-
-def test_where_nobody_asked_none_is_found(tmp_path: Path) -> None:
-    searcher = planted.searcher_of(tmp_path)
-    found = suspects.among(planted.ask(searcher, first_new=120), searcher)
-    assert (len(found.rows), found.num_labelled) == (0, 0)
