@@ -129,7 +129,7 @@ def section(found: Duplicates, asked: SelfSearch, searcher: Searcher) -> Section
             Grid(
                 title=f"Groups of near-duplicates: {shown} of {found.num_groups:,}, the nearest first",
                 rows=_rows(found, shown, searcher),
-                note="Distances are those to the first image of the group.",
+                note="Distances are those to the first image of the group, of which at most seven are shown.",
             )
         ]
         if shown
