@@ -14,6 +14,7 @@ from namr.measure import report, structure
 from namr.measure.report import Grid, Plot, Section, Table
 from namr.measure.structure import Agreement, Changes, Hubs, Rankings, Spread
 from namr.nightly import release_report
+from namr.release import held_out
 from namr.search import queries, stages
 from namr.search.answers import SearchOptions
 from namr.search.queries import Queries
@@ -169,7 +170,7 @@ def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int |
     changes = structure.changes(numbers(labels), numbers(plain), numbers(adaptive))
     grids = []
     for name, rows in (("mended", changes.mended), ("spoiled", changes.spoiled)):
-        shown = rows[release_report.spread_evenly(len(rows), _NUM_CHANGED_SHOWN)].tolist()
+        shown = rows[held_out.spread_evenly(len(rows), _NUM_CHANGED_SHOWN)].tolist()
         if shown:
             of_shown = [items[row].key for row in shown]
             grids.append(
