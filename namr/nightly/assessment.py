@@ -170,15 +170,17 @@ def assess(
     of what was added to the release before.
     """
     items, asked, (true, of_shares) = held
-    plain: dict[Effort, _Timed] = {}
+    seconds: dict[tuple[int, int], float] = {}
+    plain: dict[tuple[int, int], Neighbours] = {}
 
-    def found_by(side: Side, effort: Effort) -> Neighbours:
-        return searcher.neighbours(asked, Plan(k=_K, side=side, **effort._asdict(), exact=False))
+    def found_by(side: Side, nprobe: int, depth: int) -> Neighbours:
+        return searcher.neighbours(asked, Plan(k=_K, side=side, depth=depth, nprobe=nprobe, exact=False))
 
     def recall_of(nprobe: int, depth: int) -> float:
-        began, tried = time.perf_counter(), Effort(nprobe, depth)
-        plain[tried] = _Timed(found_by("none", tried), time.perf_counter() - began)
-        return truth.recall(plain[tried].found.ids, true.of("none")[:, :_K])
+        began = time.perf_counter()
+        found = plain[nprobe, depth] = found_by("none", nprobe, depth)
+        seconds[nprobe, depth] = time.perf_counter() - began
+        return truth.recall(found.ids, true.of("none")[:, :_K])
 
     if effort:
         points = [tuning.Point(*effort, recall_of(*effort))]
@@ -192,8 +194,8 @@ def assess(
         )
     nprobe, depth, recall = points[-1]
     labels = _Labels.of(searcher.items, items)
-    chosen = Effort(nprobe, depth)
-    sides = {side: plain[chosen].found if side == "none" else found_by(side, chosen) for side in _SIDES}
+    sides: dict[Side, Neighbours] = {"none": plain[nprobe, depth]}
+    sides |= {side: found_by(side, nprobe, depth) for side in _SIDES if side not in sides}
     return Assessment(
         num_queries=len(items),
         num_labelled=len(labels.by_query),
@@ -212,7 +214,7 @@ def assess(
             for side, found in sides.items()
         ),
         depth=depth,
-        queries_per_s=len(items) / plain[chosen].took_s,
+        queries_per_s=len(items) / seconds[nprobe, depth],
         by_age=_by_age(searcher, held, sides["none"], first_new_id) if first_new_id else None,
         filtered=selectivity.measured(searcher, asked, of_shares, k=_K, nprobe=nprobe, depth=depth),
     )
@@ -231,11 +233,6 @@ def _by_age(searcher: Searcher, held: HeldOut, found: Neighbours, first_new_id: 
     return ByAge(old, new)
 
 
-class _Timed(NamedTuple):
-    found: Neighbours
-    took_s: float
-
-
 class _Labels(NamedTuple):
     """Labels of the queries, by their place, where another item has the same."""
 
@@ -249,6 +246,8 @@ class _Labels(NamedTuple):
 
     def recall_at_1(self, items: Items, ids: Ids) -> float | None:
         """ids (Q, K), nearest first."""
-        first = ((label, items.by_id(int(ids[at, 0]))) for at, label in self.by_query.items())
-        right = [item is not None and item.label == label for label, item in first]
-        return sum(right) / len(right) if right else None
+        if not self.by_query:
+            return None
+        found = items.labels(ids[list(self.by_query), 0])
+        right = [label == first for label, first in zip(self.by_query.values(), found, strict=True)]
+        return sum(right) / len(right)

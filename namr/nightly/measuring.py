@@ -62,20 +62,20 @@ class Measured(NamedTuple):
     manifest: ReleaseManifest
     report: ReleaseReport
     searcher: Searcher
-    held: HeldOut
-    first_new_id: int | None
-
-    @property
-    def keys(self) -> list[str]:
-        """Of the items that queried."""
-        return [item.key for item in self.held.items]
+    keys: list[str]
+    """of the items that queried"""
+    first_new_id: int | None = None
+    """of what was added to the release before; None where all was built at once, or nothing came"""
+    held: HeldOut | None = None
+    """the items that queried; None where nothing was measured anew"""
 
     def lost_where(self, what: str) -> RecallLoss:
         """Where one of `Assessment.recalls` was lost."""
-        _, asked, true = self.held
-        rows = np.arange(len(asked.x))
+        assert self.held is not None, "what was lost was measured"
+        items, asked, true = self.held
+        rows = np.arange(len(items))
         if self.first_new_id is not None and what != assessment.OF_ALL:
-            is_new = np.array([item.id >= self.first_new_id for item in self.held.items])
+            is_new = np.array([item.id >= self.first_new_id for item in items])
             rows = np.flatnonzero(is_new if what == assessment.OF_NEW else ~is_new)
         effort = Effort(self.manifest.nprobe, self.manifest.depth)
         nearest = true.of_all.of("none")[rows, : truth.K_OF_RECALL]
@@ -139,7 +139,7 @@ def measure(
         considered=made.built.considered,
         certainty=numbers.certainty,
     )
-    return Measured(manifest, measured, searcher, numbers.held, made.first_new_id)
+    return Measured(manifest, measured, searcher, keys, made.first_new_id, numbers.held)
 
 
 def with_reports(measured: Measured) -> ReleaseManifest:

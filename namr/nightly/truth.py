@@ -83,7 +83,10 @@ def of_items(
 ) -> HeldOut:
     """The items with these ids; at least one, else ConfigError. shares, cache: see `neighbours`."""
     if not len(ids):
-        raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
+        raise ConfigError(
+            "no held-out items to query with: the dataset has no image that was embedded and not taken out; "
+            "bring some, and what serves stays until then"
+        )
     asked = queries.stored(ids, searcher.vectors)
     return held_out_of(searcher, asked, neighbours(searcher, asked, k=K, shares=shares, cache=cache))
 
