@@ -31,6 +31,7 @@ from namr.nightly import building, collection, gate, measuring, release_report
 from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.gate import GateConfig
+from namr.nightly.measuring import Measured, Settings
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
 from namr.registry.references import FoundModel
@@ -150,17 +151,14 @@ def _reindexed(
             cache=cache,
         )
         measured = measuring.measure(
-            _draft(fetched, query_model, made.built, config, clock()),
+            Release(root, _draft(fetched, query_model, made.built, config, clock())),
             made,
-            releases_uri=root,
+            Settings(config.build, config.assessment, config.aging),
             current=current,
-            build=config.build,
-            assess=config.assessment,
-            aging=config.aging,
             cache=cache,
         )
         manifest = measuring.with_reports(measured, config.self_search, extracted=extracted)
-    manifest = _judged(root, manifest, measured.report, dataset, config, current)
+        manifest = _judged(root, manifest, measured, dataset, config, current)
     lease.check()
     published = publication.publish(root, manifest, expected=expected)
     told = release_report.read(published)
@@ -170,14 +168,21 @@ def _reindexed(
 def _judged(
     root: str,
     manifest: ReleaseManifest,
-    measured: ReleaseReport,
+    measured: Measured,
     dataset: Dataset,
     config: ReindexConfig,
     current: Release | None,
 ) -> ReleaseManifest:
     """The release, if the gate lets it pass or is overruled; else it is kept for a look, and NamrError."""
     try:
-        gate.check(config.gate, Release(root, manifest), measured, dataset, current=current)
+        gate.check(
+            config.gate,
+            Release(root, manifest),
+            measured.report,
+            dataset,
+            current=current,
+            lost_where=measured.lost_where,
+        )
     except NamrError as error:
         if config.force is None:
             publication.keep(root, manifest)

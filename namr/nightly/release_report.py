@@ -11,6 +11,8 @@ from namr.nightly import selectivity
 from namr.nightly.assessment import Assessment, ByAge
 from namr.nightly.calibration import CertaintyReport
 from namr.nightly.comparison import Compared
+from namr.nightly.drift import Drift
+from namr.nightly.latency import Latencies
 from namr.release.releases import Counts, Release, ReleaseManifest
 from namr.reports.beside import SelfSearched
 from namr.reports.costs import StageSeconds
@@ -40,6 +42,10 @@ class ReleaseReport:
     """of the embeddings, see `measure.structure.effective_rank`; None where an earlier namr measured"""
     against_current: Compared | None = None
     """Recall@1 of the release that served, and of this one; None where none served, or nothing is labelled"""
+    map_at_r: Compared | None = None
+    """of both, see `comparison`; None also where an earlier namr measured, as of the next two"""
+    drift: Drift | None = None
+    latency: Latencies | None = None
     assessment: Assessment
     considered: tuple[Considered, ...] = ()
     """what else could have been built, and why it was not; empty where an earlier namr built it"""
@@ -131,6 +137,7 @@ def page(
         ],
         tables=[
             *([_by_age(assessed.by_age)] if assessed.by_age else []),
+            *([against] if (against := against_current(measured)) else []),
             Table(
                 title=f"Held-out queries: {assessed.num_queries}, re-ranked: the first {assessed.depth}",
                 columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)"],
@@ -165,6 +172,36 @@ def _by_age(by_age: ByAge) -> Table:
             for name, age in zip(("from before", "new"), by_age, strict=True)
         ],
     )
+
+
+def against_current(measured: ReleaseReport) -> Table | None:
+    """What the gate holds against the release that serves; None where none does."""
+    right, scores, drift, latency = (
+        measured.against_current, measured.map_at_r, measured.drift, measured.latency,
+    )  # fmt: skip
+    rows = []
+    for what, compared in (("Recall@1 (%)", right), ("MAP@R (%)", scores)):
+        if compared:
+            of = f"of {compared.num_queries} labelled queries, the same of both"
+            rows.append([what, f"{100 * compared.then:.1f}", f"{100 * compared.here:.1f}", of])
+    if drift and drift.then:
+        then, here = drift.then, drift.here
+        of = f"of {here.num_images} embeddings"
+        rows += [
+            ["effective rank", f"{then.effective_rank:.1f}", f"{here.effective_rank:.1f}", of],
+            ["flat axes", str(then.num_flat_axes), str(here.num_flat_axes), f"of {drift.dim}"],
+            ["mean norm", f"{then.mean_norm:.4g}", f"{here.mean_norm:.4g}", ""],
+        ]
+        if drift.shift is not None:
+            rows.append(["shift", "", f"{drift.shift:.4f}", "1 is as far as images lie from their mean"])
+    if latency and latency.then:
+        of = f"of {latency.num_queries} single queries, in turns"
+        rows += [
+            ["median (ms)", f"{latency.then.p50_ms:.2f}", f"{latency.here.p50_ms:.2f}", of],
+            ["95 % within (ms)", f"{latency.then.p95_ms:.2f}", f"{latency.here.p95_ms:.2f}", of],
+        ]
+    title = "Against the release that served"
+    return Table(title=title, columns=["", "then", "now", ""], rows=rows) if rows else None
 
 
 def _choice(measured: ReleaseReport) -> list[Table]:

@@ -174,6 +174,8 @@ class ReleaseManifest:
     """SHA-256 of the configs that decided it, see `reindexing`; empty where an earlier namr made it"""
     template_birth: TemplateBirth | None = None
     """None where an earlier namr trained it"""
+    kept_truth: StoredObject | None = None
+    """what is nearest to some items, see `nightly.kept_truth`; None where an earlier namr measured"""
     forced: Forced | None = None
     """None where nothing stood against it"""
     tables: Mapping[str, StoredObject] = field(default_factory=dict)
@@ -200,7 +202,7 @@ class ReleaseManifest:
         """Everything that has to be there for the release to work."""
         yield from (self.template, *self.items)
         yield from (segment.file for segment in self.segments)
-        yield from filter(None, (self.tombstones, self.report_json, self.report_html))
+        yield from filter(None, (self.tombstones, self.report_json, self.report_html, self.kept_truth))
         yield from self.tables.values()
         for vectors in self.vectors:
             yield from vectors.objects()

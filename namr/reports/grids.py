@@ -52,12 +52,6 @@ class Ranked(NamedTuple):
     """what makes one better than another, in words"""
 
 
-def spread_evenly(num: int, most: int) -> list[int]:
-    """Up to `most` of the numbers below `num`, at even steps from 0."""
-    most = min(num, most)
-    return [at * num // most for at in range(most)]
-
-
 def grid_rows(
     searcher: Searcher, keys: Sequence[str], plain: Sequence[Answer], adaptive: Sequence[Answer]
 ) -> list[GridRow]:

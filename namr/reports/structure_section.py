@@ -14,6 +14,7 @@ import numpy.typing as npt
 from namr.measure import report, structure
 from namr.measure.report import Grid, Plot, Section, Table
 from namr.measure.structure import Agreement, Changes, Hubs, Rankings, Spread
+from namr.release import held_out
 from namr.reports import grids
 from namr.search import queries, stages
 from namr.search.answers import SearchOptions
@@ -173,7 +174,7 @@ def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int |
     changes = structure.changes(numbers(labels), numbers(plain), numbers(adaptive))
     shown_queries = []
     for name, rows in (("mended", changes.mended), ("spoiled", changes.spoiled)):
-        shown = rows[grids.spread_evenly(len(rows), _NUM_CHANGED_SHOWN)].tolist()
+        shown = rows[held_out.spread_evenly(len(rows), _NUM_CHANGED_SHOWN)].tolist()
         if shown:
             of_shown = [items[row].key for row in shown]
             shown_queries.append(

@@ -4,6 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from namr.nightly import description
+from namr.nightly.comparison import Compared
+from namr.nightly.drift import Drift, Spread
+from namr.nightly.latency import Latencies, Latency
 from namr.release import releases
 from namr.release.releases import Forced, Release
 from namr.reports.beside import SelfSearched
@@ -29,6 +32,18 @@ def test_a_release_is_told_by_what_it_is_made_of_and_what_was_measured(tmp_path:
     assert (told["segments"], told["dead entries"]) == ("60 + 60", "1")
     assert (told["built"], told["template has aged"]) == ("whole: why", "it grew")
     assert (told["recall@10"], told["Recall@1, both"], told["effective rank"]) == ("1.000", "0.800", "7.2")
+    assert "latency" not in told and "MAP@R, then and now" not in told
+    lies = Spread(num_images=100, mean_norm=2.0, num_flat_axes=1, effective_rank=7.25)
+    measured = {
+        "map_at_r": Compared(9, 0.5, 0.25),
+        "drift": Drift(16, lies, lies, 0.125),
+        "latency": Latencies(30, Latency(1.5, 2.0), Latency(1.25, 3.0)),
+    }
+    more = description.facts(released(tmp_path / "more", recipe, **measured))
+    assert more["MAP@R, then and now"] == "0.500, 0.250 of the same 9 images"
+    assert more["embeddings"] == "mean norm 2, 1 flat axes"
+    assert more["shift"].startswith("0.1250, ")
+    assert (more["latency"], more["latency then"]) == ("1.50 ms (median), 2.00 ms (95 %)", "1.25 ms, 3.00 ms")
     assert told["follows"].startswith("none") and "forced" not in told
 
 
