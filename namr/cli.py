@@ -44,7 +44,7 @@ class ListCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowCommand:
-    """Show what a release is, how it was built and what was measured."""
+    """Show what a release is, how it was built, what was measured, and where its page and its tables lie."""
 
     releases_uri: str
     """the folder or s3:// prefix of the releases"""
@@ -214,7 +214,7 @@ def _pinned(release_id: str, pin: Pin) -> str:
 
 def _show(command: ShowCommand) -> None:
     release = releases.open_release(command.releases_uri, command.release)
-    told = {"release": release.manifest.release_id} | description.facts(release)
+    told = {"release": release.manifest.release_id} | description.facts(release) | description.places(release)
     width = max(map(len, told))
     for name, value in told.items():
         print(f"{name:<{width}}  {value}")

@@ -83,6 +83,12 @@ def digit(number: int) -> bytes:
     return file.getvalue()
 
 
+def ids_of(searcher: Searcher, keys: Iterable[str]) -> npt.NDArray[np.int64]:
+    """Of items by their keys; keys of none are left out."""
+    items = (searcher.items.by_key(key) for key in keys)
+    return np.array([item.id for item in items if item], np.int64)
+
+
 def random_vectors(num: int, dim: int, *, seed: int) -> Vectors:
     """Points around ten centres, and structure weights in (0.5, 1.5)."""
     rng = np.random.default_rng(seed)

@@ -18,7 +18,7 @@ HOUSE = (  # from the top down; a module of namr/ itself is named by itself
     ("cli",),
     ("demo",),
     ("nightly",),
-    ("plan", "serve", "train"),
+    ("plan", "reports", "serve", "train"),
     ("search",),
     ("measure", "release"),
     ("registry",),

@@ -29,10 +29,13 @@ from namr.measure.comparison import COLUMNS, Comparison
 from namr.measure.evaluation import EvaluationConfig
 from namr.model.losses import LossConfig
 from namr.model.model import ModelConfig
-from namr.nightly import reindexing, release_report, structure_section
+from namr.nightly import reindexing, release_report
 from namr.nightly.gate import GateConfig
 from namr.nightly.reindexing import ReindexConfig, ReindexReport
 from namr.registry import registry
+from namr.reports import beside
+from namr.reports.beside import Known
+from namr.reports.self_search import SelfSearchConfig
 from namr.search.searcher import Searcher
 from namr.serve import process
 from namr.serve.process import ServeConfig
@@ -266,10 +269,10 @@ def _report(
     with scratch.folder("demo-") as temporary:
         cache = Cache(Path(temporary), max_bytes=1 << 30)
         searcher = Searcher.of(night.release, cache=cache, query_model=None)
-        keys = [item.key for item in searcher.items.draw(8, seed=0)]
-        grid = release_report.retrieval_grid(searcher, keys)
-        section = structure_section.section(searcher, [item.key for item in searcher.items.draw(500, seed=0)])
-    page = release_report.page(f"namr on {config.data}", manifest, night.report, [grid], [section])
+        keys = [item.key for item in searcher.items.draw(500, seed=0)]
+        known = Known(night.report.build_s, night.report.stages, night.report.assessment.frontier)
+        told = beside.make(searcher, manifest, known, keys, SelfSearchConfig())
+    page = release_report.page(f"namr on {config.data}", manifest, night.report, told.grids, told.sections)
     return report.render(
         replace(
             page,

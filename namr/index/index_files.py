@@ -155,6 +155,12 @@ def packed(index: Any) -> Any:
     return faiss.IndexIVFPQFastScan(index) if pq is not None and pq.nbits == 4 else index
 
 
+def list_sizes(index: Any) -> Ids:
+    """(L,) how many entries each list of an IVF index holds."""
+    lists = index.invlists
+    return np.array([lists.list_size(number) for number in range(lists.nlist)], np.int64)
+
+
 def serialised(index: Any) -> bytes:
     """The bytes that FAISS writes of an index."""
     data: npt.NDArray[np.uint8] = faiss.serialize_index(index)

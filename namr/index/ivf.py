@@ -238,6 +238,11 @@ class Index:
         """1 for lists of equal length; a search takes about that many times as long."""
         return float(self._index.invlists.imbalance_factor()) if self.num_lists and self.num_vectors else 1.0
 
+    @property
+    def list_sizes(self) -> Ids:
+        """(L,) entries of each list; none for Flat."""
+        return index_files.list_sizes(self._index) if self.num_lists else np.empty(0, np.int64)
+
     def squared_to_centre(self, x: Floats) -> Floats:
         """(n,) squared distances of vectors (n, D) to the nearest centre of a list; 0 where there is none."""
         if not self.num_lists:

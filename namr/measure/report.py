@@ -7,6 +7,7 @@ Not covered: interactive plots; choosing which queries to show (the caller does)
 """
 
 import base64
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -291,6 +292,7 @@ def _drawing(plot: Plot) -> str:
     element = plot.svg[plot.svg.index("<svg") :]
     element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1)
     element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1)
+    element = element.replace("<svg", f'<svg role="img" aria-label="{html.escape(plot.title)}"', 1)
     return element.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
 
 

@@ -4,7 +4,7 @@ Five looks at the same arrays: how far s is from 1 and whether it tells images a
 the same s; hubs before and after re-ranking; queries whose first hit changed sides; the two axes on which s
 deforms a neighbourhood most. All of it is exact on the images given; who has many draws a sample of them.
 
-Not covered: reading vectors, pictures and words for people (`nightly.structure_section`); averages such as
+Not covered: reading vectors, pictures and words for people (`reports.structure_section`); averages such as
 Recall@K (`metrics`).
 Legend: N images, D dimension, K neighbours, M candidates, Q queries.
 """

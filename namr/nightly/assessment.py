@@ -12,7 +12,7 @@ Not covered: whether the numbers are good enough (`gate` decides), the method on
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from namr import checks
-from namr.data.shards import among
 from namr.model.distances import Side
 from namr.nightly import selectivity, truth, tuning
 from namr.nightly.selectivity import FilteredResult
 from namr.nightly.truth import HeldOut
 from namr.release import held_out
+from namr.reports import frontier
+from namr.reports.frontier import Frontier
 from namr.search.answers import Item
 from namr.search.items import Items
 from namr.search.searcher import Searcher
@@ -33,9 +34,12 @@ from namr.search.stages import Neighbours, Plan
 
 Ids = npt.NDArray[np.int64]
 
-_K = 10
+_K = truth.K_OF_RECALL
 _SIDES: tuple[Side, ...] = ("none", "scale", "query", "both")
-_MOST_DEEPER = 16
+OF_ALL, OF_OLD, OF_NEW = "recall@10", "recall@10 of images from before", "recall@10 of new images"
+_FEWEST_NEW, _MOST_NEW = 50, 100
+"""new items that query: recall@10 is then known to one point or two"""
+MOST_DEEPER = 16
 """times the depth of the config"""
 
 
@@ -104,14 +108,16 @@ class Assessment:
     """None where all was built at once, or nothing came"""
     filtered: tuple[FilteredResult, ...] = ()
     """of plain search under filters, the least selective first; none where an earlier namr measured"""
+    frontier: Frontier | None = None
+    """what was tried to choose `nprobe` and `depth`, of this release or of the one whose way of searching it
+    keeps; None where an earlier namr chose"""
 
     @property
     def recalls(self) -> dict[str, float]:
         """Recall@10 of all queries, and of those of each age, by name."""
-        named = {"recall@10": self.recall_at_10}
+        named = {OF_ALL: self.recall_at_10}
         if self.by_age:
-            named["recall@10 of images from before"] = self.by_age.old.recall_at_10
-            named["recall@10 of new images"] = self.by_age.new.recall_at_10
+            named |= {OF_OLD: self.by_age.old.recall_at_10, OF_NEW: self.by_age.new.recall_at_10}
         return named
 
     @property
@@ -131,30 +137,28 @@ class Effort(NamedTuple):
     depth: int
 
 
-def held_out_keys(searcher: Searcher, num: int, *, seed: int) -> list[str]:
-    """Keys of the items that the template was not trained on, about `num`; of any where that leaves none."""
-    share = held_out.share(num, searcher.manifest.counts.num_samples)
-    keys: list[str] = []
-    for file in searcher.items.files:
-        is_asked = held_out.mask(file.ids, share=share, seed=seed) & ~among(file.ids, searcher.hidden)
-        keys += [file.key(row) for row in np.flatnonzero(is_asked).tolist()]
-    if keys:
-        return keys
-    return [item.key for item in itertools.islice(searcher.items, num)]
+def held_out_ids(searcher: Searcher, num: int, *, seed: int) -> Ids:
+    """Ids of the items that the template was not trained on, about `num`, ascending; of any if none is left.
+
+    Of a smaller `num` they are some of those of a larger one.
+    """
+    share, items = held_out.share(num, searcher.manifest.counts.num_samples), searcher.items
+    of_files = [file.ids[held_out.mask(file.ids, share=share, seed=seed)] for file in items.files]
+    ids = np.concatenate([np.empty(0, np.int64), *of_files])
+    ids = ids[items.are_known(ids)]
+    return ids if len(ids) else np.array([item.id for item in itertools.islice(items, num)], np.int64)
 
 
-def some_of_both(
-    searcher: Searcher, held_out_keys: Sequence[str], first_new_id: int | None, *, num: int
-) -> list[str]:
-    """Keys of up to num held-out items from before and as many new ones, at even steps."""
-    ids = np.array([item.id for key in held_out_keys if (item := searcher.items.by_key(key))], np.int64)
-    parts = [np.sort(ids)]
-    if first_new_id is not None:
-        every = searcher.items.matching({})
-        parts = [parts[0][parts[0] < first_new_id], every[every >= first_new_id]]
-    chosen = [part[np.arange(0, len(part), max(1, -(-len(part) // num)))] for part in parts]
-    items = (searcher.items.by_id(each) for each in np.concatenate(chosen).tolist())
-    return [item.key for item in items if item]
+def some_since(searcher: Searcher, first_new_id: int) -> Ids:
+    """Ids of some of the items that came with this one or after it, at even steps, ascending.
+
+    A twentieth, at least 50 where there are as many: each is compared with everything, and a night should
+    take as long as there is new. 100 at most.
+    """
+    of_files = [file.ids[np.searchsorted(file.ids, first_new_id) :] for file in searcher.items.files]
+    new = np.concatenate([np.empty(0, np.int64), *of_files])
+    new = new[searcher.items.are_known(new)]
+    return new[held_out.spread_evenly(len(new), max(_FEWEST_NEW, min(_MOST_NEW, len(new) // 20)))]
 
 
 def assess(
@@ -172,13 +176,14 @@ def assess(
     """
     items, asked, (true, of_shares) = held
     seconds: dict[tuple[int, int], float] = {}
+    plain: dict[tuple[int, int], Neighbours] = {}
 
     def found_by(side: Side, nprobe: int, depth: int) -> Neighbours:
         return searcher.neighbours(asked, Plan(k=_K, side=side, depth=depth, nprobe=nprobe, exact=False))
 
     def recall_of(nprobe: int, depth: int) -> float:
         began = time.perf_counter()
-        found = found_by("none", nprobe, depth)
+        found = plain[nprobe, depth] = found_by("none", nprobe, depth)
         seconds[nprobe, depth] = time.perf_counter() - began
         return truth.recall(found.ids, true.of("none")[:, :_K])
 
@@ -190,11 +195,12 @@ def assess(
             num_lists=searcher.index.num_lists,
             target=config.target_recall,
             depth=config.depth,
-            max_depth=_MOST_DEEPER * config.depth if searcher.index.is_compressed else config.depth,
+            max_depth=MOST_DEEPER * config.depth if searcher.index.is_compressed else config.depth,
         )
     nprobe, depth, recall = points[-1]
     labels = _Labels.of(searcher.items, items)
-    sides = [(side, found_by(side, nprobe, depth)) for side in _SIDES]
+    sides: dict[Side, Neighbours] = {"none": plain[nprobe, depth]}
+    sides |= {side: found_by(side, nprobe, depth) for side in _SIDES if side not in sides}
     return Assessment(
         num_queries=len(items),
         num_labelled=len(labels.by_query),
@@ -210,12 +216,29 @@ def assess(
                 recall_at_10=truth.recall(found.ids, true.of(side)[:, :_K]),
                 proved=float(found.proved.mean()),
             )
-            for side, found in sides
+            for side, found in sides.items()
         ),
         depth=depth,
         queries_per_s=len(items) / seconds[nprobe, depth],
-        by_age=_by_age(searcher, held, dict(sides)["none"], first_new_id) if first_new_id else None,
+        by_age=_by_age(searcher, held, sides["none"], first_new_id) if first_new_id else None,
         filtered=selectivity.measured(searcher, asked, of_shares, k=_K, nprobe=nprobe, depth=depth),
+        frontier=None if effort else _frontier(searcher, len(items), points, seconds),
+    )
+
+
+def _frontier(
+    searcher: Searcher,
+    num_queries: int,
+    points: Sequence[tuning.Point],
+    seconds: Mapping[tuple[int, int], float],
+) -> Frontier:
+    return Frontier(
+        release_id=searcher.manifest.release_id,
+        num_queries=num_queries,
+        points=tuple(
+            frontier.Point(nprobe, depth, recall, 1e3 * seconds[nprobe, depth] / num_queries)
+            for nprobe, depth, recall in points
+        ),
     )
 
 
@@ -245,6 +268,8 @@ class _Labels(NamedTuple):
 
     def recall_at_1(self, items: Items, ids: Ids) -> float | None:
         """ids (Q, K), nearest first."""
-        first = ((label, items.by_id(int(ids[at, 0]))) for at, label in self.by_query.items())
-        right = [item is not None and item.label == label for label, item in first]
-        return sum(right) / len(right) if right else None
+        if not self.by_query:
+            return None
+        found = items.labels(ids[list(self.by_query), 0])
+        right = [label == first for label, first in zip(self.by_query.values(), found, strict=True)]
+        return sum(right) / len(right)

@@ -5,6 +5,7 @@ Not covered: the page with pictures (`release_report`), and what is stored of a 
 
 from namr.nightly import release_report
 from namr.release.releases import Release
+from namr.store import storage
 
 
 def facts(release: Release) -> dict[str, str]:
@@ -29,11 +30,25 @@ def facts(release: Release) -> dict[str, str]:
         for each in assessed.sides
         if each.recall_at_1 is not None
     }
-    if compared := measured.against_current:
-        of_same = f"of the same {compared.num_queries} images"
-        told["Recall@1, then and now"] = f"{compared.then:.3f}, {compared.here:.3f} {of_same}"
+    for what, compared in (("Recall@1", measured.against_current), ("MAP@R", measured.map_at_r)):
+        if compared:
+            of_same = f"of the same {compared.num_queries} images"
+            told[f"{what}, then and now"] = f"{compared.then:.3f}, {compared.here:.3f} {of_same}"
     if measured.effective_rank is not None:
         told["effective rank"] = f"{measured.effective_rank:.1f}"
+    if found := measured.searched:
+        told["near-duplicates"] = f"{found.num_pairs} pairs of {found.num_groups} groups"
+        if found.num_suspects is not None:
+            told["label suspects"] = str(found.num_suspects)
+        told["looked for by"] = f"{found.num_asked:,} images"
+    if drift := measured.drift:
+        told["embeddings"] = f"mean norm {drift.here.mean_norm:.4g}, {drift.here.num_flat_axes} flat axes"
+        if drift.shift is not None:
+            told["shift"] = f"{drift.shift:.4f}, of the embeddings against the release that served"
+    if latency := measured.latency:
+        told["latency"] = f"{latency.here.p50_ms:.2f} ms (median), {latency.here.p95_ms:.2f} ms (95 %)"
+        if then := latency.then:
+            told["latency then"] = f"{then.p50_ms:.2f} ms, {then.p95_ms:.2f} ms"
     told["imbalance"] = f"{measured.imbalance:.2f}"
     told["queries/s"] = f"{assessed.queries_per_s:,.0f}"
     told["stored"] = f"{sum(stored.size_bytes for stored in set(manifest.objects())) / 1e6:,.1f} MB"
@@ -42,6 +57,13 @@ def facts(release: Release) -> dict[str, str]:
     if manifest.forced:
         told["forced"] = f"by {manifest.forced.by}: {manifest.forced.reason} ({manifest.forced.objections})"
     return told
+
+
+def places(release: Release) -> dict[str, str]:
+    """Where its page and its tables lie, by name."""
+    manifest = release.manifest
+    listed = {"page": manifest.report_html} | {f"table {name}": it for name, it in manifest.tables.items()}
+    return {name: storage.join(release.releases_uri, it.name) for name, it in listed.items() if it}
 
 
 def differences(one: Release, other: Release) -> dict[str, tuple[str, str]]:

@@ -1,18 +1,33 @@
-"""Whether a release may replace the one that serves: images, recall, Recall@1, and embeddings that collapsed.
+"""Whether a release may replace the one that serves: its images, its answers, its embeddings and its speed.
 
-Not covered: which images were lost (`losses`), the measuring (`assessment`), and counts that don't add up
-(publishing refuses those).
+    images      those that the current release has and this one lacks, one by one (`losses`)
+    answers     recall@10 against exact search, of old and of new images; where it is lost (`recall_loss`)
+                Recall@1 and MAP@R of labelled images, against the current release (`comparison`)
+    embeddings  norms, axes on which nothing differs any more, effective rank, shift (`drift`)
+    speed       of single queries, against the current release (`latency`)
+
+Each limit is one that a night without a mistake is far from. Embeddings that are NaN never come this far:
+extraction refuses them, and the build again.
+
+Not covered: the measuring (`measuring`), and counts that don't add up (publishing refuses those).
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from namr import checks
 from namr.data.datasets import Dataset
 from namr.errors import NamrError
-from namr.nightly import losses, release_report
-from namr.nightly.assessment import Assessment
+from namr.nightly import losses
+from namr.nightly.comparison import Compared
+from namr.nightly.drift import Drift
+from namr.nightly.latency import Latencies
+from namr.nightly.recall_loss import RecallLoss
 from namr.nightly.release_report import ReleaseReport
 from namr.release.releases import Release
+
+_NOTICED_MS = 5.0
+"""what a query may take whatever it took before: nobody notices, and so short a time is mostly chance"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,32 +40,57 @@ class GateConfig:
     """of the images that the current release has, how many the new one may lack (take-downs don't count)"""
     max_recall_at_1_drop: float = 0.05
     """how far Recall@1 may fall below the current release's, of the same labelled images"""
-
+    max_map_at_r_drop: float = 0.05
+    """the same of MAP@R, over the first 20 answers"""
     max_rank_drop: float = 0.5
     """share by which the effective rank of the embeddings may fall below the current release's: a model that
     maps all images to few directions tells them apart no more"""
+    max_flat_axes: float = 0.1
+    """share of the axes on which embeddings differed in the current release, and may differ no more"""
+    max_norm_ratio: float = 10.0
+    """how many times as long, or as short, as the current release's the mean embedding may be"""
+    max_shift: float = 0.5
+    """how far the embeddings of the same model may lie from the current release's, see `drift`; 1 is as far
+    as images lie from their mean"""
+    max_latency_ratio: float = 2.0
+    """times the median time of a query in the current release; below 5 ms it is never too long"""
 
     def __post_init__(self) -> None:
-        shares = ("min_recall_at_10", "max_lost_share", "max_recall_at_1_drop", "max_rank_drop")
-        checks.in_range(self, *shares, at_least=0, at_most=1, place="gate")
+        shares = ("max_lost_share", "max_recall_at_1_drop", "max_map_at_r_drop", "max_rank_drop")
+        checks.in_range(
+            self, "min_recall_at_10", *shares, "max_flat_axes", at_least=0, at_most=1, place="gate"
+        )
+        checks.in_range(self, "max_norm_ratio", "max_latency_ratio", at_least=1, place="gate")
+        checks.in_range(self, "max_shift", at_least=0, place="gate")
 
 
 def check(
-    config: GateConfig, draft: Release, measured: ReleaseReport, dataset: Dataset, *, current: Release | None
+    config: GateConfig,
+    draft: Release,
+    measured: ReleaseReport,
+    dataset: Dataset,
+    *,
+    current: Release | None,
+    lost_where: Callable[[str], RecallLoss],
 ) -> None:
-    """NamrError, with every reason, unless the draft (a release of `dataset`) may replace the current one."""
-    assessed = measured.assessment
-    reasons = []
-    for what, recall in assessed.recalls.items():
-        if recall < config.min_recall_at_10:
-            reasons.append(
-                f"{what} is {recall:.3f} with {assessed.probed}, the gate wants "
-                f"{config.min_recall_at_10:.3f}: {_cause(assessed)}"
-            )
+    """NamrError, with every reason, unless the draft (a release of `dataset`) may replace the current one.
+
+    lost_where: of a recall by its name, asked of those that fall short alone.
+    """
+    reasons = [*_low_recall(config, measured, lost_where)]
     if current:
-        reasons += _collapsed(config, measured, current)
         reasons += _lost_images(config, draft, dataset, current)
-        reasons += _lost_recall(config, measured)
+    drops = (
+        ("Recall@1", measured.against_current, config.max_recall_at_1_drop),
+        ("MAP@R", measured.map_at_r, config.max_map_at_r_drop),
+    )
+    for what, compared, most in drops:
+        if compared:
+            reasons += _worse_answers(what, compared, most)
+    if measured.drift:
+        reasons += _drifted(config, measured.drift)
+    if measured.latency:
+        reasons += _slower(config, measured.latency)
     if reasons:
         raise NamrError(
             f"release {draft.manifest.release_id} is not published: {'; '.join(reasons)}. What serves stays; "
@@ -58,41 +98,71 @@ def check(
         )
 
 
-def _cause(assessed: Assessment) -> str:
-    """Where the recall is lost: in the lists that aren't probed, or in codes."""
-    if not assessed.num_lists:
-        return "compare more candidates (assessment.depth)"
-    if assessed.nprobe >= assessed.num_lists:
-        return "all lists were probed, so it is lost in codes or depth: take another build.index_key"
-    return "it is lost in lists that are not probed: raise assessment.target_recall"
+def _low_recall(
+    config: GateConfig, measured: ReleaseReport, lost_where: Callable[[str], RecallLoss]
+) -> Iterator[str]:
+    least, assessed = config.min_recall_at_10, measured.assessment
+    for what, recall in assessed.recalls.items():
+        if recall < least:
+            yield (
+                f"{what} is {recall:.3f} with {assessed.probed} and depth {assessed.depth}, the gate wants "
+                f"{least:.3f}; {lost_where(what).in_words}"
+            )
 
 
-def _collapsed(config: GateConfig, measured: ReleaseReport, current: Release) -> list[str]:
-    then, here = release_report.read(current).effective_rank, measured.effective_rank
-    if then is None or here is None or here >= (1 - config.max_rank_drop) * then:
-        return []
-    return [
-        f"the effective rank of the embeddings fell from {then:.1f} to {here:.1f}: the model tells images "
-        "apart in fewer ways; look at what it was trained with"
-    ]
-
-
-def _lost_images(config: GateConfig, draft: Release, dataset: Dataset, current: Release) -> list[str]:
+def _lost_images(config: GateConfig, draft: Release, dataset: Dataset, current: Release) -> Iterator[str]:
     before = current.manifest.counts.num_indexed
     lost = losses.lost_images(draft, dataset, current=current)
-    if lost.num <= config.max_lost_share * before:
-        return []
-    return [
-        f"{lost.num} of the {before} images of release {current.manifest.release_id} are gone and nobody "
-        f"took them out, for one {lost.keys[0]!r}: look at the refused ones"
-    ]
+    if lost.num > config.max_lost_share * before:
+        yield (
+            f"{lost.num} of the {before} images of release {current.manifest.release_id} are gone and nobody "
+            f"took them out, for one {lost.keys[0]!r}; the gate allows {100 * config.max_lost_share:g} %: "
+            "look at the refused ones"
+        )
 
 
-def _lost_recall(config: GateConfig, measured: ReleaseReport) -> list[str]:
-    compared = measured.against_current
-    if compared is None or compared.then - compared.here <= config.max_recall_at_1_drop:
-        return []
-    return [
-        f"Recall@1 of {compared.num_queries} images fell from {compared.then:.3f} to {compared.here:.3f}: "
-        "compare the models before promoting this one"
-    ]
+def _worse_answers(what: str, compared: Compared, most: float) -> Iterator[str]:
+    if compared.then - compared.here > most:
+        yield (
+            f"{what} of {compared.num_queries} images fell from {compared.then:.3f} to {compared.here:.3f}, "
+            f"and the gate allows {most:.3f}: compare the models before promoting this one"
+        )
+
+
+def _drifted(config: GateConfig, drift: Drift) -> Iterator[str]:
+    here, then = drift.here, drift.then
+    if then is None:
+        return
+    if here.effective_rank < (1 - config.max_rank_drop) * then.effective_rank:
+        yield (
+            f"the effective rank of the embeddings fell from {then.effective_rank:.1f} to "
+            f"{here.effective_rank:.1f}, and the gate allows a drop of {100 * config.max_rank_drop:g} %: the "
+            "model tells images apart in fewer ways; look at what it was trained with"
+        )
+    if here.num_flat_axes - then.num_flat_axes > config.max_flat_axes * drift.dim:
+        yield (
+            f"on {here.num_flat_axes} of {drift.dim} axes all embeddings are alike, and were on "
+            f"{then.num_flat_axes}; the gate allows {100 * config.max_flat_axes:g} % more: look at the "
+            "model's head"
+        )
+    shorter, longer = sorted((here.mean_norm, then.mean_norm))
+    if longer > config.max_norm_ratio * shorter:
+        yield (
+            f"the mean norm of the embeddings is {here.mean_norm:.3g}, and was {then.mean_norm:.3g}; the "
+            f"gate allows {config.max_norm_ratio:g} times more or less: look at the model's head"
+        )
+    if drift.shift is not None and drift.shift > config.max_shift:
+        yield (
+            f"the embeddings of the same model lie elsewhere: their shift is {drift.shift:.2f}, and the gate "
+            f"allows {config.max_shift:.2f}; look at what the images show, and at the dataset's URI"
+        )
+
+
+def _slower(config: GateConfig, latency: Latencies) -> Iterator[str]:
+    here, then = latency.here, latency.then
+    if then and here.p50_ms > max(_NOTICED_MS, config.max_latency_ratio * then.p50_ms):
+        yield (
+            f"a query takes {here.p50_ms:.1f} ms (median; 95 % of them {here.p95_ms:.1f} ms), and takes "
+            f"{then.p50_ms:.1f} ms in the current release; the gate allows {config.max_latency_ratio:g} "
+            "times that: look at what was built, or take another build.index_key"
+        )

@@ -31,6 +31,7 @@ from namr.nightly import building, collection, gate, measuring, release_report
 from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.gate import GateConfig
+from namr.nightly.measuring import Measured, Settings
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
 from namr.registry.references import FoundModel
@@ -38,6 +39,7 @@ from namr.release import increment, old_embeddings, publication, releases, users
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.garbage import CollectionConfig
 from namr.release.releases import Forced, Release, ReleaseManifest
+from namr.reports.self_search import SelfSearchConfig
 from namr.store import scratch, storage
 from namr.store.cache import Cache
 from namr.store.lease import Lease
@@ -67,6 +69,7 @@ class ReindexConfig:
     assessment: AssessmentConfig = field(default_factory=AssessmentConfig)
     aging: AgingConfig = field(default_factory=AgingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    self_search: SelfSearchConfig = field(default_factory=SelfSearchConfig)
     collection: CollectionConfig = field(default_factory=CollectionConfig)
 
     def __post_init__(self) -> None:
@@ -148,33 +151,38 @@ def _reindexed(
             cache=cache,
         )
         measured = measuring.measure(
-            _draft(fetched, query_model, made.built, config, clock()),
+            Release(root, _draft(fetched, query_model, made.built, config, clock())),
             made,
-            releases_uri=root,
+            Settings(config.build, config.assessment, config.aging),
             current=current,
-            build=config.build,
-            assess=config.assessment,
-            aging=config.aging,
             cache=cache,
         )
-        manifest = measuring.with_reports(measured)
-    manifest = _judged(root, manifest, measured.report, dataset, config, current)
+        manifest = measuring.with_reports(measured, config.self_search, extracted=extracted)
+        manifest = _judged(root, manifest, measured, dataset, config, current)
     lease.check()
     published = publication.publish(root, manifest, expected=expected)
-    return ReindexReport(release=published, is_new=True, extracted=extracted, report=measured.report)
+    told = release_report.read(published)
+    return ReindexReport(release=published, is_new=True, extracted=extracted, report=told)
 
 
 def _judged(
     root: str,
     manifest: ReleaseManifest,
-    measured: ReleaseReport,
+    measured: Measured,
     dataset: Dataset,
     config: ReindexConfig,
     current: Release | None,
 ) -> ReleaseManifest:
     """The release, if the gate lets it pass or is overruled; else it is kept for a look, and NamrError."""
     try:
-        gate.check(config.gate, Release(root, manifest), measured, dataset, current=current)
+        gate.check(
+            config.gate,
+            Release(root, manifest),
+            measured.report,
+            dataset,
+            current=current,
+            lost_where=measured.lost_where,
+        )
     except NamrError as error:
         if config.force is None:
             publication.keep(root, manifest)
@@ -211,8 +219,8 @@ def _is_alike(manifest: ReleaseManifest, query_model: NamrModel, digest: str, co
 def config_digest(config: ReindexConfig) -> str:
     """SHA-256 of all that decides a release beside its model and its dataset version.
 
-    Left out are what changes no byte of it: the number of parts and where they are kept, how many workers
-    extract, when a template is old, and the gate.
+    Left out are what changes no answer of it: the number of parts and where they are kept, how many workers
+    extract, when a template is old, the gate, and how far its report looks for duplicates.
     """
     decisive = {
         "embeddings_uri": storage.absolute(config.embeddings_uri),

@@ -4,23 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from namr.data.reading import Pictures
 from namr.index.planning import Considered
 from namr.measure import report
-from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
+from namr.measure.report import Fact, Grid, ReportPage, Section, Table
 from namr.nightly import selectivity
 from namr.nightly.assessment import Assessment, ByAge
 from namr.nightly.calibration import CertaintyReport
 from namr.nightly.comparison import Compared
+from namr.nightly.drift import Drift
+from namr.nightly.latency import Latencies
 from namr.release.releases import Counts, Release, ReleaseManifest
-from namr.search.answers import Answer, Item, SearchOptions
-from namr.search.searcher import Searcher
-from namr.sides import Side
+from namr.reports.beside import SelfSearched
+from namr.reports.costs import StageSeconds
 from namr.store import manifests, storage
 
-_NUM_QUERIES_SHOWN = 8
-NUM_NEIGHBOURS_SHOWN = 6
-_SHOWN_SIDES: tuple[Side, Side] = ("none", "both")
 _SIDE_NAMES = {"none": "plain", "scale": "scale", "query": "query", "both": "both"}
 
 
@@ -45,11 +42,17 @@ class ReleaseReport:
     """of the embeddings, see `measure.structure.effective_rank`; None where an earlier namr measured"""
     against_current: Compared | None = None
     """Recall@1 of the release that served, and of this one; None where none served, or nothing is labelled"""
+    map_at_r: Compared | None = None
+    """of both, see `comparison`; None also where an earlier namr measured, as of the next two"""
+    drift: Drift | None = None
+    latency: Latencies | None = None
     assessment: Assessment
     considered: tuple[Considered, ...] = ()
     """what else could have been built, and why it was not; empty where an earlier namr built it"""
     certainty: CertaintyReport | None = None
-    """None where an earlier namr made the release"""
+    """None where an earlier namr made the release; so for the next two"""
+    stages: StageSeconds | None = None
+    searched: SelfSearched | None = None
 
 
 def read(release: Release) -> ReleaseReport:
@@ -67,7 +70,7 @@ def page(
     grids: Sequence[Grid],
     sections: Sequence[Section] = (),
 ) -> ReportPage:
-    """The page of a release; `grids` as `retrieval_grid` makes them, sections as `structure_section` does."""
+    """The page of a release; grids and sections as `reports.beside` makes them."""
     assessed, counts, rank = measured.assessment, measured.counts, measured.effective_rank
     without = f"{counts.num_refused} refused, {counts.num_tombstoned} taken out"
     recalls = {
@@ -76,7 +79,7 @@ def page(
         if side.recall_at_1 is not None
     }
     plots = []
-    if assessed.num_lists:
+    if assessed.num_lists and len(assessed.recall_by_nprobe) > 1:
         plots.append(
             report.curves(
                 "Recall@10 of the index by lists probed",
@@ -134,6 +137,7 @@ def page(
         ],
         tables=[
             *([_by_age(assessed.by_age)] if assessed.by_age else []),
+            *([against] if (against := against_current(measured)) else []),
             Table(
                 title=f"Held-out queries: {assessed.num_queries}, re-ranked: the first {assessed.depth}",
                 columns=["ordered by", "Recall@1 (%)", "of the exact ten (%)"],
@@ -168,6 +172,36 @@ def _by_age(by_age: ByAge) -> Table:
             for name, age in zip(("from before", "new"), by_age, strict=True)
         ],
     )
+
+
+def against_current(measured: ReleaseReport) -> Table | None:
+    """What the gate holds against the release that serves; None where none does."""
+    right, scores, drift, latency = (
+        measured.against_current, measured.map_at_r, measured.drift, measured.latency,
+    )  # fmt: skip
+    rows = []
+    for what, compared in (("Recall@1 (%)", right), ("MAP@R (%)", scores)):
+        if compared:
+            of = f"of {compared.num_queries} labelled queries, the same of both"
+            rows.append([what, f"{100 * compared.then:.1f}", f"{100 * compared.here:.1f}", of])
+    if drift and drift.then:
+        then, here = drift.then, drift.here
+        of = f"of {here.num_images} embeddings"
+        rows += [
+            ["effective rank", f"{then.effective_rank:.1f}", f"{here.effective_rank:.1f}", of],
+            ["flat axes", str(then.num_flat_axes), str(here.num_flat_axes), f"of {drift.dim}"],
+            ["mean norm", f"{then.mean_norm:.4g}", f"{here.mean_norm:.4g}", ""],
+        ]
+        if drift.shift is not None:
+            rows.append(["shift", "", f"{drift.shift:.4f}", "1 is as far as images lie from their mean"])
+    if latency and latency.then:
+        of = f"of {latency.num_queries} single queries, in turns"
+        rows += [
+            ["median (ms)", f"{latency.then.p50_ms:.2f}", f"{latency.here.p50_ms:.2f}", of],
+            ["95 % within (ms)", f"{latency.then.p95_ms:.2f}", f"{latency.here.p95_ms:.2f}", of],
+        ]
+    title = "Against the release that served"
+    return Table(title=title, columns=["", "then", "now", ""], rows=rows) if rows else None
 
 
 def _choice(measured: ReleaseReport) -> list[Table]:
@@ -215,66 +249,3 @@ def _certainty_table(measured: CertaintyReport, depth: int) -> Table:
             for each in measured.shares
         ],
     )
-
-
-def retrieval_grid(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = None) -> Grid:
-    """Some queries, their plain neighbours and their adaptive ones, as pictures; nprobe None: the release's.
-
-    They are spread evenly over the keys, since items that were packed by class lie side by side.
-    """
-    shown = [keys[at] for at in spread_evenly(len(keys), _NUM_QUERIES_SHOWN)]
-    plain, adaptive = (
-        searcher.search(keys=shown, options=SearchOptions(k=NUM_NEIGHBOURS_SHOWN, side=side, nprobe=nprobe))
-        for side in _SHOWN_SIDES
-    )
-    return Grid(
-        title="What it finds",
-        rows=grid_rows(searcher, shown, plain, adaptive),
-        note="above the plain neighbours, below those by both structures",
-    )
-
-
-def grid_rows(
-    searcher: Searcher, keys: Sequence[str], plain: Sequence[Answer], adaptive: Sequence[Answer]
-) -> list[GridRow]:
-    """The queries of these keys with their answers, as pictures."""
-    pictures = Pictures(searcher.manifest.dataset_uri, searcher.manifest.dataset_version)
-    rows = []
-    for key, one, other in zip(keys, plain, adaptive, strict=True):
-        query = searcher.items.by_key(key)
-        assert query is not None, "the searcher has just answered for it"
-        (image,) = _images(searcher, pictures, [query.id])
-        rows.append(
-            GridRow(
-                query=Picture(image=image, label=query.label),
-                plain=_shown(searcher, pictures, one, query),
-                adaptive=_shown(searcher, pictures, other, query),
-            )
-        )
-    return rows
-
-
-def spread_evenly(num: int, most: int) -> list[int]:
-    """Up to `most` of the numbers below `num`, at even steps from 0."""
-    most = min(num, most)
-    return [at * num // most for at in range(most)]
-
-
-def _shown(searcher: Searcher, pictures: Pictures, answer: Answer, query: Item) -> list[Picture]:
-    images = _images(searcher, pictures, [hit.id for hit in answer.hits])
-    return [
-        Picture(
-            image=image,
-            label=hit.label,
-            distance=hit.distance,
-            correct=None if query.label is None or hit.label is None else hit.label == query.label,
-        )
-        for image, hit in zip(images, answer.hits, strict=True)
-    ]
-
-
-def _images(searcher: Searcher, pictures: Pictures, ids: Sequence[int]) -> list[bytes]:
-    places = [searcher.items.place(each) for each in ids]
-    assert all(places), "ids of items have places"
-    known = [place for place in places if place]
-    return pictures.read_many(ids, [place.offset for place in known], [place.size for place in known])

@@ -42,6 +42,8 @@ _ROWS_PER_TASK = 1 << 18
 _PAIRS = 1 << 21
 """of queries and rows that are compared at once: 8 MB"""
 _FEWEST_ROWS = 256
+_MOST_ROWS = 1 << 13
+"""of more the vectors don't stay in the processor's cache while they are compared"""
 _CANDIDATES = 32
 """of the index, that bound how far the neighbours are"""
 _PROBED = 1 / 16
@@ -52,6 +54,8 @@ _MOST_BYTES = 1 << 40
 
 K = 20
 """true neighbours of a query"""
+K_OF_RECALL = 10
+"""of which recall is measured by the first"""
 SHARES = (0.5, 0.1, 0.01, 0.001)
 """of the items, drawn at random, that filters let through"""
 
@@ -75,18 +79,23 @@ class HeldOut(NamedTuple):
 
 
 def of_items(
-    searcher: Searcher,
-    keys: Sequence[str],
-    *,
-    shares: Sequence[float] = SHARES,
-    cache: Cache | None = None,
+    searcher: Searcher, ids: Ids, *, shares: Sequence[float] = SHARES, cache: Cache | None = None
 ) -> HeldOut:
-    """The items of these keys; at least one, else ConfigError. shares, cache: see `neighbours`."""
-    items = [item for key in keys if (item := searcher.items.by_key(key))]
-    if not items:
-        raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
-    asked = queries.stored(np.array([item.id for item in items], np.int64), searcher.vectors)
-    return HeldOut(items, asked, neighbours(searcher, asked, k=K, shares=shares, cache=cache))
+    """The items with these ids; at least one, else ConfigError. shares, cache: see `neighbours`."""
+    if not len(ids):
+        raise ConfigError(
+            "no held-out items to query with: the dataset has no image that was embedded and not taken out; "
+            "bring some, and what serves stays until then"
+        )
+    asked = queries.stored(ids, searcher.vectors)
+    return held_out_of(searcher, asked, neighbours(searcher, asked, k=K, shares=shares, cache=cache))
+
+
+def held_out_of(searcher: Searcher, asked: Queries, truth: Truth) -> HeldOut:
+    """Items that are asked by their ids, with what they should find."""
+    assert asked.own_ids is not None, "items are asked"
+    items = (searcher.items.by_id(each) for each in asked.own_ids.tolist())
+    return HeldOut([item for item in items if item], asked, truth)
 
 
 def neighbours(
@@ -100,7 +109,7 @@ def neighbours(
     bounds = _bounds(searcher, asked, k)
     ids, hidden = searcher.vectors.ids(), searcher.hidden
     if cache is None or len(ids) <= _ROWS_PER_TASK:
-        blocks = searcher.vectors.blocks(num_rows=_rows_at_once(asked))
+        blocks = searcher.vectors.blocks(num_rows=rows_at_once(asked))
         return _found(blocks, asked, hidden, bounds, shares, k)
     ranges = _ranges(searcher.release)
 
@@ -162,7 +171,7 @@ def compare(task: Task) -> Truth:
             task.ids,
             dim=manifest.embedding_dim,
             start=task.start,
-            num_rows=_rows_at_once(task.asked),
+            num_rows=rows_at_once(task.asked),
         )
         return _found(blocks, task.asked, task.hidden, task.bounds, task.shares, task.k)
 
@@ -210,8 +219,9 @@ def _ranges(release: Release) -> list[tuple[int, int, int]]:
     return ranges
 
 
-def _rows_at_once(asked: Queries) -> int:
-    return max(_FEWEST_ROWS, _PAIRS // len(asked.x))
+def rows_at_once(asked: Queries) -> int:
+    """As many as are best compared together."""
+    return min(_MOST_ROWS, max(_FEWEST_ROWS, _PAIRS // len(asked.x)))
 
 
 @contextmanager

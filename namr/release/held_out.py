@@ -17,6 +17,12 @@ def share(num: int, num_samples: int) -> float:
     return min(_LARGEST_SHARE, num / num_samples) if num_samples else 0.0
 
 
+def spread_evenly(num: int, most: int) -> list[int]:
+    """Up to `most` of the numbers below `num`, at even steps from 0."""
+    most = min(num, most)
+    return [at * num // most for at in range(most)]
+
+
 def mask(ids: npt.NDArray[np.int64], *, share: float, seed: int) -> npt.NDArray[np.bool_]:
     """(n,) True where held out: SplitMix64 of id and seed lies in the lowest `share` of its range."""
     with np.errstate(over="ignore"):

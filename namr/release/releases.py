@@ -2,7 +2,7 @@
 
     <releases>/current.json                       the pointer: a release id
     <releases>/<release id>/manifest.json         written after everything that it lists
-    <releases>/objects/<sha256>/<file name>       segments, vectors, items, reports; shared by releases
+    <releases>/objects/<sha256>/<file name>       segments, vectors, items, reports and tables; shared
 
     <releases>/tombstones.json                    what was taken down since, see `takedowns`
     <releases>/building/<build>/                  work of builds, see `build`
@@ -18,9 +18,9 @@ lists any more (`garbage`), adding to them (`increment`) and one file of all (`e
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -174,8 +174,12 @@ class ReleaseManifest:
     """SHA-256 of the configs that decided it, see `reindexing`; empty where an earlier namr made it"""
     template_birth: TemplateBirth | None = None
     """None where an earlier namr trained it"""
+    kept_truth: StoredObject | None = None
+    """what is nearest to some items, see `nightly.kept_truth`; None where an earlier namr measured"""
     forced: Forced | None = None
     """None where nothing stood against it"""
+    tables: Mapping[str, StoredObject] = field(default_factory=dict)
+    """Parquet files beside the report, by name, see `reports.beside`"""
     previous: str | None = None
     """the release that was current before; set by `publication.publish`"""
 
@@ -198,7 +202,8 @@ class ReleaseManifest:
         """Everything that has to be there for the release to work."""
         yield from (self.template, *self.items)
         yield from (segment.file for segment in self.segments)
-        yield from filter(None, (self.tombstones, self.report_json, self.report_html))
+        yield from filter(None, (self.tombstones, self.report_json, self.report_html, self.kept_truth))
+        yield from self.tables.values()
         for vectors in self.vectors:
             yield from vectors.objects()
 

@@ -17,6 +17,7 @@ from namr.store import item_files
 from namr.store.item_files import ItemFile
 
 Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 class PictureRange(NamedTuple):
@@ -43,6 +44,13 @@ class Items:
         known = [among(hidden_ids, file.ids) for file in self.files]
         fewer._hidden = np.unique(hidden_ids[np.any(known, axis=0)]) if known else fewer._hidden
         return fewer
+
+    def are_known(self, ids: Ids) -> Mask:
+        """Which of some ids, of any shape, are items."""
+        known = np.zeros(ids.shape, np.bool_)
+        for file in self.files:
+            known |= among(ids, file.ids)
+        return known & ~among(ids, self._hidden)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) - len(self._hidden) if self.files else 0
@@ -85,6 +93,16 @@ class Items:
         found = np.concatenate(ids)
         return found[~among(found, self._hidden)]
 
+    def labels(self, ids: Ids) -> list[str | None]:
+        """Of each of some ids (n,); None where it has none, or there is no such item."""
+        labels: list[str | None] = [None] * len(ids)
+        for file in self.files:
+            at = np.flatnonzero(among(ids, file.ids) & ~among(ids, self._hidden))
+            found = file.values(None, np.searchsorted(file.ids, ids[at]))
+            for place, label in zip(at.tolist(), found, strict=True):
+                labels[place] = label
+        return labels
+
     def label_counts(self) -> dict[str, int]:
         """How many items have each label; one entry a label."""
         counts: Counter[str] = Counter()
@@ -110,31 +128,35 @@ class Items:
 
         allowed: ids that may be drawn, as `matching` returns them; None: all.
         """
-        if allowed is None:
-            return [_item(file, row) for file, row in self._drawn(num, seed=seed)]
-        ids = np.random.default_rng(seed).choice(allowed, min(num, len(allowed)), False)
+        ids = (
+            self.draw_ids(num, seed=seed)
+            if allowed is None
+            else np.random.default_rng(seed).choice(allowed, min(num, len(allowed)), False)
+        )
         return [item for each in ids.tolist() if (item := self.by_id(each)) is not None]
 
     def draw_ids(self, num: int, *, seed: int) -> Ids:
-        """(n,) the ids of what `draw` returns."""
-        return np.array([file.ids[row] for file, row in self._drawn(num, seed=seed)], np.int64)
+        """(n,) the ids of what `draw` returns.
 
-    def _drawn(self, num: int, *, seed: int) -> list[tuple[ItemFile, int]]:
-        """Few are hidden, so that mostly twice as many as are wanted hold enough that aren't."""
-        total, places = len(self) + len(self._hidden), list[tuple[ItemFile, int]]()
+        Few are hidden, so that mostly twice as many as are wanted hold enough that aren't.
+        """
+        total, ids = len(self) + len(self._hidden), np.empty(0, np.int64)
         for most in (2 * num, num + len(self._hidden)):
             drawn = np.random.default_rng(seed).choice(total, min(most, total), False)
-            places = [place for place in map(self._place, drawn.tolist()) if place][:num]
-            if len(places) == num:
+            ids = self._ids_at(drawn)
+            ids = ids[~among(ids, self._hidden)][:num]
+            if len(ids) == num:
                 break
-        return places
+        return ids
 
-    def _place(self, place: int) -> tuple[ItemFile, int] | None:
-        """Of all files' rows the one with this number, None if it is hidden."""
-        at = int(np.searchsorted(self._ends, place, side="right"))
-        file = self.files[at]
-        row = place - int(self._ends[at]) + len(file)
-        return None if self._is_hidden(file.ids[row]) else (file, row)
+    def _ids_at(self, places: Ids) -> Ids:
+        """Of all files' rows, one after the other, the ids of those with these numbers."""
+        ids = np.empty(len(places), np.int64)
+        for file, end in zip(self.files, self._ends.tolist(), strict=True):
+            rows = places - (end - len(file))
+            mine = (rows >= 0) & (rows < len(file))
+            ids[mine] = file.ids[rows[mine]]
+        return ids
 
     def _place_of_id(self, item_id: int) -> tuple[ItemFile, int] | None:
         if not 0 <= item_id < 2**63:

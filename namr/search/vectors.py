@@ -85,11 +85,11 @@ class GalleryVectors:
         """(N,) of all rows, one file after the other."""
         return self._places.ids(int(self._starts[-1]))
 
-    def blocks(self, *, num_rows: int | None = None) -> Iterator[Block]:
-        """All rows as they lie in the files, up to num_rows at once."""
+    def blocks(self, *, num_rows: int | None = None, first_row: int = 0) -> Iterator[Block]:
+        """All rows from first_row on, as they lie in the files, up to num_rows at once."""
         ids, step = self.ids(), num_rows or _BLOCK_ROWS
         for file, first in zip(self._pairs, self._starts.tolist(), strict=False):
-            for start in range(0, len(file), step):
+            for start in range(max(0, first_row - first), len(file), step):
                 x, s = self._as_both(file[start : start + step])
                 yield Block(ids[first + start : first + start + len(x)], x, s)
 

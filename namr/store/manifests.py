@@ -7,6 +7,7 @@ carries its writer's token, so that a writer whose answer was lost recognises it
 with a reason, by those who want it to stay.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -113,8 +114,7 @@ def write_manifest(uri: str, manifest: Manifest) -> None:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The JSON text of a manifest, the same bytes for the same contents."""
-    adapter = pydantic.TypeAdapter(type(manifest))
-    body = adapter.dump_python(manifest, mode="json")
+    body = _adapter(type(manifest)).dump_python(manifest, mode="json")
     head = {"format": manifest.FORMAT, "format_version": manifest.FORMAT_VERSION}
     text = json.dumps(head | body, indent=1, ensure_ascii=False)
     if _is_unicode(text):
@@ -150,7 +150,8 @@ def decode_manifest(data: bytes, kind: type[M], uri: str) -> M:
     try:
         if version in earlier:
             body = earlier[version](body)
-        return pydantic.TypeAdapter(kind).validate_python(body)
+        read: M = _adapter(kind).validate_python(body)
+        return read
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -185,7 +186,7 @@ def read_pointer(uri: str) -> Pointer | None:
     except ObjectMissing:
         return None
     try:
-        said = pydantic.TypeAdapter(_PointerBody).validate_python(_parse(data, uri))
+        said: _PointerBody = _adapter(_PointerBody).validate_python(_parse(data, uri))
     except pydantic.ValidationError as error:
         raise ManifestError(f"{uri} is damaged: expected a target and a token; point it anew") from error
     return Pointer(said.target, said.token, etag, said.pin)
@@ -217,6 +218,12 @@ class _PointerBody:
     target: str
     token: str
     pin: Pin | None = None
+
+
+@functools.cache
+def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
+    """Making one takes longer than reading a manifest with it."""
+    return pydantic.TypeAdapter(kind)
 
 
 def _parse(data: bytes, uri: str) -> dict[str, Any]:

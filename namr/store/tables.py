@@ -1,7 +1,8 @@
 """Tables on disk: Parquet files with fixed schemas, memory-mapped columns, and the tables that users bring.
 
 Two schemas exist: the samples of a shard and the embeddings of a shard. User fields travel as JSON text, one
-object a row, so that shards of different years need no common schema. Items of a release: `item_files`.
+object a row, so that shards of different years need no common schema. Tables for people are columns by name.
+Items of a release: `item_files`.
 """
 
 import io
@@ -203,6 +204,15 @@ def decode_vectors(data: bytes, *, structures: bool) -> VectorTable:
     if is_refused.any():
         columns = [column[~is_refused] for column in columns]
     return VectorTable(ids[~is_refused], columns[0], columns[1] if structures else None, ids[is_refused])
+
+
+def encode_columns(columns: Mapping[str, npt.NDArray[Any] | Sequence[str | None]]) -> bytes:
+    """The Parquet file of columns of one length: arrays as they are, and texts, null where they are None."""
+    made = {
+        name: pa.array(column) if isinstance(column, np.ndarray) else _texts(column, name)
+        for name, column in columns.items()
+    }
+    return _encode(pa.table(made))
 
 
 def write_columns(folder: Path, columns: Mapping[str, npt.NDArray[Any]]) -> None:

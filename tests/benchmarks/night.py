@@ -4,31 +4,46 @@
 
 Made-up embeddings, as in `scale`, on a local disk; a tenth as many old images as there are new ones are taken
 out. Both sides go through what the night does after extraction: build (or add), open, measure on held-out
-images, look for lost ones, verify, publish. Ray is up and has run tasks before anything is timed. Left out
-on both sides is the page of the report, which takes the same time for both. Before anything is compared the
-answers of the release that was added to are compared with those of one index over the same images.
+images, hold against the release that serves, look for lost images, verify, publish. Ray is up and has run
+tasks before anything is timed. Left out on both sides is the page of the report, which takes as long for
+both. Before anything is compared the answers of the release that was added to are compared with those of one
+index over the same images.
 
-The last line's ratio is that of the worse of the two: what is allowed (5 % of the time, 3 % of the bytes)
-over what it took.
+Of the median night the share of each step is told, as a share of the full build's time. The last line's ratio
+is that of the worse of the two: what is allowed (5 % of the time, 3 % of the bytes) over what it took.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
 from namr import ray_connection
 from namr.data import datasets
-from namr.nightly import building, losses, measuring
+from namr.nightly import (
+    assessment,
+    building,
+    comparison,
+    drift,
+    kept_truth,
+    latency,
+    losses,
+    measuring,
+)
 from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
+from namr.nightly.measuring import Settings
 from namr.release import publication, releases, templates
 from namr.release.build import BuildConfig
 from namr.release.releases import Release
+from namr.search import opening
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
 from namr.store import manifests, scratch, storage
@@ -38,6 +53,18 @@ from tests.scale_stages import MODEL, Gallery
 
 TIME_SHARE, BYTES_SHARE = 0.05, 0.03
 CONFIG = BuildConfig(num_parts=2)
+STEPS: dict[str, tuple[Any, str]] = {
+    "build": (building, "make"),
+    "open": (opening, "opened"),
+    "true neighbours": (kept_truth, "follow"),
+    "recall": (assessment, "assess"),
+    "against what serves": (comparison, "compare"),
+    "drift": (drift, "measured"),
+    "latency": (latency, "measured"),
+    "lost images": (losses, "lost_images"),
+    "publish": (publication, "publish"),
+}
+SETTINGS = Settings(CONFIG, AssessmentConfig(), AgingConfig())
 
 
 class Night(NamedTuple):
@@ -49,6 +76,8 @@ class Night(NamedTuple):
     publish_s: float
     num_bytes: int
     how: str
+    steps: dict[str, float]
+    """seconds of each of `STEPS`"""
 
     @property
     def seconds(self) -> float:
@@ -67,6 +96,11 @@ def main() -> None:
     time_share = statistics.median(night.seconds / full.seconds for full, night in rounds)
     build_share = statistics.median(night.build_s / full.build_s for full, night in rounds)
     bytes_share = statistics.median(night.num_bytes / full.num_bytes for full, night in rounds)
+    shares = {
+        name: 100 * statistics.median(night.steps[name] / full.seconds for full, night in rounds)
+        for name in STEPS
+    }
+    print("of a full build's time: " + ", ".join(f"{name} {share:.2f} %" for name, share in shares.items()))
     print(
         f"{options.images:,} x {options.dim}, {options.new:,} new: {100 * time_share:.1f} % of the time "
         f"({100 * TIME_SHARE:.0f} % allowed; of the build alone {100 * build_share:.1f} %), "
@@ -95,13 +129,37 @@ def parse() -> Any:
 def one_round(folder: Path, options: Any, *, checks: bool) -> tuple[Night, Night]:
     gallery = Gallery(folder=folder, num_samples=options.images, dim=options.dim, rows_per_shard=10_000)
     scale_stages.make(gallery)
-    full = a_night(gallery, None)
+    with timed() as steps:
+        full = a_night(gallery, None)._replace(steps=dict(steps))
     scale_stages.grow(gallery, options.new, num_dead=options.new // 10)
-    night = a_night(gallery, full.release)
+    with timed() as steps:
+        night = a_night(gallery, full.release)._replace(steps=dict(steps))
     assert night.how.startswith("added to")
     if checks:
         check(gallery, night.release)
     return full, night
+
+
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """Seconds of each of `STEPS`, while they run inside."""
+    steps = dict.fromkeys(STEPS, 0.0)
+
+    def timing(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return step(*given, **named)
+            finally:
+                steps[name] += time.perf_counter() - began
+
+        return run
+
+    with ExitStack() as stack:
+        for name, (module, function) in STEPS.items():
+            patch = mock.patch.object(module, function, timing(name, getattr(module, function)))
+            stack.enter_context(patch)
+        yield steps
 
 
 def a_night(gallery: Gallery, current: Release | None) -> Night:
@@ -121,16 +179,7 @@ def a_night(gallery: Gallery, current: Release | None) -> Night:
     )
     built = time.perf_counter()
     draft = scale_stages.manifest_of(gallery, made.built, release_id=f"night-{dataset.version.version}")
-    measured = measuring.measure(
-        draft,
-        made,
-        releases_uri=root,
-        current=current,
-        build=CONFIG,
-        assess=AssessmentConfig(),
-        aging=AgingConfig(),
-        cache=cache,
-    )
+    measured = measuring.measure(Release(root, draft), made, SETTINGS, current=current, cache=cache)
     report = releases.store(root, "report.json", manifests.encode_manifest(measured.report))
     manifest, told_s = replace(measured.manifest, report_json=report), time.perf_counter()
     if current:
@@ -144,6 +193,7 @@ def a_night(gallery: Gallery, current: Release | None) -> Night:
         ended - told_s,
         stored_bytes(gallery) - before,
         made.how,
+        {},
     )
 
 

@@ -72,6 +72,18 @@ def test_parts_merged_are_the_one_index(
     assert_same(found(tmp_path / "merged"), found(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("key", KEYS[1:])
+def test_the_lists_of_several_segments_are_as_long_as_those_of_one(
+    key: str, templates: dict[str, ivf.Template], tmp_path: Path
+) -> None:
+    build_whole(templates[key], tmp_path / "whole")
+    parts = build(templates[key], tmp_path, [0, 500, 1200])
+    one, several = ivf.open_index(tmp_path / "whole"), ivf.open_index(parts)
+    sizes = one.list_sizes
+    assert len(sizes) == one.num_lists and sizes.sum() == 1200 and (sizes == several.list_sizes).all()
+    assert one.imbalance == pytest.approx(len(sizes) * np.square(sizes / 1200).sum())
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_merged_equals_what_faiss_builds_alone(
     key: str, templates: dict[str, ivf.Template], tmp_path: Path

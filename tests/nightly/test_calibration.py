@@ -16,7 +16,7 @@ from namr.search.searcher import Searcher
 from namr.sides import SIDES
 from namr.store.cache import Cache
 from tests import small_release
-from tests.small_release import Recipe, Vectors
+from tests.small_release import Recipe, Vectors, ids_of
 
 DIM, NUM, ROWS, DEPTH = 12, 3, 200, 16
 
@@ -50,7 +50,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> "functools._lru_cache_
     def of(key: str) -> Measured:
         searcher = released(tmp_path_factory.mktemp("released"), key)
         return Measured(
-            searcher, calibration.calibrate(searcher, truth.of_items(searcher, KEYS), depth=DEPTH, nprobe=2)
+            searcher,
+            calibration.calibrate(
+                searcher, truth.of_items(searcher, ids_of(searcher, KEYS)), depth=DEPTH, nprobe=2
+            ),
         )
 
     return of
@@ -172,13 +175,15 @@ def test_a_report_tells_what_was_said_and_how_deep_it_took(measured, key: str) -
 def test_few_queries_calibrate_nothing(measured) -> None:
     searcher, _ = measured("Flat")
     for num in (1, 2, 199):
-        found = calibration.calibrate(searcher, truth.of_items(searcher, KEYS[:num]), depth=DEPTH, nprobe=1)
+        found = calibration.calibrate(
+            searcher, truth.of_items(searcher, ids_of(searcher, KEYS[:num])), depth=DEPTH, nprobe=1
+        )
         assert found.calibration is None
         assert (found.report.num_queries, found.report.rate) == (num, None)
         assert {each.calibrated for each in found.report.shares} == {0.0}
     assert (
         calibration.calibrate(
-            searcher, truth.of_items(searcher, KEYS[:200]), depth=DEPTH, nprobe=1
+            searcher, truth.of_items(searcher, ids_of(searcher, KEYS[:200])), depth=DEPTH, nprobe=1
         ).calibration
         is not None
     )

@@ -127,7 +127,11 @@ def test_what_the_gate_stops_serves_nobody_and_of_two_nights_one_wins(
     strict = GateConfig(min_recall_at_10=1.0)
     one_list = AssessmentConfig(depth=20, target_recall=0.01)
     config = config_of(tmp_path, model_folder, gate=strict, assessment=one_list)
-    with pytest.raises(NamrError, match=r"is not published: recall@10 is 0\.\d+ with 1 of \d+ lists"):
+    expected = (
+        r"is not published: recall@10 is 0\.\d+ with 1 of \d+ lists and depth 20, the gate wants 1\.000; of "
+        r"points lost [1-9]\d*\.\d in lists that are not probed, 0\.0 in depth, 0\.0 in codes: raise"
+    )
+    with pytest.raises(NamrError, match=expected):
         reindexing.reindex(config, clock=lambda: NOW)
     assert releases.current(config.releases_uri) is None
     ((kept,), _) = listing.list_releases(config.releases_uri)

@@ -94,6 +94,18 @@ def test_the_last_releases_stay_with_their_objects(fresh: tuple[str, ReleaseMani
         publication.roll_back(uri, now=NOW)
 
 
+def test_tables_beside_a_report_go_and_stay_with_their_release(fresh: tuple[str, ReleaseManifest]) -> None:
+    uri, manifest = fresh
+    stored = {name: releases.store(uri, "pairs.parquet", name.encode()) for name in ("a", "b")}
+    for name, table in stored.items():
+        publish(uri, replace(manifest, tables={"pairs": table}), name)
+    collect(uri)
+    assert [is_there(uri, table.name) for table in stored.values()] == [False, True]
+    storage.delete(storage.join(uri, stored["b"].name))
+    with pytest.raises(ManifestError, match=r"pairs\.parquet is missing"):
+        publish(uri, replace(manifest, tables={"pairs": stored["b"]}), "c")
+
+
 def test_nothing_young_is_deleted_whatever_the_clock_of_this_machine_says(
     fresh: tuple[str, ReleaseManifest], later: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

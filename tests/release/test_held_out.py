@@ -25,6 +25,13 @@ def test_a_smaller_share_is_a_part_of_the_larger_and_seeds_differ() -> None:
     assert both.mean() == pytest.approx(0.04, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("num", "most", "expected"), [(0, 5, []), (3, 5, [0, 1, 2]), (10, 4, [0, 2, 5, 7]), (100, 1, [0])]
+)
+def test_steps_are_even(num: int, most: int, expected: list[int]) -> None:
+    assert held_out.spread_evenly(num, most) == expected
+
+
 def test_the_share_is_bounded() -> None:
     assert held_out.share(500, 1_000_000) == 0.0005
     assert held_out.share(500, 600) == 0.2

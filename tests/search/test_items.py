@@ -110,6 +110,18 @@ def test_membership_keeps_the_shape_of_what_is_asked() -> None:
     assert not shards.among(asked, IDS[:0]).any()
 
 
+def test_ids_are_told_from_those_of_no_item_and_have_their_labels() -> None:
+    of = in_files(table(IDS)).without(np.array([5]))
+    asked = np.array([[-1, 3, 5], [8, 9, 1 << 40]])
+    assert of.are_known(asked).tolist() == [
+        [of.by_id(each) is not None for each in row] for row in asked.tolist()
+    ]
+    labels = [item.label if (item := of.by_id(each)) else None for each in asked.ravel().tolist()]
+    assert of.labels(asked.ravel()) == labels
+    assert len(set(labels)) > 1
+    assert in_files(table(IDS[:0])).labels(asked[0]) == [None] * 3
+
+
 def test_drawn_ids_are_those_of_drawn_items() -> None:
     table = SampleTable(
         ids=np.arange(9, dtype=np.int64),
@@ -123,3 +135,9 @@ def test_drawn_ids_are_those_of_drawn_items() -> None:
     drawn = items.draw_ids(5, seed=1)
     assert drawn.tolist() == [item.id for item in items.draw(5, seed=1)]
     assert len(items.draw_ids(20, seed=1)) == 7
+
+
+def test_labels_are_those_of_the_ids_in_any_order_and_as_often_as_asked() -> None:
+    of = in_files(table(IDS)).without(np.array([8]))
+    assert of.labels(np.array([(1 << 32) + 2, 5, 3, 8, 4, 3, -1])) == ["a", None, "a", None, None, "a", None]
+    assert of.labels(IDS[:0]) == []

@@ -37,6 +37,9 @@ def test_blocks_are_all_rows_as_they_lie(tmp_path: Path, num_files: int) -> None
         together = torch.cat([block[1 + at] for block in blocks]).numpy()
         np.testing.assert_array_equal(together, lying[:, at])
         np.testing.assert_array_equal(together[np.argsort(ids)], kind)
+    for first_row in (0, 1, len(ids) // 2, len(ids) - 1, len(ids)):
+        later = list(gallery.vectors.blocks(num_rows=2, first_row=first_row))
+        np.testing.assert_array_equal([each for block in later for each in block.ids], ids[first_row:])
 
 
 def test_an_id_of_no_shard_or_row_is_an_error(tmp_path: Path) -> None:

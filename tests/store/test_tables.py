@@ -216,3 +216,13 @@ def test_fields_that_are_nested_absurdly_deep_are_refused() -> None:
 def test_a_table_whose_name_is_no_text_is_refused(name: str) -> None:
     with pytest.raises(ManifestError, match="can't be read as a table"):
         list(tables.read_rows(Path(name)))
+
+
+def test_columns_for_people_keep_their_types_with_and_without_rows() -> None:
+    for num in (2, 0):
+        columns = {"id": np.arange(num), "far": np.arange(num) / 2, "label": [None, "schön"][:num]}
+        read = pq.read_table(io.BytesIO(tables.encode_columns(columns)))
+        assert [str(field.type) for field in read.schema] == ["int64", "double", "string"]
+        assert read.to_pydict() == {name: list(column) for name, column in columns.items()}
+    with pytest.raises(ManifestError, match="a label has half a character"):
+        tables.encode_columns({"label": ["\ud800"]})

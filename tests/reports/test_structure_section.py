@@ -8,7 +8,7 @@ import pytest
 from namr.measure import report
 from namr.measure.report import ReportPage, Section
 from namr.measure.structure import Agreement, Changes, Hubs
-from namr.nightly import structure_section
+from namr.reports import structure_section
 from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
 from namr.store.cache import Cache
@@ -39,7 +39,7 @@ def test_a_release_has_words_a_table_plots_and_the_queries_that_changed_sides(se
     assert "all 120 images" in told and "side 'both'." in told and "mended" in told
     assert len(section.tables[0].rows) == 2 and len(section.plots) == 3
     html = report.render(ReportPage(title="t", sections=[section]))
-    assert f"<h2>{structure_section.TITLE}</h2>" in html and "<h3>A neighbourhood on two axes</h3>" in html
+    assert f">{structure_section.TITLE}</h2>" in html and "<h3>A neighbourhood on two axes</h3>" in html
 
 
 def test_the_pictures_are_of_queries_that_were_mended_and_spoiled(
@@ -100,11 +100,8 @@ def test_three_images_are_enough(tmp_path: Path) -> None:
     assert "among the 2 nearest" in section.tables[0].title and len(section.plots) == 3
 
 
-def test_a_sample_is_drawn_of_many_images_and_told(
-    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(structure_section, "_MOST_IMAGES", 50)
-    one, other = (structure_section.section(searcher, UNLABELLED) for _ in range(2))
+def test_a_sample_is_drawn_of_many_images_and_told(searcher: Searcher) -> None:
+    one, other = (structure_section.section(searcher, UNLABELLED, most_images=50) for _ in range(2))
     assert "50 of 120 images, drawn at random" in one.text[0]
     assert one == other
 

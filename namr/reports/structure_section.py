@@ -1,7 +1,8 @@
 """The part of a release's page that says what the structure embedding does: words, plots and pictures.
 
-Spread, agreement and hubs are those of up to 2,048 images among themselves, drawn at random and the same ones
-each time; the queries that re-ranking mends and spoils are held-out ones, answered by the release itself.
+Spread, agreement and hubs are those of up to 2,048 images (fewer where a night has little time) among
+themselves, drawn at random and the same ones each time; the queries that re-ranking mends and spoils are
+held-out ones, answered by the release itself.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ import numpy.typing as npt
 from namr.measure import report, structure
 from namr.measure.report import Grid, Plot, Section, Table
 from namr.measure.structure import Agreement, Changes, Hubs, Rankings, Spread
-from namr.nightly import release_report
+from namr.release import held_out
+from namr.reports import grids
 from namr.search import queries, stages
 from namr.search.answers import SearchOptions
 from namr.search.queries import Queries
@@ -24,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 TITLE = "What the structure embedding says"
-_MOST_IMAGES = 2048
+MANY_IMAGES, FEW_IMAGES = 2048, 512
 _FEWEST_IMAGES = 3
 _K = 10
 _SEED = 0
@@ -39,14 +41,20 @@ _ALSO: dict[Side, str] = {
 """What a side does with weights that the ellipse of the query's own does not show."""
 
 
-def section(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = None) -> Section:
-    """`keys` are the queries that re-ranking may mend or spoil.
+def section(
+    searcher: Searcher,
+    keys: Sequence[str],
+    *,
+    nprobe: int | None = None,
+    most_images: int = MANY_IMAGES,
+) -> Section:
+    """`keys` are the queries that re-ranking may mend or spoil; most_images: that the other numbers are of.
 
     Re-ranked is by the side of the release, by "both" where it has none. nprobe: lists that these queries
     probe; None: the release's.
     """
     manifest = searcher.manifest
-    ids = np.sort(searcher.items.draw_ids(_MOST_IMAGES, seed=_SEED))
+    ids = np.sort(searcher.items.draw_ids(most_images, seed=_SEED))
     if len(ids) < _FEWEST_IMAGES:
         return Section(title=TITLE, text=[f"Of {len(ids)} images there is nothing to say."])
     x = searcher.vectors.embeddings(ids).float().numpy()
@@ -84,7 +92,7 @@ def section(searcher: Searcher, keys: Sequence[str], *, nprobe: int | None = Non
         ],
         tables=[_hub_table(before, after, k=ranked.plain.shape[1], num=len(ids))],
         plots=_plots(x, s, ranked, agreement, side),
-        grids=answered.grids if answered else [],
+        grids=answered.shown if answered else [],
     )
 
 
@@ -146,7 +154,7 @@ def told_changes(changes: Changes) -> str:
 
 class _Answered(NamedTuple):
     changes: Changes
-    grids: list[Grid]
+    shown: list[Grid]
 
 
 def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int | None) -> _Answered | None:
@@ -155,10 +163,7 @@ def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int |
     if not any(item.label is not None for item in items):
         return None
     asked = queries.stored(np.array([item.id for item in items], np.int64), searcher.vectors)
-    how = [
-        SearchOptions(k=release_report.NUM_NEIGHBOURS_SHOWN, side=each, nprobe=nprobe)
-        for each in ("none", side)
-    ]
+    how = [SearchOptions(k=grids.NUM_NEIGHBOURS_SHOWN, side=each, nprobe=nprobe) for each in ("none", side)]
     plain, adaptive = (_first_labels(searcher, asked, options) for options in how)
     labels = [item.label for item in items]
     number = {label: at for at, label in enumerate(sorted({label for label in labels if label is not None}))}
@@ -167,15 +172,15 @@ def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int |
         return np.array([-1 if label is None else number.get(label, -1) for label in of], np.int64)
 
     changes = structure.changes(numbers(labels), numbers(plain), numbers(adaptive))
-    grids = []
+    shown_queries = []
     for name, rows in (("mended", changes.mended), ("spoiled", changes.spoiled)):
-        shown = rows[release_report.spread_evenly(len(rows), _NUM_CHANGED_SHOWN)].tolist()
+        shown = rows[held_out.spread_evenly(len(rows), _NUM_CHANGED_SHOWN)].tolist()
         if shown:
             of_shown = [items[row].key for row in shown]
-            grids.append(
+            shown_queries.append(
                 Grid(
                     title=f"Queries that re-ranking {name}, {len(shown)} of {len(rows)}",
-                    rows=release_report.grid_rows(
+                    rows=grids.grid_rows(
                         searcher,
                         of_shown,
                         *(searcher.search(keys=of_shown, options=options) for options in how),
@@ -183,7 +188,7 @@ def _answered(searcher: Searcher, keys: Sequence[str], side: Side, nprobe: int |
                     note=f"above the first hits before re-ranking, below those after it, by side {side!r}",
                 )
             )
-    return _Answered(changes, grids)
+    return _Answered(changes, shown_queries)
 
 
 def _first_labels(searcher: Searcher, asked: Queries, options: SearchOptions) -> list[str | None]:
