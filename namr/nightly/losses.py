@@ -7,7 +7,7 @@ somebody took out is not lost.
 Not covered: how many may be lost (`gate`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from namr.release.releases import Release
 from namr.store import item_files, scratch
 from namr.store.cache import Cache
 from namr.store.item_files import ItemFile
+from namr.store.manifests import StoredObject
 
 _MOST_TOLD = 10
 _HASHES_AT_ONCE = 1 << 23
@@ -48,7 +49,8 @@ def lost_images(draft: Release, dataset: Dataset, *, current: Release) -> Lost:
     """What the draft, a release of `dataset`, lost of the current release.
 
     Within one dataset an image keeps its id, so files are compared side by side; in another it has another
-    id, and hashes of keys are compared, in files that are mapped. Neither holds all items in memory.
+    id, and hashes of keys are compared, in files that are mapped. Neither holds all items in memory, and of a
+    release that was added to only what is new is read.
     """
     gone_uri = current.manifest.dataset_uri
     taken_out = takedowns.taken_down(current.releases_uri, gone_uri)
@@ -56,7 +58,9 @@ def lost_images(draft: Release, dataset: Dataset, *, current: Release) -> Lost:
     with scratch.folder("gate-") as folder:
         if gone_uri == dataset.uri:
             taken_out = np.union1d(taken_out, dataset.tombstones)
-            lacking = _without_id_in(current.items(), draft.items())
+            # what both list has the same ids in it, and no other file of either has one of these
+            same = {*current.manifest.items} & {*draft.manifest.items}
+            lacking = _without_id_in(*(_items_but(same, release) for release in (current, draft)))
         else:
             cache = Cache(folder, max_bytes=1 << 40)
             files = ([*_mapped(release, cache)] for release in (current, draft))
@@ -80,6 +84,12 @@ def _without_id_in(ours: Iterable[ItemFile], theirs: Iterable[ItemFile]) -> Iter
             known = np.concatenate([known, following.ids])
         yield Lacking(file, np.flatnonzero(~shards.among(file.ids, known)))
         known = known[known > last_id]
+
+
+def _items_but(some: Container[StoredObject], release: Release) -> Iterator[ItemFile]:
+    return (
+        item_files.decode(release.read(stored)) for stored in release.manifest.items if stored not in some
+    )
 
 
 def _mapped(release: Release, cache: Cache) -> Iterator[ItemFile]:

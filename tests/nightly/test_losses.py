@@ -1,12 +1,19 @@
 """Items of several files against those of others: by id side by side, by key in turns over the hashes."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from namr.data import datasets
 from namr.nightly import losses
-from namr.store import item_files
+from namr.release.releases import Release
+from namr.store import item_files, tables
 from namr.store.item_files import ItemFile
 from namr.store.tables import SampleTable
+from tests import small_release
+from tests.small_release import Recipe
 
 
 def file_of(*ids: int) -> ItemFile:
@@ -60,3 +67,17 @@ def test_what_others_lack_by_key_is_found_in_any_number_of_turns(at_once: int) -
     assert list(losses._without_key_in([], cut(theirs), at_once=at_once)) == []
     everything = losses._without_key_in(cut(ours, 20), [], at_once=at_once)
     assert sum(len(rows) for _, rows in everything) == 60
+
+
+def test_of_files_that_both_list_nothing_is_lost_and_none_is_read(tmp_path: Path) -> None:
+    made = small_release.publish(tmp_path, Recipe(num_shards=2))
+    table, uri = small_release.table_of(made), made.releases_uri
+    head, tail, less = (
+        small_release.store_items(uri, tables.rows_of(table, rows))
+        for rows in (np.arange(60), np.arange(60, 80), np.arange(60, 79))
+    )
+    both = [Release(uri, replace(made.manifest, items=(*head, *each))) for each in (tail, less)]
+    (tmp_path / "releases" / head[0].name).write_bytes(b"nobody reads this")
+    dataset = datasets.open_version(made.manifest.dataset_uri)
+    assert losses.lost_images(both[1], dataset, current=both[0]) == (1, ["digit/79"])
+    assert losses.lost_images(both[0], dataset, current=both[1]) == (0, [])
