@@ -104,6 +104,7 @@ class NamrModel(nn.Module):
             std=pixels.std,
             interpolation=pixels.interpolation,
             fit=config.fit,
+            draft_factor=images.DRAFT_FACTOR,
         )
         self.search = SearchDefaults()
         self.batchnorm: BatchNormPolicy = "local"
@@ -242,7 +243,7 @@ def digest(model: NamrModel) -> str:
     are not in it.
     """
     config = {name: value for name, value in asdict(model.config).items() if name != "weights"}
-    return _digest(json.dumps([config, asdict(model.preprocessing)], sort_keys=True), model)
+    return _digest(json.dumps([config, images.identity(model.preprocessing)], sort_keys=True), model)
 
 
 def backbone_digest(model: NamrModel) -> str:
