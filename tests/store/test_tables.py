@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,13 @@ def test_fields_that_are_nested_absurdly_deep_are_refused() -> None:
 def test_a_table_whose_name_is_no_text_is_refused(name: str) -> None:
     with pytest.raises(ManifestError, match="can't be read as a table"):
         list(tables.read_rows(Path(name)))
+
+
+def test_what_a_model_ran_in_is_kept_and_float32_changes_no_byte() -> None:
+    """Files of before say nothing, and are found again by their digests."""
+    table = embedding_table(3, 1, np.float16)
+    lower = replace(table, compute_dtype="bfloat16")
+    assert tables.decode_embeddings(tables.encode_embeddings(lower)).compute_dtype == "bfloat16"
+    plain = tables.encode_embeddings(table)
+    assert tables.decode_embeddings(plain).compute_dtype == "float32"
+    assert set(pq.read_metadata(io.BytesIO(plain)).metadata) == {b"ARROW:schema"}
