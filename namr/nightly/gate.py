@@ -15,6 +15,10 @@ from namr.nightly.release_report import ReleaseReport
 from namr.release.releases import Release
 
 
+class NotGoodEnough(NamrError):
+    """A release that may not replace the one that serves."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """What a release has to reach before it replaces the one that serves."""
@@ -38,7 +42,7 @@ class GateConfig:
 def check(
     config: GateConfig, draft: Release, measured: ReleaseReport, dataset: Dataset, *, current: Release | None
 ) -> None:
-    """NamrError, with every reason, unless the draft (a release of `dataset`) may replace the current one."""
+    """NotGoodEnough, with every reason, unless the draft (of `dataset`) may replace the current release."""
     assessed = measured.assessment
     reasons = []
     for what, recall in assessed.recalls.items():
@@ -52,7 +56,7 @@ def check(
         reasons += _lost_images(config, draft, dataset, current)
         reasons += _lost_recall(config, measured)
     if reasons:
-        raise NamrError(
+        raise NotGoodEnough(
             f"release {draft.manifest.release_id} is not published: {'; '.join(reasons)}. What serves stays; "
             "look with `namr releases show`; change the gate's limits, or say why by --force, if it is meant"
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from namr.data.reading import Pictures
+from namr.embed.throughput import Throughput
 from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Fact, Grid, GridRow, Picture, ReportPage, Section, Table
@@ -50,6 +51,8 @@ class ReleaseReport:
     """what else could have been built, and why it was not; empty where an earlier namr built it"""
     certainty: CertaintyReport | None = None
     """None where an earlier namr made the release"""
+    embedded: Throughput | None = None
+    """how fast what was new was; None where nothing was, or an earlier namr made the release"""
 
 
 def read(release: Release) -> ReleaseReport:
@@ -69,6 +72,7 @@ def page(
 ) -> ReportPage:
     """The page of a release; `grids` as `retrieval_grid` makes them, sections as `structure_section` does."""
     assessed, counts, rank = measured.assessment, measured.counts, measured.effective_rank
+    took = measured.embedded
     without = f"{counts.num_refused} refused, {counts.num_tombstoned} taken out"
     recalls = {
         _SIDE_NAMES[side.side]: 100 * side.recall_at_1
@@ -128,6 +132,11 @@ def page(
             *(
                 [Fact(name="effective rank", value=f"{rank:.1f}", note="directions that embeddings use")]
                 if rank
+                else []
+            ),
+            *(
+                [Fact(name="embedding", value=f"{took.images_per_s:,.1f} images/s", note=took.stages)]
+                if took
                 else []
             ),
             Fact(name="lists", value=f"{measured.imbalance:.2f}", note="imbalance; 1 is even"),
