@@ -268,7 +268,7 @@ def wait_for_the_end_of_all(mark: str) -> None:
 @pytest.mark.timeout(900)
 def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str, tmp_path: Path) -> None:
     """A real kill -9 of the process that runs the extraction; its Ray ends with it."""
-    dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=4, rows_per_shard=250))
+    dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=6, rows_per_shard=250))
 
     def run(folder: Path, *, kill: bool = False) -> int:
         """How many files it said it wrote; a killed run says nothing, its files are counted."""
@@ -287,9 +287,9 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str
         wait_for_the_end_of_all(mark)
         return len(files_of(folder))
 
-    assert run(tmp_path / "whole") == 4
+    assert run(tmp_path / "whole") == 6
     done = run(tmp_path / "killed", kill=True)
-    assert 0 < done < 4
-    assert run(tmp_path / "killed") == 4 - done
+    assert 0 < done < 6
+    assert run(tmp_path / "killed") == 6 - done
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert len(files_of(tmp_path / "whole")) == 4
+    assert len(files_of(tmp_path / "whole")) == 6
