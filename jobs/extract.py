@@ -45,8 +45,10 @@ def main() -> None:
     refused = ", ".join(f"{row.key} ({row.reason})" for row in report.refused)
     print(
         f"{report.num_samples} samples: {report.num_embedded} embedded, {report.num_refused} refused; "
-        f"{report.num_new} of them now, in {report.num_new_files} files, {report.seconds:.1f} s, by "
+        f"{report.num_new} of them now, in {report.num_new_files} files, "
+        f"{report.throughput.seconds:.1f} s, by "
         f"{fetched.name} {fetched.version} (digest {report.embedding_set.manifest.model_digest[:12]})"
+        + (f"; {report.throughput.stages}" if report.num_new else "")
         + (f"; refused among others: {refused}" if refused else "")
     )
 

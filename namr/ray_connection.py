@@ -7,6 +7,7 @@ RAY_AUTH_MODE says otherwise. The address is always passed, so that no forgotten
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -85,11 +86,23 @@ def map_tasks(
         if not under_way:
             return
         done, _ = ray.wait(list(under_way), num_returns=1)
-        position = under_way.pop(done[0])
-        try:
-            yield position, ray.get(done[0])
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None if isinstance(error.cause, Exception) else error
+        yield under_way.pop(done[0]), _result(done[0])
+
+
+def tasks_in_order(function: Callable[[A], R], arguments: Iterable[A], *, max_in_flight: int) -> Iterator[R]:
+    """`map_tasks` without positions, its results in the order of the arguments.
+
+    An argument is drawn when fewer than `max_in_flight` results are waited for or not taken yet, so that
+    memory has so many at most.
+    """
+    remote: Any = ray.remote(function)
+    under_way: deque[Any] = deque()
+    for argument in arguments:
+        under_way.append(remote.remote(argument))
+        if len(under_way) == max_in_flight:
+            yield _result(under_way.popleft())
+    while under_way:
+        yield _result(under_way.popleft())
 
 
 def in_order(
@@ -113,6 +126,14 @@ def in_order(
             results[at] = result
             show(len(results), "")
     return [results[at] for at in range(num)]
+
+
+def _result(task: Any) -> Any:
+    """What a task returned; its exception as it was raised there."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None if isinstance(error.cause, Exception) else error
 
 
 def _resources() -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Text as it may be shown: in errors, logs, results and on pages.
 
 What is hidden: user and password of URIs, signatures of signed requests, and the values that the environment
-has for keys, passwords and tokens, wherever they occur. Not covered: secrets of other names.
+has for keys, passwords, tokens and the webhook, wherever they occur. Not covered: secrets of other names.
 """
 
 import os
@@ -15,6 +15,7 @@ _VARIABLES = (
     "AWS_SESSION_TOKEN",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
+    "NAMR_NOTIFY_URL",
 )
 _SHORTEST = 6
 """characters of a value that is looked for: shorter ones are part of innocent words"""

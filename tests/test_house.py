@@ -60,7 +60,7 @@ DOORS: dict[str, set[str]] = {
     "starlette": {"serve.app"},
     "uvicorn": {"serve.server"},
     "prometheus_client": {"serve.telemetry"},
-    "httpx": {"serve.client"},
+    "httpx": {"nightly.notice", "serve.client"},
     "rich": {"progress", "demo.demo"},
 }
 FREE_LIBRARIES = {"numpy", "torch"}

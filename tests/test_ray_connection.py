@@ -36,6 +36,23 @@ def test_a_task_that_fails_raises_its_own_exception() -> None:
         list(ray_connection.map_tasks(squared, range(30)))
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_tasks_in_order_draw_an_argument_when_a_result_is_taken() -> None:
+    drawn: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(8, 20):
+            drawn.append(number)
+            yield number
+
+    results = ray_connection.tasks_in_order(squared_after_a_moment, numbers(), max_in_flight=3)
+    assert next(results) == 64 and drawn == [8, 9, 10]
+    assert list(results) == [number**2 for number in range(9, 20)]
+    with pytest.raises(ConfigError, match="seven is not allowed"):
+        list(ray_connection.tasks_in_order(squared, range(9), max_in_flight=2))
+
+
 @pytest.mark.parametrize("is_made_by_turns", [False, True])
 def test_results_are_in_the_order_of_arguments_however_these_are_made(
     is_made_by_turns: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -6,8 +6,9 @@ transparent lies on white, and of an animation the first frame is taken. Everyth
 `ImageRefused`, whose reason is meant for a list that a person reads.
 
 A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size (inside the DCT, several times faster) whenever
-both of its sides stay at least three times the size asked for. The rule looks only at the picture and at
-`Preprocessing.size_px`, so that training and search see the same pixels.
+both of its sides stay at least `Preprocessing.draft_factor` times the size asked for. The rule looks only at
+the picture and at `Preprocessing`, so that evaluation, extraction and search see the same pixels. Random
+crops see a part of the picture, and so it stays three times the size for them.
 
 Not covered: HEIC and SVG, video, wide-gamut or high dynamic range output, transforms on a GPU.
 """
@@ -17,7 +18,7 @@ import math
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -53,7 +54,10 @@ _FIRST_BYTES = {
     Format("avif", "image/avif"): rb".{4}ftypavi[fs]",
 }
 """A regular expression for what a file of each format begins with."""
-_DRAFT_FACTOR = 3
+DRAFT_FACTOR = 1.5
+"""of models that are made now"""
+_EARLIER_DRAFT_FACTOR = 3.0
+_CROP_DRAFT_FACTOR = 3.0
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,9 +90,13 @@ class Preprocessing:
     interpolation: Interpolation
     fit: Fit
     """"squash" resizes both sides to the square; "crop" takes the largest centred square."""
+    draft_factor: float = _EARLIER_DRAFT_FACTOR
+    """How many times `size_px` both sides of a JPEG keep that is decoded smaller than it is stored. Models
+    that don't say it were made with 3."""
 
     def __post_init__(self) -> None:
         checks.in_range(self, "size_px", at_least=1, at_most=4096)
+        checks.in_range(self, "draft_factor", at_least=1, at_most=16)
         if self.interpolation not in _RESAMPLE:
             raise ConfigError(f"interpolation is {self.interpolation!r}; expected bilinear or bicubic")
         if self.fit not in ("squash", "crop"):
@@ -111,6 +119,14 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         checks.in_range(self, "min_area", above=0, at_most=1)
         checks.in_range(self, "color_jitter", at_least=0, below=1)
+
+
+def identity(prep: Preprocessing) -> dict[str, object]:
+    """What of a preprocessing is part of a model's digest, by name; of models of before as it was then."""
+    fields = asdict(prep)
+    if prep.draft_factor == _EARLIER_DRAFT_FACTOR:
+        del fields["draft_factor"]
+    return fields
 
 
 def format_of(data: bytes) -> Format | None:
@@ -144,7 +160,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side_px: int | None
 
 def prepare(data: bytes, prep: Preprocessing) -> np.ndarray:
     """Decode and resize: uint8 (3, size, size); raises `ImageRefused`."""
-    image = decode(data, min_side_px=_DRAFT_FACTOR * prep.size_px)
+    image = decode(data, min_side_px=math.ceil(prep.draft_factor * prep.size_px))
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
     if prep.fit == "crop":
@@ -161,7 +177,7 @@ def augment(data: bytes, prep: Preprocessing, config: AugmentConfig, *, seed: in
     min_area .. 1 of the image, its aspect log-uniform in 3/4 .. 4/3 of what `prep.fit` shows in search: of
     the whole image for "squash", of a square for "crop". Raises `ImageRefused`.
     """
-    image = decode(data, min_side_px=_DRAFT_FACTOR * prep.size_px)
+    image = decode(data, min_side_px=math.ceil(_CROP_DRAFT_FACTOR * prep.size_px))
     draw = np.random.default_rng(seed).random(8)  # always eight, so that no option moves another's numbers
     width, height = image.size
     area, root_aspect = config.min_area + (1 - config.min_area) * draw[0], (4 / 3) ** (draw[1] - 0.5)

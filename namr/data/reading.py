@@ -52,7 +52,7 @@ def stream(dataset: Dataset, entry: ShardEntry) -> Iterator[StreamedSample]:
     digest = hashlib.sha256()
     with storage.open_stream(uri) as file:
         for row, (offset, size) in enumerate(zip(table.offsets, table.sizes, strict=True)):
-            _take(file, int(offset) - file.tell(), digest, uri)
+            _pass_over(file, int(offset), digest, uri)
             image = _take(file, int(size), digest, uri)
             if live[row]:
                 yield StreamedSample(int(table.ids[row]), table.keys[row], table.labels[row], image)
@@ -63,6 +63,12 @@ def stream(dataset: Dataset, entry: ShardEntry) -> Iterator[StreamedSample]:
             f"{uri} is damaged: its SHA-256 is {digest.hexdigest()}, version {dataset.version.version} of "
             f"{dataset.uri} says {entry.tar.sha256}; restore it"
         )
+
+
+def _pass_over(file: BinaryIO, offset: int, digest: "hashlib._Hash", uri: str) -> None:
+    """What lies before `offset` may be anything, of any size: it is not held whole."""
+    while (num_bytes := offset - file.tell()) > 0:
+        _take(file, min(num_bytes, _CHUNK_BYTES), digest, uri)
 
 
 def _take(file: BinaryIO, num_bytes: int, digest: "hashlib._Hash", uri: str) -> bytes:

@@ -41,7 +41,14 @@ class EmbeddingFile:
     num_refused: int
     embedding_dim: int
     dtype: str
-    """float16 or float32"""
+    """float16 or float32, as they are stored"""
+    compute_dtype: str = "float32"
+    """float32, float16 or bfloat16, as the model was run"""
+
+    @property
+    def kind(self) -> tuple[int, str, str]:
+        """What all files of a set have alike."""
+        return self.embedding_dim, self.dtype, self.compute_dtype
 
 
 class Stored(NamedTuple):
@@ -64,6 +71,7 @@ class SetManifest:
     dataset_digest: str
     embedding_dim: int
     dtype: str
+    compute_dtype: str = "float32"
     num_samples: int
     num_embedded: int
     num_refused: int
@@ -147,6 +155,7 @@ def verify(root_uri: str, model_digest: str, entry: ShardEntry) -> Stored:
         num_refused=len(table.refused_ids),
         embedding_dim=table.embeddings.shape[1],
         dtype=str(table.embeddings.dtype),
+        compute_dtype=table.compute_dtype,
     )
     return Stored(file, table)
 
@@ -173,7 +182,7 @@ def publish_set(
     """Reconcile files with the dataset version, and write the manifest that lists them.
 
     Raises ManifestError where a shard has no file or two, where embedded and refused don't add up to its
-    samples, and where dimension or type differ.
+    samples, and where dimension or types differ.
     """
     listed = tuple(sorted(files, key=lambda file: file.number))
     what = f"embeddings of version {dataset.version.version} of {dataset.uri}"
@@ -189,13 +198,13 @@ def publish_set(
                 f"{what}: shard {entry.number} has {entry.num_samples} samples, {file.num_embedded} embedded "
                 f"and {file.num_refused} refused"
             )
-    kinds = {(file.embedding_dim, file.dtype): file.stored.name for file in listed}
+    kinds = {file.kind: file.stored.name for file in listed}
     if len(kinds) != 1:
         raise ManifestError(
-            f"{what} are of {len(kinds)} kinds, {kinds}; expected one dimension and one type: "
-            "extract into a root of their own"
+            f"{what} are of {len(kinds)} kinds, {kinds}; expected one dimension, one stored type and one "
+            "that the model ran in: extract into a root of their own"
         )
-    ((dim, dtype),) = kinds
+    ((dim, dtype, compute_dtype),) = kinds
     manifest = SetManifest(
         model_digest=model_digest,
         dataset_id=dataset.version.dataset_id,
@@ -203,6 +212,7 @@ def publish_set(
         dataset_digest=dataset.digest,
         embedding_dim=dim,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         num_samples=dataset.version.num_samples,
         num_embedded=sum(file.num_embedded for file in listed),
         num_refused=sum(file.num_refused for file in listed),

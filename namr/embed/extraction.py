@@ -1,9 +1,11 @@
 """Extraction: a dataset version into embeddings, one file a shard, by a pool of Ray actors.
 
-Each actor loads the model once, then streams whole shards through decoding threads into it, in batches of
-one fixed size (the last one padded), and writes a file for each shard by exclusive create. So a run that was
-killed anywhere goes on with the shards that are missing, two runs at once don't disturb each other, and on
-CPU the files are the same bytes as those of a run that was never interrupted.
+Each actor loads the model once, then streams whole shards through those that decode into it (`decoding`), in
+batches of one fixed size (the last one padded), and writes a file for each shard by exclusive create. So a
+run that was killed anywhere goes on with the shards that are missing, two runs at once don't disturb each
+other, and on CPU the files are the same bytes as those of a run that was never interrupted. Of a shard an
+actor holds a few batches of pixels, and all vectors as they are stored: 2 KB an image at 512 dimensions in
+float16, and some five times that while the file is written and read back.
 
 Every row of a shard comes out: embedded, or refused with a reason. Tombstones are not looked at, because the
 file of a shard serves every dataset version that has the shard (`embeddings`). A model that returns NaN or
@@ -12,39 +14,33 @@ what the storage type can't hold is an error that names the sample, not a refusa
 Not covered: test-time augmentation, and models that don't fit one device.
 """
 
+import contextlib
 import logging
 import pickle
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-import numpy as np
-import numpy.typing as npt
 import ray
 import torch
 
 from namr import checks, progress, ray_connection
-from namr.data import images, reading
 from namr.data.datasets import Dataset, ShardEntry
-from namr.data.images import Preprocessing
-from namr.data.reading import StreamedSample
-from namr.embed import embeddings
+from namr.embed import decoding, embeddings, throughput
 from namr.embed.embeddings import EmbeddingFile, EmbeddingSet
-from namr.errors import ImageRefused, ModelMismatch, NamrError, ShapeError
+from namr.embed.shard_table import ERASED, Refused, ShardTable
+from namr.embed.throughput import Throughput
+from namr.errors import ConfigError, ImageRefused, ManifestError, ModelMismatch, NamrError
 from namr.model import model
-from namr.model.model import NamrModel
+from namr.model.model import ComputeDtype, NamrModel
 from namr.store import scratch, storage
 from namr.store.tables import EmbeddingTable
 
 _CPUS_PER_WORKER = 0.5  # a whole one each would leave none for Ray Data's own tasks, and the run would hang
 _MOST_TOLD = 10
 _MOST_AT_ONCE = 8192  # three times as many pictures are in memory: 3.7 GB at 224 px, before the model
-ERASED = "erased"
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +53,22 @@ class ExtractionConfig:
     """actors; none named means one for each GPU, or for each core where there is no GPU"""
     decode_threads_per_worker: int = 4
     """threads that turn bytes into pixels, beside the model"""
+    decode_tasks_per_worker: int = 0
+    """Ray tasks, of one core each and on any node, that do so in the threads' place: for GPUs whose own nodes
+    have too few cores to feed them; 0 leaves it to the threads"""
     storage_dtype: Literal["float16", "float32"] = "float16"
     """of the stored vectors; all files of a dataset version must have the same"""
+    compute_dtype: ComputeDtype = "float32"
+    """that the model runs in; float16 and bfloat16 are for GPUs, which are faster in them (a CPU refuses
+    float16); all files of a dataset version must have the same"""
     max_bad_fraction: float = 0.01
     """the run fails if a larger share of the images is refused"""
 
     def __post_init__(self) -> None:
         checks.in_range(self, "batch_size_per_worker", at_least=1, at_most=_MOST_AT_ONCE)
         checks.in_range(self, "num_workers", "decode_threads_per_worker", at_least=1)
+        checks.in_range(self, "decode_tasks_per_worker", at_least=0, at_most=1024)
         checks.in_range(self, "max_bad_fraction", at_least=0, at_most=1)
-
-
-class Refused(NamedTuple):
-    """A row without an embedding, and why."""
-
-    id: int
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +83,8 @@ class ExtractReport:
     num_new: int
     """samples of shards that this run read; the others were embedded before"""
     num_new_files: int
-    seconds: float
+    throughput: Throughput
+    """of the shards that this run embedded"""
     refused: tuple[Refused, ...]
     """of the shards that this run looked at, the first few"""
 
@@ -112,7 +108,8 @@ def extract(
 
     embeddings_uri: root of all embeddings. model_uri: the folder of a saved model, local to this process or
     s3://. Raises ModelMismatch if it is not the one of expected_digest, ImageRefused above max_bad_fraction
-    (the files stay, no set is published), ShapeError for NaN embeddings, ManifestError for a damaged shard.
+    (the files stay, no set is published), ShapeError for NaN embeddings, ManifestError for a damaged shard
+    and for files of another kind that are there already.
     """
     started = time.monotonic()
     root = storage.absolute(embeddings_uri)
@@ -120,11 +117,14 @@ def extract(
     shipped = read_model(model_uri, expected_digest=expected_digest)
     known = embeddings.known_files(root, shipped.digest, dataset)
     to_do = [entry for entry in dataset.shards if entry.number not in known]
-    done = _run(config, dataset, root, shipped, to_do) if to_do else []
+    done: list[_Done] = []
+    if to_do:
+        _check_alike(config, known.values())
+        done = _run(config, dataset, root, shipped, to_do)
     _check_refused(config, done)
     files = [*known.values(), *(shard.file for shard in done)]
     embedding_set = embeddings.publish_set(root, shipped.digest, dataset, files)
-    new = [shard.file for shard in done if shard.is_new]
+    new = [shard.file for shard in done if shard.took]
     return ExtractReport(
         embedding_set=embedding_set,
         num_samples=embedding_set.manifest.num_samples,
@@ -132,7 +132,9 @@ def extract(
         num_refused=embedding_set.manifest.num_refused,
         num_new=sum(file.num_embedded + file.num_refused for file in new),
         num_new_files=len(new),
-        seconds=time.monotonic() - started,
+        throughput=throughput.total(
+            (shard.took for shard in done if shard.took), seconds=time.monotonic() - started
+        ),
         refused=tuple(row for shard in done for row in shard.bad)[:_MOST_TOLD],
     )
 
@@ -148,92 +150,62 @@ def read_model(model_uri: str, *, expected_digest: str | None = None) -> ModelFi
     return ModelFiles(digest, files)
 
 
-def embed_shard(
-    net: NamrModel, dataset: Dataset, entry: ShardEntry, config: ExtractionConfig
-) -> EmbeddingTable:
+class Embedded(NamedTuple):
+    """What the model made of one shard, and what that took."""
+
+    table: EmbeddingTable
+    took: Throughput
+
+
+def embed_shard(net: NamrModel, dataset: Dataset, entry: ShardEntry, config: ExtractionConfig) -> Embedded:
     """The embeddings of all rows of one shard; refused are images that don't decode, and erased rows."""
-    batch_size, dtype = config.batch_size_per_worker, config.storage_dtype
+    begun, clock, model_s = time.perf_counter(), decoding.Clock(), 0.0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    embedded: list[StreamedSample] = []
-    refused = _erased(dataset, entry)
-    batch: list[Pixels] = []
-    vectors = [np.empty((2, 0, net.config.embedding_dim), np.float32)]
-    with ThreadPoolExecutor(config.decode_threads_per_worker) as pool:
-        for sample, pixels in _decoded(dataset, entry, net.preprocessing, pool, ahead=2 * batch_size):
-            if isinstance(pixels, ImageRefused):
-                refused.append(Refused(sample.id, sample.key, pixels.reason))
-                continue
-            embedded.append(sample._replace(image=b""))
-            batch.append(pixels)
-            if len(batch) == batch_size:
-                vectors.append(
-                    np.stack(model.embed(net, np.stack(batch), batch_size=batch_size, device=device))
-                )
-                batch.clear()
-    if batch:
-        vectors.append(np.stack(model.embed(net, np.stack(batch), batch_size=batch_size, device=device)))
-    x, s = np.concatenate(vectors, axis=1)
-    return EmbeddingTable(
-        ids=np.array([sample.id for sample in embedded], np.int64),
-        keys=[sample.key for sample in embedded],
-        labels=[sample.label for sample in embedded],
-        embeddings=_narrowed(x, dtype, embedded, "embedding"),
-        structures=_narrowed(s, dtype, embedded, "structure"),
-        refused_ids=np.array([row.id for row in refused], np.int64),
-        refused_keys=[row.key for row in refused],
-        refused_reasons=[row.reason for row in refused],
-    )
-
-
-def _decoded(
-    dataset: Dataset, entry: ShardEntry, prep: Preprocessing, pool: ThreadPoolExecutor, *, ahead: int
-) -> Iterator[tuple[StreamedSample, Pixels | ImageRefused]]:
-    """The rows of a shard in order, as pixels (3, size, size) or refused; `ahead` rows are under way."""
-    all_rows = replace(dataset, version=replace(dataset.version, tombstones=()))
-    waiting: deque[tuple[StreamedSample, Future[Any]]] = deque()
-    for sample in reading.stream(all_rows, entry):
-        waiting.append((sample, pool.submit(_pixels, sample.image, prep)))
-        if len(waiting) > ahead:
-            first, pixels = waiting.popleft()
-            yield first, pixels.result()
-    yield from ((sample, pixels.result()) for sample, pixels in waiting)
-
-
-def _pixels(data: bytes, prep: Preprocessing) -> Pixels | ImageRefused:
-    try:
-        return images.prepare(data, prep)
-    except ImageRefused as refusal:
-        return refusal
-
-
-def _erased(dataset: Dataset, entry: ShardEntry) -> list[Refused]:
-    """Rows that were emptied on purpose; they don't count as bad."""
-    table = dataset.samples(entry)
-    return [Refused(int(table.ids[row]), table.keys[row], ERASED) for row in np.flatnonzero(table.sizes == 0)]
-
-
-def _narrowed(
-    x: npt.NDArray[np.float32], dtype: str, samples: list[StreamedSample], what: str
-) -> npt.NDArray[Any]:
-    with np.errstate(over="ignore"):
-        narrow = x.astype(dtype)
-    sound = np.isfinite(narrow).all(axis=1)
-    if not sound.all():
-        row = int(np.argmin(sound))
-        is_nan = np.isnan(x[row]).any()
-        reason = "is NaN" if is_nan else f"reaches {np.abs(x[row]).max():g}, too large for {dtype}"
-        raise ShapeError(
-            f"the {what} of sample {samples[row].key!r} {reason} ({int((~sound).sum())} of {len(x)} in its "
-            "shard): the model has diverged, or its scale was not folded; train again"
+    if device == "cpu" and config.compute_dtype == "float16":
+        raise ConfigError(
+            "extraction.compute_dtype is float16, which needs a GPU; here is none: take bfloat16"
         )
-    return narrow
+    table = ShardTable(dataset, entry, dim=net.config.embedding_dim, storage_dtype=config.storage_dtype)
+    batches = decoding.batches(
+        dataset,
+        entry,
+        net.preprocessing,
+        batch_size=config.batch_size_per_worker,
+        num_threads=config.decode_threads_per_worker,
+        num_tasks=config.decode_tasks_per_worker,
+        clock=clock,
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            start = time.perf_counter()
+            x, s = model.embed(
+                net,
+                batch.pixels,
+                batch_size=config.batch_size_per_worker,
+                device=device,
+                compute_dtype=config.compute_dtype,
+            )
+            model_s += time.perf_counter() - start
+            table.add(batch, x, s)
+    seconds = time.perf_counter() - begun
+    took = Throughput(
+        num_images=entry.num_samples,
+        read_s=clock.read_s,
+        decode_s=clock.decode_s,
+        model_s=model_s,
+        write_s=0.0,
+        waited_s=seconds - model_s,
+        seconds=seconds,
+    )
+    return Embedded(table.finished(compute_dtype=config.compute_dtype), took)
 
 
 class _Done(NamedTuple):
     """What a worker says of one shard."""
 
     file: EmbeddingFile
-    is_new: bool
+    took: Throughput | None
+    """None where the file was there"""
     num_bad: int
     bad: list[Refused]
     """the first few"""
@@ -262,16 +234,19 @@ class _Worker:
             if model.digest(self._net) != shipped.digest:
                 raise ModelMismatch(f"a worker loaded another model than {shipped.digest[:12]}; run again")
         where = self._root_uri, shipped.digest
-        is_new = not storage.exists(embeddings.embedding_uri(*where, entry.tar.sha256))
-        if is_new:
-            table = embed_shard(self._net, self._dataset, entry, self._config)
-            file, table = embeddings.write(*where, entry, table)
-        else:
+        took = None
+        if storage.exists(embeddings.embedding_uri(*where, entry.tar.sha256)):
             file, table = embeddings.verify(*where, entry)
+            _check_alike(self._config, [file])
+        else:
+            table, took = embed_shard(self._net, self._dataset, entry, self._config)
+            begun = time.perf_counter()
+            file, table = embeddings.write(*where, entry, table)
+            took = replace(took, write_s=time.perf_counter() - begun)
         live = self._dataset.live(table.refused_ids).tolist()
         rows = zip(table.refused_ids.tolist(), table.refused_keys, table.refused_reasons, strict=True)
         bad = [Refused(*row) for row, is_live in zip(rows, live, strict=True) if is_live and row[2] != ERASED]
-        return _Done(file, is_new, len(bad), bad[:_MOST_TOLD])
+        return _Done(file, took, len(bad), bad[:_MOST_TOLD])
 
 
 def _run(
@@ -281,6 +256,7 @@ def _run(
     ray_connection.connect()
     num_gpus = ray_connection.total_gpus()
     num_workers = min(len(to_do), config.num_workers or num_gpus or ray_connection.total_cpus())
+    _check_cores_are_left(config, num_workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     for handler in logging.getLogger("ray.data").handlers:
@@ -303,6 +279,28 @@ def _run(
             done.append(result)
             show(len(done), f"{sum(shard.file.num_embedded for shard in done)} images")
     return done
+
+
+def _check_alike(config: ExtractionConfig, known: Iterable[EmbeddingFile]) -> None:
+    """What would be refused when all is done is refused before more is added to it."""
+    wanted = (config.storage_dtype, config.compute_dtype)
+    for file in known:
+        if (file.dtype, file.compute_dtype) != wanted:
+            raise ManifestError(
+                f"{file.stored.name} is {file.dtype} made in {file.compute_dtype}, and this extraction would "
+                f"add {wanted[0]} made in {wanted[1]}; a set has one kind: set storage_dtype and "
+                "compute_dtype as they were, or extract into a root of its own"
+            )
+
+
+def _check_cores_are_left(config: ExtractionConfig, num_workers: int) -> None:
+    """Tasks that decode would wait for ever where the workers, which wait for them, hold all cores."""
+    num_cpus = ray_connection.total_cpus()
+    if config.decode_tasks_per_worker and num_cpus - _CPUS_PER_WORKER * num_workers < 1:
+        raise ConfigError(
+            f"extraction.decode_tasks_per_worker is {config.decode_tasks_per_worker}, and {num_workers} "
+            f"workers leave no core of {num_cpus} to such tasks; expected fewer workers, or 0: threads decode"
+        )
 
 
 def _load(files: Mapping[str, bytes]) -> NamrModel:

@@ -77,6 +77,7 @@ def embedded(dataset: Dataset, one: NamrModel, reading: Reading) -> Made:
 def of_untrained(dataset: Dataset, one: NamrModel, reading: Reading) -> Made:
     """The features of this model's backbone before it was trained."""
     fresh = model.build(one.config, seed=0).eval().to(reading.device)
+    fresh.preprocessing = one.preprocessing  # an earlier model's pixels may be others than a new one's
     features, numbers = [], []
     with torch.inference_mode():
         for batch in _batches(dataset, fresh.preprocessing, reading):

@@ -33,6 +33,7 @@ from namr.store import manifests, storage
 
 BatchNormPolicy = Literal["frozen", "sync", "local"]
 StructureBatchNormPolicy = Literal["local", "frozen"]
+ComputeDtype = Literal["float32", "float16", "bfloat16"]
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
@@ -104,6 +105,7 @@ class NamrModel(nn.Module):
             std=pixels.std,
             interpolation=pixels.interpolation,
             fit=config.fit,
+            draft_factor=images.DRAFT_FACTOR,
         )
         self.search = SearchDefaults()
         self.batchnorm: BatchNormPolicy = "local"
@@ -242,7 +244,7 @@ def digest(model: NamrModel) -> str:
     are not in it.
     """
     config = {name: value for name, value in asdict(model.config).items() if name != "weights"}
-    return _digest(json.dumps([config, asdict(model.preprocessing)], sort_keys=True), model)
+    return _digest(json.dumps([config, images.identity(model.preprocessing)], sort_keys=True), model)
 
 
 def backbone_digest(model: NamrModel) -> str:
@@ -251,9 +253,16 @@ def backbone_digest(model: NamrModel) -> str:
 
 
 def embed(
-    model: NamrModel, pixels: np.ndarray, *, batch_size: int, device: str | torch.device
+    model: NamrModel,
+    pixels: np.ndarray,
+    *,
+    batch_size: int,
+    device: str | torch.device,
+    compute_dtype: ComputeDtype = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (n, 3, H, W) -> x and s, float32 (n, D), computed in eval mode in batches of one size.
+
+    compute_dtype: what autocast makes of the backbone; the heads stay at float32.
 
     The last batch is padded, because a batch of another size may give other last bits (a batch of 1 or 7
     against 64 does on CPU); so the result of an image depends on `batch_size` and not on its neighbours.
@@ -265,7 +274,10 @@ def embed(
     was_training = model.training
     model.to(device).eval()
     both = np.empty((2, len(pixels), model.config.embedding_dim), np.float32)
-    with torch.inference_mode():
+    lower = torch.autocast(
+        torch.device(device).type, getattr(torch, compute_dtype), enabled=compute_dtype != "float32"
+    )
+    with torch.inference_mode(), lower:
         for start in range(0, len(pixels), batch_size):
             rows = pixels[start : start + batch_size]
             batch = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)

@@ -30,6 +30,10 @@ _NOTICED_MS = 5.0
 """what a query may take whatever it took before: nobody notices, and so short a time is mostly chance"""
 
 
+class NotGoodEnough(NamrError):
+    """A release that may not replace the one that serves."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
     """What a release has to reach before it replaces the one that serves."""
@@ -73,7 +77,7 @@ def check(
     current: Release | None,
     lost_where: Callable[[str], RecallLoss],
 ) -> None:
-    """NamrError, with every reason, unless the draft (a release of `dataset`) may replace the current one.
+    """NotGoodEnough, with every reason, unless the draft (of `dataset`) may replace the current release.
 
     lost_where: of a recall by its name, asked of those that fall short alone.
     """
@@ -92,7 +96,7 @@ def check(
     if measured.latency:
         reasons += _slower(config, measured.latency)
     if reasons:
-        raise NamrError(
+        raise NotGoodEnough(
             f"release {draft.manifest.release_id} is not published: {'; '.join(reasons)}. What serves stays; "
             "look with `namr releases show`; change the gate's limits, or say why by --force, if it is meant"
         )

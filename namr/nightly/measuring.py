@@ -158,8 +158,10 @@ def with_reports(
 ) -> ReleaseManifest:
     """The release as it can be published: its report is stored, a page with pictures, and tables."""
     manifest, numbers, searcher = measured.manifest, measured.report, measured.searcher
+    if extracted and extracted.num_new:
+        numbers = replace(numbers, embedded=extracted.throughput)
     if numbers.stages and extracted:
-        stages = replace(numbers.stages, extract_s=extracted.seconds, num_extracted=extracted.num_new)
+        stages = replace(numbers.stages, extract_s=extracted.throughput.seconds, num_extracted=extracted.num_new)
         numbers = replace(numbers, stages=stages)
     told = beside.make(
         searcher,

@@ -24,13 +24,13 @@ from namr.data import datasets
 from namr.data.datasets import Dataset
 from namr.embed import extraction
 from namr.embed.extraction import ExtractionConfig, ExtractReport
-from namr.errors import ConfigError, NamrError
+from namr.errors import ConfigError
 from namr.model import model
 from namr.model.model import NamrModel
 from namr.nightly import building, collection, gate, measuring, release_report
 from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
-from namr.nightly.gate import GateConfig
+from namr.nightly.gate import GateConfig, NotGoodEnough
 from namr.nightly.measuring import Measured, Settings
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
@@ -64,6 +64,8 @@ class ReindexConfig:
     """why to publish what the gate has objections to; kept in the release, with who said so"""
     tracking_uri: str | None = None
     """MLflow; None: MLFLOW_TRACKING_URI, else SQLite in the current folder"""
+    notify_url: str | None = None
+    """webhook that is told what came of the night; None: NAMR_NOTIFY_URL, which no list of processes shows"""
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     assessment: AssessmentConfig = field(default_factory=AssessmentConfig)
@@ -75,6 +77,8 @@ class ReindexConfig:
     def __post_init__(self) -> None:
         if self.force is not None and not self.force.strip():
             raise ConfigError("force is empty; say why the gate is overruled, for those who find the release")
+        if self.notify_url is not None and not self.notify_url.startswith(("http://", "https://")):
+            raise ConfigError("notify_url is no http:// or https:// URL (it is not shown here, as a secret)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,7 @@ def now() -> datetime:
 def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> ReindexReport:
     """Make the next release current, unless nothing is new or the current one is pinned.
 
-    Raises NamrError where the release is not good enough, Conflict where another night or a collection is
+    Raises NotGoodEnough where the gate stops the release, Conflict where another night or a collection is
     under way, or another run published meanwhile. What served before serves on then.
     """
     root = storage.absolute(config.releases_uri)
@@ -173,7 +177,7 @@ def _judged(
     config: ReindexConfig,
     current: Release | None,
 ) -> ReleaseManifest:
-    """The release, if the gate lets it pass or is overruled; else it is kept for a look, and NamrError."""
+    """The release, if the gate lets it pass or is overruled; else it is kept for a look: NotGoodEnough."""
     try:
         gate.check(
             config.gate,
@@ -183,7 +187,7 @@ def _judged(
             current=current,
             lost_where=measured.lost_where,
         )
-    except NamrError as error:
+    except NotGoodEnough as error:
         if config.force is None:
             publication.keep(root, manifest)
             raise
@@ -222,9 +226,13 @@ def config_digest(config: ReindexConfig) -> str:
     Left out are what changes no answer of it: the number of parts and where they are kept, how many workers
     extract, when a template is old, the gate, and how far its report looks for duplicates.
     """
+    compute_dtype = config.extraction.compute_dtype
     decisive = {
         "embeddings_uri": storage.absolute(config.embeddings_uri),
         "storage_dtype": config.extraction.storage_dtype,
+        **(
+            {} if compute_dtype == "float32" else {"compute_dtype": compute_dtype}
+        ),  # as it was before it was asked
         "build": {
             name: value for name, value in vars(config.build).items() if name not in ("num_parts", "work_uri")
         },

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from namr.embed.throughput import Throughput
 from namr.index.planning import Considered
 from namr.measure import report
 from namr.measure.report import Fact, Grid, ReportPage, Section, Table
@@ -53,6 +54,8 @@ class ReleaseReport:
     """None where an earlier namr made the release; so for the next two"""
     stages: StageSeconds | None = None
     searched: SelfSearched | None = None
+    embedded: Throughput | None = None
+    """how fast what was new was; None where nothing was, or an earlier namr made the release"""
 
 
 def read(release: Release) -> ReleaseReport:
@@ -72,6 +75,7 @@ def page(
 ) -> ReportPage:
     """The page of a release; grids and sections as `reports.beside` makes them."""
     assessed, counts, rank = measured.assessment, measured.counts, measured.effective_rank
+    took = measured.embedded
     without = f"{counts.num_refused} refused, {counts.num_tombstoned} taken out"
     recalls = {
         _SIDE_NAMES[side.side]: 100 * side.recall_at_1
@@ -131,6 +135,11 @@ def page(
             *(
                 [Fact(name="effective rank", value=f"{rank:.1f}", note="directions that embeddings use")]
                 if rank
+                else []
+            ),
+            *(
+                [Fact(name="embedding", value=f"{took.images_per_s:,.1f} images/s", note=took.stages)]
+                if took
                 else []
             ),
             Fact(name="lists", value=f"{measured.imbalance:.2f}", note="imbalance; 1 is even"),

@@ -27,6 +27,7 @@ Ids = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 _ROWS_AT_ONCE = 1 << 16
+_COMPUTE_DTYPE = b"namr.compute_dtype"
 _SAMPLES = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
@@ -82,6 +83,8 @@ class EmbeddingTable:
     """(m,)"""
     refused_keys: list[str]
     refused_reasons: list[str]
+    compute_dtype: str = "float32"
+    """that the model was run in"""
 
     def __post_init__(self) -> None:
         num = len(self.ids)
@@ -159,6 +162,8 @@ def rows_of(table: SampleTable, rows: Ids) -> SampleTable:
 def encode_embeddings(table: EmbeddingTable) -> bytes:
     """The Parquet file of an embedding table; refused images are rows of NaN, with a reason.
 
+    What float32 made says nothing of it, as files of before.
+
     Vectors are never null and have no dictionary: read in a sixth of the time, for 3 % more bytes.
     """
     num, num_refused = len(table.ids), len(table.refused_ids)
@@ -173,6 +178,8 @@ def encode_embeddings(table: EmbeddingTable) -> bytes:
                 "structure": _vectors_column(table.structures, num_refused),
                 "refused": reasons,
             }
+        ).replace_schema_metadata(
+            {_COMPUTE_DTYPE: table.compute_dtype} if table.compute_dtype != "float32" else None
         ),
         use_dictionary=["key", "label", "refused"],
     )
@@ -192,6 +199,7 @@ def decode_embeddings(data: bytes) -> EmbeddingTable:
         refused_ids=_numbers(refused, "id"),
         refused_keys=refused["key"].to_pylist(),
         refused_reasons=refused["refused"].to_pylist(),
+        compute_dtype=(table.schema.metadata or {}).get(_COMPUTE_DTYPE, b"float32").decode(),
     )
 
 

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -297,10 +298,38 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(format: str) -> None:
     more = {"save_all": True, "append_images": [picture]} if format == "MPO" else {}
     data = to_bytes(picture, format, quality=95, **more)
     assert images.decode(data, min_side_px=96).size == (200, 150)
-    prep = preprocessing(32)
     whole = picture.resize((32, 32), Image.Resampling.BICUBIC)
-    difference = images.prepare(data, prep).astype(int) - np.asarray(whole).transpose(2, 0, 1)
-    assert abs(difference).mean() < 1 and abs(difference).max() < 12
+    for factor in (images.DRAFT_FACTOR, 3):
+        prep = replace(preprocessing(32), draft_factor=factor)
+        difference = images.prepare(data, prep).astype(int) - np.asarray(whole).transpose(2, 0, 1)
+        assert abs(difference).mean() < 1 and abs(difference).max() < 12
+
+
+def test_how_small_a_jpeg_is_decoded_is_a_matter_of_the_preprocessing() -> None:
+    """A picture of 800 x 600 keeps 1/4 of its size for squares of 100 px at factor 1.5, and 1/2 at 3."""
+    data = to_bytes(natural(800, 600), "JPEG", quality=95)
+
+    def by_hand(size: tuple[int, int]) -> np.ndarray:
+        image = Image.open(io.BytesIO(data))
+        image.draft(None, size)
+        assert image.size == size
+        return np.asarray(image.resize((100, 100), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+    new, earlier = replace(preprocessing(100), draft_factor=1.5), preprocessing(100)
+    assert np.array_equal(images.prepare(data, new), by_hand((200, 150)))
+    assert np.array_equal(images.prepare(data, earlier), by_hand((400, 300)))
+    assert not np.array_equal(by_hand((200, 150)), by_hand((400, 300)))
+    crops = [images.augment(data, prep, AugmentConfig(), seed=3) for prep in (new, earlier)]
+    assert np.array_equal(*crops)
+
+
+def test_only_a_draft_factor_of_its_own_is_part_of_a_models_identity() -> None:
+    fields = {"size_px": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5), "interpolation": "bicubic"}
+    assert images.identity(preprocessing()) == fields | {"fit": "squash"}
+    new = replace(preprocessing(), draft_factor=2)
+    assert images.identity(new) == fields | {"fit": "squash", "draft_factor": 2}
+    with pytest.raises(ConfigError, match=r"draft_factor is 0\.5; expected 1 to 16"):
+        replace(preprocessing(), draft_factor=0.5)
 
 
 def test_augmentation_is_a_function_of_the_seed_alone() -> None:

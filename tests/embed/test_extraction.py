@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 
 from namr.data import datasets, images, shards
 from namr.data.datasets import Dataset
-from namr.embed import embeddings, extraction
+from namr.embed import embeddings, extraction, shard_table
 from namr.embed.extraction import ExtractionConfig
 from namr.errors import ConfigError, ImageRefused, ManifestError, ModelMismatch, ShapeError
 from namr.model import model
@@ -78,7 +78,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_shard_comes_out_as_the_model_says(net: NamrModel, dataset: Dataset) -> None:
     config = replace(CONFIG, storage_dtype="float32")
     entry = dataset.shards[1]
-    found = extraction.embed_shard(net, dataset, entry, config)
+    found, took = extraction.embed_shard(net, dataset, entry, config)
     pictures = [small_release.digit(NUM_ROWS + row) for row in range(NUM_ROWS)]
     pixels = np.stack([images.prepare(data, net.preprocessing) for data in pictures])
     x, s = model.embed(net, pixels, batch_size=BATCH, device="cpu")
@@ -87,7 +87,9 @@ def test_a_shard_comes_out_as_the_model_says(net: NamrModel, dataset: Dataset) -
     samples = dataset.samples(entry)
     assert found.ids.tolist() == samples.ids.tolist()
     assert (found.keys, found.labels) == (samples.keys, samples.labels)
-    half = extraction.embed_shard(net, dataset, entry, CONFIG)
+    assert took.num_images == NUM_ROWS and 0 < took.model_s < took.seconds
+    assert min(took.read_s, took.decode_s, took.waited_s) > 0 == took.write_s
+    half = extraction.embed_shard(net, dataset, entry, CONFIG).table
     np.testing.assert_array_equal(half.embeddings, x.astype(np.float16))
 
 
@@ -98,36 +100,52 @@ def test_what_is_no_image_is_refused_with_its_reason(
     pictures = {"a": b"no image", "b": good, "c": good[:-40], "d": good, "e": good}
     more = add_shard(dataset, tmp_path, pictures, erased="d")
     entry = more.shards[-1]
-    table = extraction.embed_shard(net, more, entry, CONFIG)
+    table = extraction.embed_shard(net, more, entry, CONFIG).table
     assert table.keys == ["b", "e"]
     reasons = dict(zip(table.refused_keys, table.refused_reasons, strict=True))
     assert reasons.keys() == {"a", "c", "d"}
     assert reasons["a"].startswith("not an image") and reasons["c"].startswith("damaged")
-    assert reasons["d"] == extraction.ERASED
+    assert reasons["d"] == shard_table.ERASED
     embeddings.write(str(tmp_path / "out"), "m", entry, table)
 
 
 def test_tombstones_do_not_change_a_file(net: NamrModel, dataset: Dataset) -> None:
     entry = dataset.shards[0]
-    before = extraction.embed_shard(net, dataset, entry, CONFIG)
+    before = extraction.embed_shard(net, dataset, entry, CONFIG).table
     dead = datasets.tombstone(dataset.uri, dataset.samples(entry).keys[:3], now=NOW)
-    after = extraction.embed_shard(net, dead, entry, CONFIG)
+    after = extraction.embed_shard(net, dead, entry, CONFIG).table
     assert tables.encode_embeddings(after) == tables.encode_embeddings(before)
 
 
-@pytest.mark.parametrize(
-    ("bias", "dtype", "reason"),
-    [(float("nan"), "float32", "is NaN"), (1e6, "float16", r"reaches 1e\+06, too large for float16")],
-)
-def test_embeddings_that_are_no_numbers_are_an_error(
-    net: NamrModel, dataset: Dataset, bias: float, dtype: str, reason: str
-) -> None:
+def test_a_model_that_diverged_is_an_error_that_names_the_sample(net: NamrModel, dataset: Dataset) -> None:
     broken = model.build(net.config, seed=0).eval()
     with torch.no_grad():
-        broken.heads.sample.bias.fill_(bias)
-    config = replace(CONFIG, storage_dtype=dtype)
-    with pytest.raises(ShapeError, match=f"embedding of sample 'digit/0' {reason}.*21 of 21"):
-        extraction.embed_shard(broken, dataset, dataset.shards[0], config)
+        broken.heads.sample.bias.fill_(float("nan"))
+    with pytest.raises(ShapeError, match=r"embedding of sample 'digit/0' is NaN .*8 of 8 in its batch"):
+        extraction.embed_shard(broken, dataset, dataset.shards[0], CONFIG)
+
+
+def test_what_the_model_ran_in_is_kept_with_what_it_made(
+    net: NamrModel, dataset: Dataset, tmp_path: Path
+) -> None:
+    whole, lower = (
+        extraction.embed_shard(net, dataset, dataset.shards[0], replace(CONFIG, compute_dtype=dtype)).table
+        for dtype in ("float32", "bfloat16")
+    )
+    assert not np.array_equal(whole.embeddings, lower.embeddings)
+    np.testing.assert_allclose(lower.embeddings, whole.embeddings, atol=0.1 * np.abs(whole.embeddings).max())
+    root = str(tmp_path / "out")
+    files = [embeddings.write(root, "m", dataset.shards[0], lower).file]
+    assert files[0].compute_dtype == "bfloat16"
+    files += [
+        embeddings.write(root, "m", entry, extraction.embed_shard(net, dataset, entry, CONFIG).table).file
+        for entry in dataset.shards[1:]
+    ]
+    with pytest.raises(ManifestError, match=r"are of 2 kinds.*'bfloat16'.*'float32'"):
+        embeddings.publish_set(root, "m", dataset, files)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="compute_dtype is float16, which needs a GPU"):
+            extraction.embed_shard(net, dataset, dataset.shards[0], replace(CONFIG, compute_dtype="float16"))
 
 
 def test_the_model_is_verified_before_any_worker_starts(model_folder: str, tmp_path: Path) -> None:
@@ -147,6 +165,7 @@ def test_the_model_is_verified_before_any_worker_starts(model_folder: str, tmp_p
         {"batch_size_per_worker": 0},
         {"batch_size_per_worker": 10**7},
         {"num_workers": 0},
+        {"decode_tasks_per_worker": -1},
         {"max_bad_fraction": 1.5},
     ],
 )
@@ -164,15 +183,24 @@ def test_a_dataset_is_embedded_once_and_then_what_is_new(
     first = extraction.extract(dataset, out, model_folder, CONFIG)
     assert (first.num_samples, first.num_embedded, first.num_refused) == (84, 84, 0)
     assert (first.num_new, first.num_new_files) == (84, 4)
+    assert first.throughput.num_images == 84 and min(astuple(first.throughput)) > 0
     again = extraction.extract(dataset, out, model_folder, CONFIG)
     assert again.embedding_set == first.embedding_set
-    assert again.num_new == 0
+    assert again.num_new == again.throughput.num_images == 0
+    tasks = replace(CONFIG, num_workers=1, decode_tasks_per_worker=2)
+    extraction.extract(dataset, str(tmp_path / "by tasks"), model_folder, tasks)
+    assert files_of(tmp_path / "by tasks") == files_of(tmp_path / "out")
+    with pytest.raises(ConfigError, match="decode_tasks_per_worker is 2, and 4 workers leave no core of 2"):
+        extraction.extract(dataset, str(tmp_path / "none"), model_folder, replace(tasks, num_workers=4))
     before = files_of(tmp_path / "out")
     more = add_shard(dataset, tmp_path, {"late": small_release.digit(5), "bad": b"no image"})
     with pytest.raises(ImageRefused, match=r"1 of 2 images, more than max_bad_fraction 0.01.*'bad' \(not an"):
         extraction.extract(more, out, model_folder, CONFIG)
     with pytest.raises(ManifestError, match="is missing"):
         embeddings.open_set(out, extraction.read_model(model_folder).digest, more)
+    for other in ({"storage_dtype": "float32"}, {"compute_dtype": "bfloat16"}):
+        with pytest.raises(ManifestError, match=r"is float16 made in float32, and this extraction would "):
+            extraction.extract(more, out, model_folder, replace(CONFIG, **other))
     night = extraction.extract(more, out, model_folder, replace(CONFIG, max_bad_fraction=0.5))
     assert (night.num_samples, night.num_embedded, night.num_refused) == (86, 85, 1)
     assert [row.key for row in night.refused] == ["bad"]
@@ -240,7 +268,7 @@ def wait_for_the_end_of_all(mark: str) -> None:
 @pytest.mark.timeout(900)
 def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str, tmp_path: Path) -> None:
     """A real kill -9 of the process that runs the extraction; its Ray ends with it."""
-    dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=4, rows_per_shard=250))
+    dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=6, rows_per_shard=250))
 
     def run(folder: Path, *, kill: bool = False) -> int:
         """How many files it said it wrote; a killed run says nothing, its files are counted."""
@@ -259,9 +287,9 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str
         wait_for_the_end_of_all(mark)
         return len(files_of(folder))
 
-    assert run(tmp_path / "whole") == 4
+    assert run(tmp_path / "whole") == 6
     done = run(tmp_path / "killed", kill=True)
-    assert 0 < done < 4
-    assert run(tmp_path / "killed") == 4 - done
+    assert 0 < done < 6
+    assert run(tmp_path / "killed") == 6 - done
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert len(files_of(tmp_path / "whole")) == 4
+    assert len(files_of(tmp_path / "whole")) == 6

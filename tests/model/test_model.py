@@ -1,7 +1,7 @@
 """The model: what decides its weights, how it embeds, what is saved and what is refused."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -250,8 +250,16 @@ def test_a_description_that_is_not_right_is_refused(
         model.load(tmp_path)
 
 
-def test_a_model_json_of_before_it_was_a_manifest_still_loads(tmp_path: Path) -> None:
+def test_a_model_json_of_before_keeps_its_pixels_and_its_digest(tmp_path: Path) -> None:
+    """From before it was a manifest, and before the draft's factor was told: 3, and no part of the digest."""
     one = model.build(config(), seed=0)
+    assert one.preprocessing.draft_factor != 3
+    digest_of_today = model.digest(one)
+    one.preprocessing = replace(one.preprocessing, draft_factor=3)
+    told = {name: value for name, value in asdict(one.preprocessing).items() if name != "draft_factor"}
+    built = {name: value for name, value in asdict(one.config).items() if name != "weights"}
+    assert model.digest(one) == model._digest(json.dumps([built, told], sort_keys=True), one)
+    assert model.digest(one) != digest_of_today
     model.save(one, tmp_path)
     body = {
         "format": "namr-model",
@@ -270,7 +278,9 @@ def test_a_model_json_of_before_it_was_a_manifest_still_loads(tmp_path: Path) ->
         "extra": {},
     }  # fmt: skip
     (tmp_path / model.DESCRIPTION_FILE).write_text(json.dumps(body, indent=1))
-    assert model.digest(model.load(tmp_path)) == model.digest(one)
+    loaded = model.load(tmp_path)
+    assert loaded.preprocessing == one.preprocessing
+    assert model.digest(loaded) == model.digest(one)
 
 
 def test_a_range_of_0_that_was_no_float_still_loads_under_its_digest(tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def test_a_night_publishes_once_and_again_only_where_something_changed(
     page = first.release.read(manifest.report_html).decode()
     assert manifest.release_id in page and "What the structure embedding says" in page
     assert page.count("data:image/") > 20
+    assert first.report.embedded is not None and first.report.embedded.num_images == 240
+    assert "images/s of one alone: read " in page
     again = reindexing.reindex(config, clock=lambda: NOW + timedelta(days=1))
     assert not again.is_new
     assert again.release.manifest == manifest
@@ -116,6 +118,7 @@ def test_a_night_publishes_once_and_again_only_where_something_changed(
     assert night.release.tombstones().tolist() == [3, (1 << 32) + 17]
     assert night.report.built == f"added to {manifest.release_id}: 0 shards, and 2 images taken out"
     assert night.extracted is not None and night.extracted.num_new == 0
+    assert night.report.embedded is None
 
 
 @pytest.mark.ray
@@ -269,6 +272,8 @@ def test_what_decides_a_release_is_in_its_digest(tmp_path: Path) -> None:
         replace(config, build=replace(build, max_index_bytes=1 << 20)),
         replace(config, assessment=replace(assessment, depth=21)),
         replace(config, assessment=replace(assessment, target_recall=0.5)),
+        replace(config, extraction=replace(config.extraction, compute_dtype="bfloat16")),
+        replace(config, extraction=replace(config.extraction, storage_dtype="float32")),
     ]
     assert len({reindexing.config_digest(each) for each in decisive}) == len(decisive)
     alike = [
@@ -276,6 +281,7 @@ def test_what_decides_a_release_is_in_its_digest(tmp_path: Path) -> None:
         replace(config, gate=GateConfig(max_lost_share=0.5)),
         replace(config, build=replace(build, num_parts=9, work_uri=str(tmp_path / "work"))),
         replace(config, extraction=ExtractionConfig(num_workers=2)),
+        replace(config, notify_url="https://chat.example.com/a-secret"),
     ]
     assert len({reindexing.config_digest(each) for each in alike}) == 1
 

@@ -1,10 +1,11 @@
 """Reading ahead: order, how far, no stall, and what happens when a call fails."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
+from namr.errors import ManifestError
 from namr.store import read_ahead
 
 
@@ -69,3 +70,47 @@ def test_a_failure_is_raised_in_its_place_and_ends_the_rest() -> None:
     with pytest.raises(ValueError, match="two"):
         next(results)
     assert len(called) < 10
+
+
+def test_what_is_made_beside_comes_in_order_so_far_ahead_and_from_one_other_thread() -> None:
+    made: list[int] = []
+    threads = set()
+    second_made = threading.Event()
+
+    def items() -> Generator[int, None, None]:
+        for number in range(100):
+            made.append(number)
+            threads.add(threading.get_ident())
+            if number == 2:
+                second_made.set()
+            yield number
+
+    results = read_ahead.beside(items(), num_ahead=2)
+    assert next(results) == 0
+    assert second_made.wait(10)
+    results.close()
+    assert made in ([0, 1, 2], [0, 1, 2, 3])
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    assert list(read_ahead.beside(items(), num_ahead=3)) == list(range(100))
+
+
+def test_an_exception_beside_is_raised_in_its_place_and_a_generator_left_early_is_closed() -> None:
+    closed = threading.Event()
+
+    def items() -> Generator[int, None, None]:
+        try:
+            yield 1
+            raise ManifestError("damaged")
+        finally:
+            closed.set()
+
+    results = read_ahead.beside(items(), num_ahead=2)
+    assert next(results) == 1
+    with pytest.raises(ManifestError, match="damaged"):
+        next(results)
+    assert list(results) == []
+    closed.clear()
+    left = read_ahead.beside(items(), num_ahead=1)
+    next(left)
+    left.close()
+    assert closed.is_set()

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,13 @@ def test_columns_for_people_keep_their_types_with_and_without_rows() -> None:
         assert read.to_pydict() == {name: list(column) for name, column in columns.items()}
     with pytest.raises(ManifestError, match="a label has half a character"):
         tables.encode_columns({"label": ["\ud800"]})
+
+
+def test_what_a_model_ran_in_is_kept_and_float32_changes_no_byte() -> None:
+    """Files of before say nothing, and are found again by their digests."""
+    table = embedding_table(3, 1, np.float16)
+    lower = replace(table, compute_dtype="bfloat16")
+    assert tables.decode_embeddings(tables.encode_embeddings(lower)).compute_dtype == "bfloat16"
+    plain = tables.encode_embeddings(table)
+    assert tables.decode_embeddings(plain).compute_dtype == "float32"
+    assert set(pq.read_metadata(io.BytesIO(plain)).metadata) == {b"ARROW:schema"}
