@@ -35,7 +35,7 @@ def main() -> None:
         f"{manifest.model_name} {manifest.model_version}, dataset version {manifest.dataset_version}; "
         f"built: {done.report.built}"
         + (f"; {done.report.aged}" if done.report.aged else "")
-        + f"; {done.collected}"
+        + f"; {done.collected}; {done.compacted}"
     )
 
 
