@@ -157,7 +157,14 @@ def test_a_manifest_runs_a_real_job_with_real_flags(command: commands.Command) -
 
 def test_training_the_night_and_search_are_run() -> None:
     scripts = {found[0] for command in job_commands() if (found := command.job())}
-    assert scripts >= {"jobs/train.py", "jobs/reindex.py", "jobs/serve.py"}
+    assert scripts >= {"jobs/train.py", "jobs/reindex.py", "jobs/compact.py", "jobs/serve.py"}
+
+
+def test_a_night_leaves_the_compaction_to_the_schedule_that_has_it() -> None:
+    by_name = {resource["metadata"]["name"]: str(resource) for _, resource in RESOURCES}
+    assert "jobs/compact.py" in by_name["namr-compact"]
+    assert "--no-compact" in by_name["namr-nightly"]
+    assert "--no-compact" not in by_name["namr-nightly-own-cluster"]
 
 
 def test_every_container_has_the_one_image_and_says_what_it_needs() -> None:
@@ -219,12 +226,15 @@ def test_ray_is_the_version_that_the_jobs_are_tested_with() -> None:
 
 
 def test_the_nights_cant_overlap_by_schedule() -> None:
-    by_kind = {resource["kind"]: resource for _, resource in RESOURCES}
-    night = by_kind["CronJob"]["spec"]
-    assert night["concurrencyPolicy"] == "Forbid"
-    assert night["jobTemplate"]["spec"]["backoffLimit"] == 0
-    assert by_kind["RayCronJob"]["spec"]["jobTemplate"].get("backoffLimit", 0) == 0
-    assert {night.get("suspend", False), by_kind["RayCronJob"]["spec"].get("suspend", False)} == {True, False}
+    by_name = {
+        resource["metadata"]["name"]: resource["spec"] for _, resource in RESOURCES if "spec" in resource
+    }
+    night, own_cluster = by_name["namr-nightly"], by_name["namr-nightly-own-cluster"]
+    for each in (night, by_name["namr-compact"]):
+        assert each["concurrencyPolicy"] == "Forbid"
+        assert each["jobTemplate"]["spec"]["backoffLimit"] == 0
+    assert own_cluster["jobTemplate"].get("backoffLimit", 0) == 0
+    assert {night.get("suspend", False), own_cluster.get("suspend", False)} == {True, False}
 
 
 def test_the_image_copies_what_is_there_and_what_its_context_has() -> None:

@@ -1,21 +1,20 @@
 """What a night builds: as little as makes the next release of what is new.
 
-    added       one more segment, of what came since the current release, and a list of what went
-    compacted   one segment of everything again, from the same template: many segments, or many dead entries
-    whole       template and segment from all embeddings: another model, other settings, an aged template
+    added    one more segment, of what came since the current release, and a list of what went
+    whole    template and segment from all embeddings: another model, other settings, an aged template
 
-Not covered: the building itself (`release.increment`, `release.build`), and what comes of it (`measuring`).
+Not covered: the building itself (`release.increment`, `release.build`), what comes of it (`measuring`), and
+one segment in place of many (`compacting`).
 """
 
 import functools
-from dataclasses import replace
 from typing import NamedTuple
 
 from namr.data.datasets import Dataset
 from namr.data.shards import make_id
 from namr.model.distances import Metric
 from namr.nightly import release_report
-from namr.release import build, increment, templates
+from namr.release import build, increment
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.releases import Release
 from namr.store.cache import Cache
@@ -51,22 +50,17 @@ def make(
     a remote release. Raises what building raises.
     """
     whole = functools.partial(
-        build.build, dataset, embeddings_uri, releases_uri, model_digest=model_digest, metric=metric
+        build.build, dataset, embeddings_uri, releases_uri, config, model_digest=model_digest, metric=metric
     )
     if current is None:
-        return Made(whole(config), "whole: there was no release", None)
-    then = current.manifest
+        return Made(whole(), "whole: there was no release", None)
     new = _obstacle(current, is_alike=is_alike) or increment.changes(dataset, current)
     if isinstance(new, str):
-        return Made(whole(config), f"whole: {new}", None)
-    if worn := increment.worn(current):
-        config, template = replace(config, index_key=then.index_key), templates.of_release(current)
-        built = whole(config, template=template)
-        return Made(built, f"one segment again, in place of {then.release_id}: {worn}", current)
-    built = increment.extend(current, new, dataset, embeddings_uri, config, cache=cache)
+        return Made(whole(), f"whole: {new}", None)
+    then = current.manifest.release_id
     return Made(
-        built,
-        f"added to {then.release_id}: {len(new.entries)} shards, and {len(new.tombstones)} images taken out",
+        increment.extend(current, new, dataset, embeddings_uri, config, cache=cache),
+        f"added to {then}: {len(new.entries)} shards, and {len(new.tombstones)} images taken out",
         current,
         make_id(new.entries[0].number, 0) if new.entries else None,
     )

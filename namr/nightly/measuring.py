@@ -161,7 +161,9 @@ def with_reports(
     if extracted and extracted.num_new:
         numbers = replace(numbers, embedded=extracted.throughput)
     if numbers.stages and extracted:
-        stages = replace(numbers.stages, extract_s=extracted.throughput.seconds, num_extracted=extracted.num_new)
+        stages = replace(
+            numbers.stages, extract_s=extracted.throughput.seconds, num_extracted=extracted.num_new
+        )
         numbers = replace(numbers, stages=stages)
     told = beside.make(
         searcher,

@@ -71,7 +71,7 @@ def of_report(done: ReindexReport) -> Notice:
         f"built: {done.report.built}"
         + (f"; {done.report.aged}" if done.report.aged else "")
         + (f"; {took.stages}" if took else "")
-        + f"; {done.collected}"
+        + f"; {done.collected}; {done.compacted}"
     )
     return Notice(
         event="published" if done.is_new else "unchanged",

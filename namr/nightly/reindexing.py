@@ -6,7 +6,7 @@ meanwhile publishes nothing. What two nights did all the same is decided at the 
 the run begins and swapped last: of two runs one publishes and the other is told. A release that loses images
 or recall against the one that serves is stopped at the gate and stays unpublished, with its report beside it.
 Where people pinned the current release, as a roll-back does, the night says so and does nothing. Last it
-collects what no release needs any more.
+collects what no release needs any more, and, without the lease, makes one segment of many (`compacting`).
 
 Not covered: when to run (a CronJob says), training (the champion is promoted by people).
 """
@@ -14,10 +14,9 @@ Not covered: when to run (a CronJob says), training (the champion is promoted by
 import getpass
 import json
 import socket
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from namr.data import datasets
@@ -27,15 +26,16 @@ from namr.embed.extraction import ExtractionConfig, ExtractReport
 from namr.errors import ConfigError
 from namr.model import model
 from namr.model.model import NamrModel
-from namr.nightly import building, collection, gate, measuring, release_report
+from namr.nightly import building, collection, compacting, gate, measuring, release_report
 from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
+from namr.nightly.compacting import CompactConfig
 from namr.nightly.gate import GateConfig, NotGoodEnough
 from namr.nightly.measuring import Measured, Settings
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
 from namr.registry.references import FoundModel
-from namr.release import increment, old_embeddings, publication, releases, users
+from namr.release import old_embeddings, publication, releases, users
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.garbage import CollectionConfig
 from namr.release.releases import Forced, Release, ReleaseManifest
@@ -73,6 +73,9 @@ class ReindexConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     self_search: SelfSearchConfig = field(default_factory=SelfSearchConfig)
     collection: CollectionConfig = field(default_factory=CollectionConfig)
+    compact: bool = True
+    """make all one segment again after a night that left many, or many dead entries; off where
+    jobs/compact.py does it at another hour"""
 
     def __post_init__(self) -> None:
         if self.force is not None and not self.force.strip():
@@ -95,14 +98,11 @@ class ReindexReport:
     report: ReleaseReport
     collected: str = "nothing was collected"
     """what was freed, or why nothing was"""
+    compacted: str = "nothing was compacted"
+    """what was made one segment again, or why nothing was"""
 
 
-def now() -> datetime:
-    """The time of a release, in UTC."""
-    return datetime.now(UTC)
-
-
-def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> ReindexReport:
+def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = publication.utc_now) -> ReindexReport:
     """Make the next release current, unless nothing is new or the current one is pinned.
 
     Raises NotGoodEnough where the gate stops the release, Conflict where another night or a collection is
@@ -121,7 +121,20 @@ def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = now) -> Re
             work_uri=config.build.work_uri,
             embeddings_uri=config.embeddings_uri,
         )
-        return replace(done, collected=collected)
+        done = replace(done, collected=collected)
+    return _compacted(done, config, clock) if config.compact else done
+
+
+def _compacted(done: ReindexReport, config: ReindexConfig, clock: Callable[[], datetime]) -> ReindexReport:
+    """After the night, and without its lease: the next one may begin meanwhile."""
+    of_this = CompactConfig(
+        releases_uri=config.releases_uri,
+        embeddings_uri=config.embeddings_uri,
+        num_parts=config.build.num_parts,
+        work_uri=config.build.work_uri,
+    )
+    compacted = compacting.attempt(of_this, clock=clock)
+    return replace(done, release=compacted.release or done.release, compacted=compacted.how)
 
 
 def _reindexed(
@@ -204,8 +217,8 @@ def _unchanged(current: Release, *, held: Pin | None = None) -> ReindexReport:
 def _is_of(
     release: Release, query_model: NamrModel, digest: str, dataset: Dataset, config: ReindexConfig
 ) -> bool:
-    """Whether a release is what this run would make; not where it is to be made better."""
-    is_fit = increment.worn(release) is None and release_report.read(release).aged is None
+    """Whether a release is what this run would make; not where its template has aged."""
+    is_fit = release_report.read(release).aged is None
     is_alike = _is_alike(release.manifest, query_model, digest, config)
     return is_alike and is_fit and release.manifest.dataset_digest == dataset.digest
 
@@ -245,7 +258,7 @@ def _draft(
     fetched: FoundModel, query_model: NamrModel, built: BuildReport, config: ReindexConfig, at: datetime
 ) -> ReleaseManifest:
     draft = built.draft(
-        f"{at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}",
+        publication.new_id(at),
         created=at.isoformat(timespec="seconds"),
         model_name=fetched.name,
         model_version=fetched.version,

@@ -10,8 +10,9 @@ that was added to answers as one index over all its live entries, built from the
 What is few is made in this process; more of it by Ray tasks. As in a whole build, what a step made is found
 again after a kill.
 
-Not covered: whether the template still fits (`nightly.aging`), and images whose bytes or labels changed in
-their shard: the release is built whole then, as after an erasure, which leaves nothing behind.
+Not covered: whether the template still fits (`nightly.aging`), one segment in place of many (`compaction`),
+and images whose bytes or labels changed in their shard: the release is built whole then, as after an erasure,
+which leaves nothing behind.
 """
 
 import time
@@ -26,7 +27,7 @@ from namr.data.datasets import Dataset, ShardEntry
 from namr.embed import embeddings
 from namr.errors import ManifestError
 from namr.index import planning
-from namr.release import arrays, build, build_steps, releases, segments, templates
+from namr.release import build, build_steps, releases, segments, templates
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.build_steps import InOrder, VectorSource
 from namr.release.releases import Counts, Release
@@ -34,9 +35,6 @@ from namr.release.segments import Added
 from namr.store import storage
 from namr.store.cache import Cache
 
-MOST_SEGMENTS = 8
-MOST_DEAD = 0.1
-"""of the entries; with more a search looks at too much that nobody may find"""
 _FEW = 1 << 16
 """embeddings that are indexed in less time, here, than it takes to start tasks; at most 600 MB of memory"""
 
@@ -72,16 +70,6 @@ def changes(dataset: Dataset, current: Release) -> Changes | str:
     gone = np.setdiff1d(dataset.tombstones, before.tombstones, assume_unique=True)
     was_there = shards.shard_of(gone) < before.version.next_shard_number
     return Changes(list(dataset.shards[kept:]), gone[was_there])
-
-
-def worn(current: Release) -> str | None:
-    """Why a release is to be made one segment again, in words; None while it is fit to be added to."""
-    manifest, dead = current.manifest, len(current.tombstones())
-    if len(manifest.segments) >= MOST_SEGMENTS:
-        return f"it has {len(manifest.segments)} segments"
-    if dead > MOST_DEAD * manifest.num_entries:
-        return f"{dead} of its {manifest.num_entries} entries are dead"
-    return None
 
 
 def extend(
@@ -120,7 +108,7 @@ def extend(
         embedding_dim=then.embedding_dim,
         counts=build.checked(counts),
         segments=then.segments + ((added.segment,) if added else ()),
-        tombstones=releases.store(root, "tombstones.npy", arrays.encode_array(dead)) if len(dead) else None,
+        tombstones=releases.store_tombstones(root, dead),
         vectors=then.vectors + ((added.vectors,) if added else ()),
         items=then.items + (added.items if added else ()),
         num_parts=1,

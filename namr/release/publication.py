@@ -13,7 +13,7 @@ Not covered: what a release is made of (`releases`), whether it is good enough (
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,16 @@ from namr.store.manifests import Pin, Pointer, StoredObject
 _NUM_CHECKERS = 16
 _MAX_NPY_HEADER_BYTES = 256
 _BLOCK_ROWS = 1 << 20
+
+
+def utc_now() -> datetime:
+    """The time of a release."""
+    return datetime.now(UTC)
+
+
+def new_id(at: datetime) -> str:
+    """An id that no other release has; those of later times are greater."""
+    return f"{at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
 
 
 def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer | None) -> Release:
@@ -78,12 +88,13 @@ def roll_back(
 ) -> Release:
     """Make an earlier release current again, the one before the current one or the one named, and pin it.
 
-    reason: of the pin; which release was left where none is given. Raises ConfigError if there is none
-    before, ManifestError if the release is gone or an object of it is, Conflict if somebody publishes at the
+    One that compacts another is gone back over together with that one, since both answer alike. reason: of
+    the pin; which release was left where none is given. Raises ConfigError if there is none before,
+    ManifestError if the release is gone or an object of it is, Conflict if somebody publishes at the
     same moment, or the release is being collected. Nothing is changed then.
     """
     pointer = _pointer(releases_uri, "roll back")
-    target = to or releases.open_release(releases_uri, pointer.target).manifest.previous
+    target = to or _before(releases.open_release(releases_uri, pointer.target).manifest, releases_uri)
     if target is None:
         raise ConfigError(f"{releases_uri}: {pointer.target} is the first release; there is none before it")
     with users.holding(releases_uri, target):
@@ -92,6 +103,13 @@ def roll_back(
         verify(release.releases_uri, release.manifest)
         _swap(releases_uri, target, pointer, _pin(reason or f"rolled back from {pointer.target}", now))
     return release
+
+
+def _before(manifest: ReleaseManifest, releases_uri: str) -> str | None:
+    """The last release that answers otherwise."""
+    while manifest.compacts is not None:
+        manifest = releases.open_release(releases_uri, manifest.compacts).manifest
+    return manifest.previous
 
 
 def pin(releases_uri: str, *, reason: str, now: datetime) -> Pointer:

@@ -6,7 +6,8 @@
 
     <releases>/tombstones.json                    what was taken down since, see `takedowns`
     <releases>/building/<build>/                  work of builds, see `build`
-    <releases>/lease.json, readers/               who writes, and who reads what, see `users`
+    <releases>/lease.json, compaction.json        who writes, see `users`
+    <releases>/readers/                           who reads what
     <releases>/doomed.json                        what a collection deletes, see `doomed`
 
 Objects are named by their digest, so a release that keeps most of the last one's parts lists them again
@@ -180,6 +181,8 @@ class ReleaseManifest:
     """None where nothing stood against it"""
     tables: Mapping[str, StoredObject] = field(default_factory=dict)
     """Parquet files beside the report, by name, see `reports.beside`"""
+    compacts: str | None = None
+    """the release that it answers as, with fewer segments or dead entries; None where it has other images"""
     previous: str | None = None
     """the release that was current before; set by `publication.publish`"""
 
@@ -289,6 +292,11 @@ def store(releases_uri: str, name: str, data: bytes | Path, *, is_done_with: boo
         if free not in doomed.names(releases_uri):
             return stored
     raise AssertionError("there is always a next name")
+
+
+def store_tombstones(releases_uri: str, dead: npt.NDArray[np.int64]) -> StoredObject | None:
+    """Store ids, ascending, as a release lists those that nobody may find; None where there are none."""
+    return store(releases_uri, "tombstones.npy", arrays.encode_array(dead)) if len(dead) else None
 
 
 def is_there(releases_uri: str, stored: StoredObject) -> bool:

@@ -1,6 +1,7 @@
 """Who is at work on a root of releases: one writer at a time, and readers that hold what they have open.
 
     <releases>/lease.json              of the night, or the collection, that is under way (`store.lease`)
+    <releases>/compaction.json         of the compaction that is under way, beside nights
     <releases>/readers/<name>.json     the release that a service has open, written again and again
 
 A night and a collection are never under way at once, so that neither spoils the other's work; what keeps a
@@ -45,6 +46,11 @@ class _Held:
 def write_alone(releases_uri: str, *, what: str) -> Lease:
     """The lease of all who build, publish or collect; Conflict, which says who has it, if somebody does."""
     return Lease.take(storage.join(storage.absolute(releases_uri), "lease.json"), what=what)
+
+
+def compact_alone(releases_uri: str) -> Lease:
+    """The lease of those who compact; Conflict, which says who does, if somebody does."""
+    return Lease.take(storage.join(storage.absolute(releases_uri), "compaction.json"), what="a compaction")
 
 
 class Hold:

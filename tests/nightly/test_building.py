@@ -1,4 +1,4 @@
-"""As little is built as makes the next release: a segment more, one again, or all of it anew."""
+"""As little is built as makes the next release: a segment more, or all of it anew."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from namr.data.datasets import Dataset
 from namr.nightly import building
 from namr.nightly.building import Made
-from namr.release import increment, releases
+from namr.release import releases
 from namr.release.build import BuildConfig
 from namr.release.releases import Release
 from namr.store import manifests
@@ -42,9 +42,7 @@ def released(made: Made, *, aged: str | None = None) -> Release:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_each_night_builds_as_little_as_it_can_and_says_why_no_less(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_night_builds_as_little_as_it_can_and_says_why_no_less(tmp_path: Path) -> None:
     first = make(tmp_path, a_night(tmp_path, [100]), None)
     assert (first.how, first.kept, first.first_new_id) == ("whole: there was no release", None, None)
 
@@ -59,20 +57,13 @@ def test_each_night_builds_as_little_as_it_can_and_says_why_no_less(
     assert (third.kept, third.first_new_id) == (current, None)
     assert third.built.segments == second.built.segments
 
-    monkeypatch.setattr(increment, "MOST_SEGMENTS", 2)
-    fourth = make(tmp_path, a_night(tmp_path, [10]), released(third))
-    assert fourth.how == "one segment again, in place of of-version-3: it has 2 segments"
-    assert fourth.built.template == first.built.template and fourth.built.tombstones is None
-    assert [segment.num_entries for segment in fourth.built.segments] == [137]
-    assert fourth.kept is not None and fourth.first_new_id is None
-
-    fifth = make(tmp_path, a_night(tmp_path, [10]), released(fourth, aged="recall@10 fell"))
-    assert fifth.how == "whole: with a new template, since recall@10 fell"
-    assert fifth.built.template != first.built.template and fifth.kept is None
+    fourth = make(tmp_path, a_night(tmp_path, [10]), released(third, aged="recall@10 fell"))
+    assert fourth.how == "whole: with a new template, since recall@10 fell"
+    assert fourth.built.template != first.built.template and fourth.kept is None
 
     dataset = a_night(tmp_path, [10])
-    other = make(tmp_path, dataset, released(fifth), is_alike=False)
-    assert other.how == "whole: of-version-5 is of another model, or of other settings"
-    gone = replace(released(fifth).manifest, dataset_uri="/elsewhere")
+    other = make(tmp_path, dataset, released(fourth), is_alike=False)
+    assert other.how == "whole: of-version-4 is of another model, or of other settings"
+    gone = replace(released(fourth).manifest, dataset_uri="/elsewhere")
     moved = make(tmp_path, dataset, Release(str(tmp_path / "releases"), gone))
     assert moved.how == "whole: the current release is of another dataset, /elsewhere"

@@ -24,7 +24,7 @@ from namr.nightly.assessment import Assessment, AssessmentConfig, SideResult
 from namr.nightly.gate import GateConfig
 from namr.nightly.reindexing import ReindexConfig
 from namr.nightly.release_report import ReleaseReport
-from namr.release import listing, publication, releases, users
+from namr.release import compaction, listing, publication, releases, users
 from namr.release.build import BuildConfig
 from namr.release.releases import Counts, ReleaseManifest
 from namr.store import manifests, storage
@@ -79,7 +79,7 @@ def config_of(folder: Path, model_folder: Path, **changes: object) -> ReindexCon
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_night_publishes_once_and_again_only_where_something_changed(
-    tmp_path: Path, model_folder: Path
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_release.make_dataset(tmp_path, Recipe(num_shards=4, rows_per_shard=60))
     config = config_of(tmp_path, model_folder)
@@ -119,6 +119,16 @@ def test_a_night_publishes_once_and_again_only_where_something_changed(
     assert night.report.built == f"added to {manifest.release_id}: 0 shards, and 2 images taken out"
     assert night.extracted is not None and night.extracted.num_new == 0
     assert night.report.embedded is None
+    assert night.compacted.endswith(f"{night.release.manifest.release_id} is fit to be added to")
+
+    monkeypatch.setattr(compaction, "MOST_DEAD", 0.0)
+    left = reindexing.reindex(replace(config, compact=False))
+    assert (left.is_new, left.release, left.compacted) == (False, night.release, "nothing was compacted")
+    compacted = reindexing.reindex(config)
+    assert not compacted.is_new
+    assert compacted.release.manifest.previous == night.release.manifest.release_id
+    assert compacted.release.manifest.num_entries == 238
+    assert compacted.compacted.endswith("2 of its 240 entries are dead; 100 images find the same in both")
 
 
 @pytest.mark.ray

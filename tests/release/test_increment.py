@@ -79,7 +79,6 @@ def test_nights_of_new_and_of_gone_images_are_one_index_over_what_is_left(
     release = whole(tmp_path, nights[0], key, metric)
     for dataset in nights[1:]:
         before, release = release, added(tmp_path, release, dataset)
-        assert increment.worn(release) is None
         of_all = whole(tmp_path, dataset, key, metric, template=templates.of_release(release))
         assert release.manifest.counts == of_all.manifest.counts
         assert_same_answers(tmp_path, release, of_all)
@@ -123,7 +122,6 @@ def test_a_night_of_refused_images_alone_and_one_of_no_images_left(tmp_path: Pat
         *small_release.random_vectors(2, DIM, seed=0), options=SearchOptions(k=3)
     )
     assert (found.ids == -1).all()
-    assert increment.worn(release) == "100 of its 100 entries are dead"
 
 
 @pytest.mark.ray
@@ -171,16 +169,6 @@ def test_what_cannot_be_added_to_says_why(tmp_path: Path) -> None:
     assert increment.changes(second, elsewhere) == "the current release is of another dataset, /other"
     lost = Release(release.releases_uri, replace(release.manifest, dataset_version=9))
     assert "version of the current release can't be read: " in str(increment.changes(second, lost))
-
-
-def test_a_release_of_many_segments_or_many_dead_is_worn(tmp_path: Path) -> None:
-    recipe = small_release.Recipe(num_shards=1, num_segments=8)
-    release = small_release.publish(tmp_path, recipe)
-    assert increment.worn(release) == "it has 8 segments"
-    release = small_release.publish(tmp_path / "dead", replace(recipe, num_segments=2, dead=[1, 2, 3, 4, 5]))
-    assert increment.worn(release) == "5 of its 40 entries are dead"
-    release = small_release.publish(tmp_path / "few", replace(recipe, num_segments=7, dead=[1, 2, 3, 4]))
-    assert increment.worn(release) is None
 
 
 @pytest.mark.ray
