@@ -84,7 +84,10 @@ def of_items(
     """The items of these keys; at least one, else ConfigError. shares, cache: see `neighbours`."""
     items = [item for key in keys if (item := searcher.items.by_key(key))]
     if not items:
-        raise ConfigError("no held-out items to query with: the dataset has no image that was embedded")
+        raise ConfigError(
+            "no held-out items to query with: the dataset has no image that was embedded and not taken out; "
+            "bring some, and what serves stays until then"
+        )
     asked = queries.stored(np.array([item.id for item in items], np.int64), searcher.vectors)
     return HeldOut(items, asked, neighbours(searcher, asked, k=K, shares=shares, cache=cache))
 

@@ -117,6 +117,12 @@ def test_a_night_publishes_once_and_again_only_where_something_changed(
     assert night.report.built == f"added to {manifest.release_id}: 0 shards, and 2 images taken out"
     assert night.extracted is not None and night.extracted.num_new == 0
 
+    every = [key for table in datasets.open_version(config.dataset_uri).all_samples() for key in table.keys]
+    datasets.tombstone(config.dataset_uri, every, now=NOW)
+    with pytest.raises(ConfigError, match="no image that was embedded and not taken out"):
+        reindexing.reindex(config)
+    assert releases.current(config.releases_uri).manifest == night.release.manifest
+
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local", "quick_lease")
