@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from botocore.config import Config
 from infra.processes import Program, free_ports
 
 REGION = "us-east-1"
+NUM_STORE_PORTS = 9
 SCRIPTS_PATH = Path(sysconfig.get_path("scripts"))
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # said on purpose: ray.init would otherwise write a token and ask for it
@@ -41,6 +42,8 @@ class ObjectStore:
     endpoint: str
     access_key: str
     secret_key: str
+    program: Program | None = field(default=None, repr=False, compare=False)
+    """None where it was started by somebody else"""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -111,11 +114,19 @@ def http_status(url: str) -> int | None:
 
 @contextmanager
 def object_store(
-    folder: Path, *, host: str = "127.0.0.1", access_key: str | None = None, secret_key: str | None = None
+    folder: Path,
+    *,
+    host: str = "127.0.0.1",
+    access_key: str | None = None,
+    secret_key: str | None = None,
+    ports: Sequence[int] | None = None,
 ) -> Iterator[ObjectStore]:
-    """SeaweedFS with its data under `folder`; keys are made up unless given."""
+    """SeaweedFS with its data under `folder`; keys are made up unless given.
+
+    ports: the nine that it listens on, the first for S3; for one that is started again where it was.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    store_ports = free_ports(9)
+    store_ports = list(ports or free_ports(NUM_STORE_PORTS))
     s3_port = store_ports[0]
     store = ObjectStore(
         endpoint=f"http://{host}:{s3_port}",
@@ -148,7 +159,7 @@ def object_store(
     ) as program:
         # Without a signature a ready server says 403; before that it refuses the connection or says 503.
         program.wait_until(lambda: http_status(store.endpoint) in (200, 403), timeout_s=60)
-        yield store
+        yield replace(store, program=program)
 
 
 @contextmanager

@@ -130,6 +130,12 @@ def test_a_night_publishes_once_and_again_only_where_something_changed(
     assert compacted.release.manifest.num_entries == 238
     assert compacted.compacted.endswith("2 of its 240 entries are dead; 100 images find the same in both")
 
+    every = [key for table in datasets.open_version(config.dataset_uri).all_samples() for key in table.keys]
+    datasets.tombstone(config.dataset_uri, every, now=NOW)
+    with pytest.raises(ConfigError, match="no image that was embedded and not taken out"):
+        reindexing.reindex(config)
+    assert releases.current(config.releases_uri).manifest == night.release.manifest
+
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local", "quick_lease")

@@ -1,7 +1,10 @@
 import errno
 import os
+import resource
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -213,6 +216,38 @@ def test_a_folder_that_is_a_file_is_not_writable(tmp_path: Path) -> None:
 
 
 @pytest.mark.s3
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """While inside, this process can't write beyond the first bytes of any file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: Path) -> None:
+    folder, source = tmp_path / "store", tmp_path / "source"
+    uri, new, large = str(folder / "pointer"), str(folder / "new"), bytes(4096)
+    source.write_bytes(large)
+    storage.write(uri, b"before")
+    _, etag = storage.read_with_etag(uri)
+    acts = (
+        lambda: storage.write(uri, large),
+        lambda: storage.replace_if_match(uri, large, etag=etag),
+        lambda: storage.write_if_absent(new, large),
+        lambda: storage.upload_if_absent(source, new),
+        lambda: storage.download(str(source), Path(new)),
+    )
+    for act in acts:
+        with full_disk(), pytest.raises(StorageError, match=r"cannot (write|replace|copy) .*File too large"):
+            act()
+        assert storage.read(uri) == b"before"
+        assert {path.name for path in folder.iterdir()} <= {"pointer", ".pointer.lock"}
+    storage.replace_if_match(uri, large, etag=etag)
+
+
 def test_a_missing_bucket_is_not_writable(s3: str) -> None:
     with pytest.raises(StorageError, match=r"s3://no-such-bucket.*create"):
         storage.check_writable(f"{s3.replace(s3.removeprefix('s3://'), 'no-such-bucket')}/a")

@@ -1,0 +1,39 @@
+"""The crasher as it is run by hand: nothing is lost and nothing is there twice, whatever was killed."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.soak.acts import ROOT
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
+
+def crash(*flags: str, timeout_s: float) -> tuple[int, str]:
+    """How many were killed, and what was told; everything has to have held."""
+    command = [sys.executable, "-m", "tests.soak.crasher", *flags]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stderr[-8000:]
+    found = re.match(r"(\d+) kills", done.stdout)
+    assert found, done.stdout
+    return int(found[1]), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_commands_and_the_store_may_die_at_any_time() -> None:
+    flags = ("--seed", "3", "--kills", "4", "--minutes", "0.5", "--every-s", "1")
+    num, said = crash(*flags, "--victims", "driver", "store", timeout_s=880)
+    assert num >= 2, said
+    assert "| command | stage | driver |" in said
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(6 * 3600)
+def test_a_hundred_kills_of_everything_lose_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    num, said = crash("--seed", "0", "--kills", "100", timeout_s=5.5 * 3600)
+    with capsys.disabled():
+        print(said)
+    assert num >= 100
