@@ -6,7 +6,8 @@
 
 New images become one more segment, and what was taken out is hidden; all is built anew only where the model,
 the settings or an aged template ask for it. Where nothing is new, or a roll-back holds the current release,
-it says so and ends. Killed anywhere, the same command goes on. While another night is under way it ends at
+it says so and ends. With --prepare a release of another model is made beside nights and not published, to be
+switched to later. Killed anywhere, the same command goes on. While another night is under way it ends at
 once, and a release that is not good enough stays unpublished, both with exit code 2 and the reason.
 `--help` explains every flag.
 """
@@ -26,9 +27,10 @@ def main() -> None:
             "nothing was done. `namr releases unpin` lifts it"
         )
         return
+    what = "prepared" if manifest.is_prepared else "published" if done.is_new else "current"
     extracted = done.extracted.num_new if done.extracted else 0
     print(
-        f"{'published' if done.is_new else 'nothing is new; current is'} release {manifest.release_id}: "
+        f"{what if done.is_new else f'nothing is new; {what} is'} release {manifest.release_id}: "
         f"{manifest.counts.num_indexed} of {manifest.counts.num_samples} images ({extracted} embedded now, "
         f"{manifest.counts.num_refused} refused, {manifest.counts.num_tombstoned} taken out), "
         f"{manifest.index_key}, recall@10 {assessed.recall_at_10:.3f} with {assessed.probed}; model "

@@ -177,6 +177,10 @@ class ReleaseManifest:
     """None where an earlier namr trained it"""
     forced: Forced | None = None
     """None where nothing stood against it"""
+    is_prepared: bool = False
+    """whether it was made beside the current one, to be switched to later, see `prepared`"""
+    objections: str | None = None
+    """of the gate to what is prepared"""
     compacts: str | None = None
     """the release that it answers as, with fewer segments or dead entries; None where it has other images"""
     previous: str | None = None
