@@ -6,7 +6,8 @@
 
 New images become one more segment, and what was taken out is hidden; all is built anew only where the model,
 the settings or an aged template ask for it. Where nothing is new, or a roll-back holds the current release,
-it says so and ends. Killed anywhere, the same command goes on. While another night is under way it ends at
+it says so and ends. With --prepare a release of another model is made beside nights and not published, to be
+switched to later. Killed anywhere, the same command goes on. While another night is under way it ends at
 once, and a release that is not good enough stays unpublished, both with exit code 2 and the reason. The last
 line says what came of it, and so does the webhook of `--notify-url` or $NAMR_NOTIFY_URL. `--help` explains
 every flag.

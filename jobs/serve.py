@@ -2,7 +2,8 @@
 
     python jobs/serve.py --config jobs/configs/serve.toml --releases-uri s3://bucket/releases --port 8000
 
-SIGTERM or Ctrl-C ends it after the requests under way. `--help` explains every flag.
+With --release it serves that one for good: what was prepared (jobs/reindex.py --prepare), beside what is
+current. SIGTERM or Ctrl-C ends it after the requests under way. `--help` explains every flag.
 """
 
 from namr import config

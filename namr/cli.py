@@ -4,6 +4,7 @@ namr demo                       the whole chain on one machine, then a search pa
 namr submit train --config ...  a job of jobs/ on a running Ray cluster
 namr releases list|show|diff    what was published, and what the gate refused; how two releases differ
 namr releases export            a release as one plain FAISS file
+namr releases publish           switch to a release that was prepared
 namr releases collect           delete what no release needs any more
 namr releases pin|unpin         keep the current release current; let the night publish again
 namr plan --num-vectors 1e9 ... what an index will take: type, memory, disk, time, cost of a query
@@ -29,8 +30,19 @@ from namr.nightly import description
 from namr.plan import calibration, constants, estimate, wording
 from namr.plan.estimate import PlanConfig
 from namr.registry import registry
-from namr.release import export, garbage, listing, old_embeddings, publication, releases, takedowns, users
+from namr.release import (
+    export,
+    garbage,
+    listing,
+    old_embeddings,
+    prepared,
+    publication,
+    releases,
+    takedowns,
+    users,
+)
 from namr.release.garbage import CollectionConfig
+from namr.release.prepared import SwitchConfig
 from namr.store.manifests import Pin
 
 
@@ -266,6 +278,14 @@ def _pin(command: PinCommand) -> None:
     print(f"{pinned.target} stays current: nothing is published until `namr releases unpin`")
 
 
+def _publish(command: SwitchConfig) -> None:
+    manifest = prepared.switch(command, at=_now()).manifest
+    print(
+        f"{manifest.release_id} is current: {command.release}, of model {manifest.model_name} "
+        f"{manifest.model_version}; make that the champion (`namr promote`), or the next night goes back"
+    )
+
+
 def _unpin(command: UnpinCommand) -> None:
     before = publication.unpin(command.releases_uri)
     was = f"was pinned since {before.pin.since}: {before.pin.reason}" if before.pin else "was not pinned"
@@ -307,6 +327,7 @@ _COMMANDS = (
     _Command(("releases", "show"), ShowCommand, _show),
     _Command(("releases", "diff"), DiffCommand, _diff),
     _Command(("releases", "export"), ExportCommand, _export),
+    _Command(("releases", "publish"), SwitchConfig, _publish),
     _Command(("releases", "collect"), CollectCommand, _collect),
     _Command(("releases", "pin"), PinCommand, _pin),
     _Command(("releases", "unpin"), UnpinCommand, _unpin),

@@ -156,7 +156,7 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
             ConfigError,
             "releases collect, releases diff, releases export, releases list, releases pin",
         ),
-        (["submit", "fly"], ConfigError, "namr submit fly: expected one of build_index, evaluate"),
+        (["submit", "fly"], ConfigError, "namr submit fly: expected one of build_index, compact, evaluate"),
         (["submit"], ConfigError, "expected one of build_index"),
         (["rollback", "--releases-uri", "nowhere"], ConfigError, "no current release"),
         (["releases", "collect", "--releases-uri", "nowhere"], ConfigError, "there is nothing to collect"),

@@ -54,6 +54,10 @@ def facts(release: Release) -> dict[str, str]:
     told["stored"] = f"{sum(stored.size_bytes for stored in set(manifest.objects())) / 1e6:,.1f} MB"
     if measured.aged:
         told["template has aged"] = measured.aged
+    if manifest.is_prepared:
+        told["prepared"] = (
+            manifest.objections or "the gate lets it pass; `namr releases publish` switches to it"
+        )
     if manifest.forced:
         told["forced"] = f"by {manifest.forced.by}: {manifest.forced.reason} ({manifest.forced.objections})"
     return told

@@ -28,7 +28,7 @@ URL_VARIABLE = "NAMR_NOTIFY_URL"
 _TIMEOUT_S = 5.0
 _PAUSES_S = (1.0, 3.0)
 
-Event = Literal["published", "unchanged", "refused", "failed"]
+Event = Literal["published", "prepared", "unchanged", "refused", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,9 @@ class Notice:
     """What is posted, as JSON."""
 
     event: Event
-    """published; unchanged: nothing is new, or the current release is pinned; refused: by the gate, or since
-    another night or a collection was at work; failed: anything else"""
+    """published; prepared: another model's, to be switched to; unchanged: nothing is new, or the current
+    release is pinned; refused: by the gate, or since another night or a collection was at work; failed:
+    anything else"""
     text: str
     """the line; chats that take webhooks show what has this name"""
     release_id: str | None = None
@@ -63,7 +64,7 @@ def of_report(done: ReindexReport) -> Notice:
     took = done.extracted.throughput if done.extracted and num_new else None
     speed = f" at {took.images_per_s:.1f} a second" if took else ""
     text = (
-        f"{'published' if done.is_new else 'nothing is new; current is'} release {manifest.release_id}: "
+        f"{_what(done)} release {manifest.release_id}: "
         f"{counts.num_indexed} of {counts.num_samples} images ({num_new} embedded now{speed}, "
         f"{counts.num_refused} refused, {counts.num_tombstoned} taken out), "
         f"{manifest.index_key}, recall@10 {assessed.recall_at_10:.3f} with {assessed.probed}; model "
@@ -74,7 +75,7 @@ def of_report(done: ReindexReport) -> Notice:
         + f"; {done.collected}; {done.compacted}"
     )
     return Notice(
-        event="published" if done.is_new else "unchanged",
+        event=("prepared" if manifest.is_prepared else "published") if done.is_new else "unchanged",
         text=text,
         release_id=manifest.release_id,
         num_indexed=counts.num_indexed,
@@ -82,6 +83,13 @@ def of_report(done: ReindexReport) -> Notice:
         recall_at_10=assessed.recall_at_10,
         images_per_s=took.images_per_s if took else None,
     )
+
+
+def _what(done: ReindexReport) -> str:
+    is_prepared = done.release.manifest.is_prepared
+    if done.is_new:
+        return "prepared" if is_prepared else "published"
+    return f"nothing is new; {'prepared' if is_prepared else 'current'} is"
 
 
 def of_error(error: BaseException) -> Notice:

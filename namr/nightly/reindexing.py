@@ -8,16 +8,17 @@ or recall against the one that serves is stopped at the gate and stays unpublish
 Where people pinned the current release, as a roll-back does, the night says so and does nothing. Last it
 collects what no release needs any more, and, without the lease, makes one segment of many (`compacting`).
 
+A release can be prepared as well, beside nights: by another model, to be switched to later (`prepared`).
+
 Not covered: when to run (a CronJob says), training (the champion is promoted by people).
 """
 
-import getpass
 import json
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from namr.data import datasets
 from namr.data.datasets import Dataset
@@ -31,14 +32,14 @@ from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.compacting import CompactConfig
 from namr.nightly.gate import GateConfig, NotGoodEnough
-from namr.nightly.measuring import Measured, Settings
+from namr.nightly.measuring import Settings
 from namr.nightly.release_report import ReleaseReport
 from namr.registry import references
 from namr.registry.references import FoundModel
-from namr.release import old_embeddings, publication, releases, users
+from namr.release import old_embeddings, prepared, publication, releases, users
 from namr.release.build import BuildConfig, BuildReport
 from namr.release.garbage import CollectionConfig
-from namr.release.releases import Forced, Release, ReleaseManifest
+from namr.release.releases import Release, ReleaseManifest
 from namr.reports.self_search import SelfSearchConfig
 from namr.store import scratch, storage
 from namr.store.cache import Cache
@@ -60,6 +61,9 @@ class ReindexConfig:
     """models:/<name>@<alias>, models:/<name>/<version> or the folder of a saved model"""
     dataset_version: int | None = None
     """None: the current one"""
+    prepare: bool = False
+    """make the release and keep it beside the current one, which nights go on with: to look at, to serve
+    (jobs/serve.py --release) and to switch to later (`namr releases publish`)"""
     force: str | None = None
     """why to publish what the gate has objections to; kept in the release, with who said so"""
     tracking_uri: str | None = None
@@ -78,8 +82,12 @@ class ReindexConfig:
     jobs/compact.py does it at another hour"""
 
     def __post_init__(self) -> None:
-        if self.force is not None and not self.force.strip():
-            raise ConfigError("force is empty; say why the gate is overruled, for those who find the release")
+        if self.force is not None:
+            publication.forced(self.force, "")
+            if self.prepare:
+                raise ConfigError(
+                    "nothing is forced while it is prepared; force is for `namr releases publish`"
+                )
         if self.notify_url is not None and not self.notify_url.startswith(("http://", "https://")):
             raise ConfigError("notify_url is no http:// or https:// URL (it is not shown here, as a secret)")
 
@@ -89,9 +97,9 @@ class ReindexReport:
     """What a run did."""
 
     release: Release
-    """the one that is current now"""
+    """the one that is current now, or that is prepared"""
     is_new: bool
-    """False where the current release is what this run would make, and where it is held"""
+    """False where there is what this run would make, and where the current release is held"""
     held: Pin | None = None
     """why nothing may replace the current release; nothing was done then"""
     extracted: ExtractReport | None
@@ -103,13 +111,15 @@ class ReindexReport:
 
 
 def reindex(config: ReindexConfig, *, clock: Callable[[], datetime] = publication.utc_now) -> ReindexReport:
-    """Make the next release current, unless nothing is new or the current one is pinned.
+    """Make the next release current, unless nothing is new or the current one is pinned; or prepare it.
 
     Raises NotGoodEnough where the gate stops the release, Conflict where another night or a collection is
     under way, or another run published meanwhile. What served before serves on then.
     """
     root = storage.absolute(config.releases_uri)
     storage.check_writable(root)
+    if config.prepare:
+        return _prepared(root, config, clock)
     with users.write_alone(root, what="the night") as lease:
         done = _reindexed(root, config, clock, lease)
         if done.held:
@@ -144,13 +154,65 @@ def _reindexed(
     current = releases.open_release(root, expected.target) if expected else None
     if current and expected and expected.pin:
         return _unchanged(current, held=expected.pin)
+    made = _made(root, config, clock, current=current, earlier=[current])
+    if isinstance(made, Release):
+        return _unchanged(made)
+    manifest = made.manifest
+    if made.refusal:
+        if config.force is None:
+            publication.keep(root, manifest)
+            raise made.refusal
+        manifest = replace(manifest, forced=publication.forced(config.force, str(made.refusal)))
+    lease.check()
+    published = publication.publish(root, manifest, expected=expected)
+    return ReindexReport(release=published, is_new=True, extracted=made.extracted, report=made.report)
+
+
+def _prepared(root: str, config: ReindexConfig, clock: Callable[[], datetime]) -> ReindexReport:
+    """Without the lease, so that nights go on; raises what the gate says, when all is kept."""
+    current = releases.current(root)
+    made = _made(root, config, clock, current=current, earlier=[*prepared.newest_first(root), current])
+    if isinstance(made, Release):
+        return _unchanged(made)
+    objections = str(made.refusal) if made.refusal else None
+    manifest = replace(made.manifest, is_prepared=True, objections=objections)
+    publication.keep(root, manifest)
+    if made.refusal:
+        raise made.refusal
+    release = Release(root, manifest)
+    return ReindexReport(release=release, is_new=True, extracted=made.extracted, report=made.report)
+
+
+class _Made(NamedTuple):
+    """A release that can be published, and what the gate has against it."""
+
+    manifest: ReleaseManifest
+    report: ReleaseReport
+    extracted: ExtractReport
+    refusal: NotGoodEnough | None
+
+
+def _made(
+    root: str,
+    config: ReindexConfig,
+    clock: Callable[[], datetime],
+    *,
+    current: Release | None,
+    earlier: Sequence[Release | None],
+) -> _Made | Release:
+    """What `config` asks for, held against the current release.
+
+    earlier: what it may be made of, by adding to the first that is of the same model and settings; that one
+    itself where it is what is asked for.
+    """
     with scratch.folder("model-") as folder:
         fetched = references.fetch(config.model, folder=Path(folder), tracking_uri=config.tracking_uri)
         query_model = model.load(fetched.path)
         digest = model.digest(query_model)
         dataset = datasets.open_version(storage.absolute(config.dataset_uri), config.dataset_version)
-        if current and _is_of(current, query_model, digest, dataset, config):
-            return _unchanged(current)
+        alike = [each for each in earlier if each and _is_alike(each.manifest, query_model, digest, config)]
+        if alike and _is_of(alike[0], dataset):
+            return alike[0]
         embeddings_uri = storage.absolute(config.embeddings_uri)
         old_embeddings.use(embeddings_uri, root)
         extracted = extraction.extract(dataset, embeddings_uri, str(fetched.path), config.extraction)
@@ -163,8 +225,8 @@ def _reindexed(
             config.build,
             model_digest=digest,
             metric=query_model.search.metric,
-            current=current,
-            is_alike=bool(current and _is_alike(current.manifest, query_model, digest, config)),
+            current=alike[0] if alike else current,
+            is_alike=bool(alike),
             cache=cache,
         )
         measured = measuring.measure(
@@ -175,38 +237,19 @@ def _reindexed(
             cache=cache,
         )
         manifest = measuring.with_reports(measured, config.self_search, extracted=extracted)
-        manifest = _judged(root, manifest, measured, dataset, config, current)
-    lease.check()
-    published = publication.publish(root, manifest, expected=expected)
-    told = release_report.read(published)
-    return ReindexReport(release=published, is_new=True, extracted=extracted, report=told)
-
-
-def _judged(
-    root: str,
-    manifest: ReleaseManifest,
-    measured: Measured,
-    dataset: Dataset,
-    config: ReindexConfig,
-    current: Release | None,
-) -> ReleaseManifest:
-    """The release, if the gate lets it pass or is overruled; else it is kept for a look: NotGoodEnough."""
-    try:
-        gate.check(
-            config.gate,
-            Release(root, manifest),
-            measured.report,
-            dataset,
-            current=current,
-            lost_where=measured.lost_where,
-        )
-    except NotGoodEnough as error:
-        if config.force is None:
-            publication.keep(root, manifest)
-            raise
-        who = f"{getpass.getuser()} on {socket.gethostname()}"
-        return replace(manifest, forced=Forced(by=who, reason=config.force, objections=str(error)))
-    return manifest
+        draft, refusal = Release(root, manifest), None
+        try:
+            gate.check(
+                config.gate,
+                draft,
+                measured.report,
+                dataset,
+                current=current,
+                lost_where=measured.lost_where,
+            )
+        except NotGoodEnough as error:
+            refusal = error
+    return _Made(manifest, release_report.read(draft), extracted, refusal)
 
 
 def _unchanged(current: Release, *, held: Pin | None = None) -> ReindexReport:
@@ -214,13 +257,9 @@ def _unchanged(current: Release, *, held: Pin | None = None) -> ReindexReport:
     return ReindexReport(release=current, is_new=False, held=held, extracted=None, report=measured)
 
 
-def _is_of(
-    release: Release, query_model: NamrModel, digest: str, dataset: Dataset, config: ReindexConfig
-) -> bool:
-    """Whether a release is what this run would make; not where its template has aged."""
-    is_fit = release_report.read(release).aged is None
-    is_alike = _is_alike(release.manifest, query_model, digest, config)
-    return is_alike and is_fit and release.manifest.dataset_digest == dataset.digest
+def _is_of(release: Release, dataset: Dataset) -> bool:
+    """Whether a release has these images; not where its template has aged: it is to be made better."""
+    return release.manifest.dataset_digest == dataset.digest and release_report.read(release).aged is None
 
 
 def _is_alike(manifest: ReleaseManifest, query_model: NamrModel, digest: str, config: ReindexConfig) -> bool:

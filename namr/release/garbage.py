@@ -5,6 +5,8 @@ What stays:
 - of releases the current one, the `keep` that were current last (by its `previous`, and by creation too:
   after a roll-back these are others), what was current within `min_age_hours`, what a reader holds, and while
   the pointer is pinned all that nothing was published after: a roll-back may have left it
+- of those that were prepared to be switched to (`prepared`) the newest of each model, until `keep` others
+  were published after it
 - of the others, which lost the race for the pointer or died before it, those that may yet win: they follow
   the current one
 - every object that a release lists which stays
@@ -223,6 +225,8 @@ class _Looking:
             if at in by_id:
                 kept.add(at)
                 at = by_id[at].previous
+        is_full = len(were_current) >= self.config.keep
+        kept |= _prepared(known, since=were_current[-self.config.keep].created if is_full else "")
         for each in known:
             if not self._is_old(manifests[each.release_id]):
                 kept.update(by_id.keys() & {each.release_id, each.previous})
@@ -249,6 +253,15 @@ class _Looking:
 def _were_current(known: Iterable[ReleaseManifest], pointer: Pointer) -> set[str | None]:
     """What the pointer showed at some time, for sure: the last one before a roll-back is not among it."""
     return {pointer.target, *(each.previous for each in known)}
+
+
+def _prepared(known: Iterable[ReleaseManifest], *, since: str) -> set[str]:
+    """The newest that was prepared of each model, if it was made then or later."""
+    in_order = sorted(known, key=lambda each: (each.created, each.release_id))
+    newest = {
+        each.model_digest: each.release_id for each in in_order if each.is_prepared and each.created >= since
+    }
+    return set(newest.values())
 
 
 def _is_manifest(entry: Entry) -> bool:

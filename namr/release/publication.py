@@ -10,6 +10,8 @@ night too. Nothing is published over a pin until somebody lifts it.
 Not covered: what a release is made of (`releases`), whether it is good enough (the night's gate).
 """
 
+import getpass
+import socket
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +25,7 @@ from namr.errors import ConfigError, Conflict, ManifestError, ObjectMissing
 from namr.index.index_files import sum_of_ids
 from namr.release import doomed, releases, takedowns, users
 from namr.release.places import Places
-from namr.release.releases import Release, ReleaseManifest
+from namr.release.releases import Forced, Release, ReleaseManifest
 from namr.store import manifests, scratch, storage
 from namr.store.cache import Cache
 from namr.store.manifests import Pin, Pointer, StoredObject
@@ -41,6 +43,13 @@ def utc_now() -> datetime:
 def new_id(at: datetime) -> str:
     """An id that no other release has; those of later times are greater."""
     return f"{at:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+
+
+def forced(reason: str, objections: str) -> Forced:
+    """That whoever runs this process overrules objections. ConfigError for an empty reason."""
+    if not reason.strip():
+        raise ConfigError("force is empty; say why the gate is overruled, for those who find the release")
+    return Forced(by=f"{getpass.getuser()} on {socket.gethostname()}", reason=reason, objections=objections)
 
 
 def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer | None) -> Release:
@@ -77,10 +86,20 @@ def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer |
 
 
 def keep(releases_uri: str, manifest: ReleaseManifest) -> None:
-    """Write the manifest of a release that is not to be current, so that people can look at it."""
+    """Write the manifest of a release that is not to be current, so that people can look at it.
+
+    Raises ManifestError as `publish` does, and Conflict if a collection is about to delete an object: it is
+    not kept then.
+    """
     root = storage.absolute(releases_uri)
     verify(root, manifest)
-    manifests.write_manifest(releases.manifest_uri(root, manifest.release_id), manifest)
+    uri = releases.manifest_uri(root, manifest.release_id)
+    manifests.write_manifest(uri, manifest)
+    try:
+        _check_not_doomed(root, manifest, verb="kept")
+    except Conflict:
+        storage.delete(uri)
+        raise
 
 
 def roll_back(
@@ -128,7 +147,7 @@ def unpin(releases_uri: str) -> Pointer:
     return pointer
 
 
-def _check_not_doomed(root: str, manifest: ReleaseManifest) -> None:
+def _check_not_doomed(root: str, manifest: ReleaseManifest, *, verb: str = "published") -> None:
     """Conflict if a collection is about to delete what the release needs.
 
     Not asked of what the release before it lists: when that was published it had shown that it needs it.
@@ -137,7 +156,7 @@ def _check_not_doomed(root: str, manifest: ReleaseManifest) -> None:
     if manifest.previous:
         before = releases.open_release(root, manifest.previous).manifest
         used -= {stored.name for stored in before.objects()}
-    doomed.check(root, used, what=f"release {manifest.release_id} is not published")
+    doomed.check(root, used, what=f"release {manifest.release_id} is not {verb}")
 
 
 def _pointer(releases_uri: str, verb: str) -> Pointer:

@@ -181,6 +181,10 @@ class ReleaseManifest:
     """None where nothing stood against it"""
     tables: Mapping[str, StoredObject] = field(default_factory=dict)
     """Parquet files beside the report, by name, see `reports.beside`"""
+    is_prepared: bool = False
+    """whether it was made beside the current one, to be switched to later, see `prepared`"""
+    objections: str | None = None
+    """of the gate to what is prepared"""
     compacts: str | None = None
     """the release that it answers as, with fewer segments or dead entries; None where it has other images"""
     previous: str | None = None

@@ -1,5 +1,7 @@
 """From a releases' URI to searchers: the current release with its model, and what is taken down.
 
+One that is named is served for good, without following: what was prepared, say, beside what is current.
+
 While a release is open it is held, so that no collection takes it: a service that can't follow for days is
 restarted with the release it knows. Where a service may not write, it says so once and serves on: a release
 stays for a day after it was current.
@@ -26,13 +28,14 @@ class Follower:
 
     def __init__(
         self, releases_uri: str, *, model_folder: Path | None, tracking_uri: str | None, cache_folder: Path,
-        cache_bytes: int, holds: bool = True,
+        cache_bytes: int, holds: bool = True, release_id: str | None = None,
     ) -> None:  # fmt: skip
         """model_folder: of a saved model; None fetches the one that made the release from MLflow.
 
-        holds: tell those who collect which release is open.
+        holds: tell those who collect which release is open. release_id: None follows what is current.
         """
         self._releases_uri, self._model_folder = releases_uri, model_folder
+        self._release_id = release_id
         self._hold = users.Hold(releases_uri) if holds else None
         self._has_told = False
         self._tracking_uri = tracking_uri
@@ -40,14 +43,14 @@ class Follower:
         self._models_folder = cache_folder / "models"
 
     def first(self) -> Searcher:
-        """The current release; ManifestError where there is none."""
-        release = releases.open_release(self._releases_uri)
+        """The release that is named, else the current one; ManifestError where there is none."""
+        release = releases.open_release(self._releases_uri, self._release_id)
         self._held(release.manifest.release_id)
         return self._open(release, None)
 
     def successor(self, searcher: Searcher) -> Searcher | None:
-        """The current release, None where it is the one that the searcher has open."""
-        pointer = releases.read_pointer(self._releases_uri)
+        """The current release, None where the searcher has it open, or has the one that is named."""
+        pointer = None if self._release_id else releases.read_pointer(self._releases_uri)
         self._held(searcher.manifest.release_id)
         if pointer is None or pointer.target == searcher.manifest.release_id:
             return None

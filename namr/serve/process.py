@@ -20,6 +20,8 @@ class ServeConfig:
 
     releases_uri: str
     """folder or s3:// prefix of the releases; the current one is served, and the next when it is published"""
+    release: str | None = None
+    """serve this one for good, such as one that was prepared beside the current one; None follows"""
     model_folder: Path | None = None
     """folder of a saved model; None fetches the version that made the release from MLflow"""
     tracking_uri: str | None = None
@@ -54,6 +56,7 @@ class ServeConfig:
             cache_folder=self.cache_folder.expanduser(),
             cache_bytes=self.cache_bytes,
             holds=self.hold_release,
+            release_id=self.release,
         )
 
 

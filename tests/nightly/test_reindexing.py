@@ -24,8 +24,9 @@ from namr.nightly.assessment import Assessment, AssessmentConfig, SideResult
 from namr.nightly.gate import GateConfig
 from namr.nightly.reindexing import ReindexConfig
 from namr.nightly.release_report import ReleaseReport
-from namr.release import compaction, listing, publication, releases, users
+from namr.release import compaction, listing, prepared, publication, releases, users
 from namr.release.build import BuildConfig
+from namr.release.prepared import SwitchConfig
 from namr.release.releases import Counts, ReleaseManifest
 from namr.store import manifests, storage
 from namr.store.lease import Lease
@@ -180,6 +181,52 @@ def test_what_the_gate_stops_serves_nobody_and_of_two_nights_one_wins(
     with pytest.raises(Conflict, match="somebody else"):
         reindexing.reindex(good, clock=lambda: NOW + timedelta(hours=1))
     assert releases.current(good.releases_uri).manifest.release_id == "faster"
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local", "quick_lease")
+def test_another_models_release_is_prepared_beside_nights_and_switched_to(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    small_release.make_dataset(tmp_path, Recipe(num_shards=2, rows_per_shard=60))
+    config = config_of(tmp_path, model_folder, gate=GateConfig(max_recall_at_1_drop=1.0, max_rank_drop=1.0))
+    first = reindexing.reindex(config, clock=lambda: NOW).release
+    other = model.build(
+        ModelConfig(
+            backbone="test_resnet", weights="none", embedding_dim=8, structure_hidden_dim=8, image_size_px=32
+        ),
+        seed=1,
+    )
+    model.save(other, tmp_path / "other")
+    of_other = replace(config, model=str(tmp_path / "other"))
+    preparing = replace(of_other, prepare=True)
+    with pytest.raises(ConfigError, match="nothing is forced while it is prepared"):
+        replace(preparing, force="why not")
+    with users.write_alone(config.releases_uri, what="the night"):  # it goes on meanwhile
+        made = reindexing.reindex(preparing, clock=lambda: NOW + timedelta(hours=1))
+        again = reindexing.reindex(preparing, clock=lambda: NOW + timedelta(hours=2))
+    assert (made.is_new, again.is_new) == (True, False)
+    assert again.release == made.release and made.release.manifest.is_prepared
+    assert releases.current(config.releases_uri) == first
+    datasets.tombstone(config.dataset_uri, ["digit/3"], now=NOW)
+    reindexing.reindex(config, clock=lambda: NOW + timedelta(days=1))
+    more = reindexing.reindex(preparing, clock=lambda: NOW + timedelta(days=1))
+    assert more.report.built.startswith(
+        f"added to {made.release.manifest.release_id}: 0 shards, and 1 images"
+    )
+    assert more.release.manifest.counts.num_indexed == 119
+
+    name = more.release.manifest.release_id
+    switched = prepared.switch(SwitchConfig(releases_uri=config.releases_uri, release=name), at=NOW)
+    night = reindexing.reindex(of_other)
+    assert (night.is_new, night.release.manifest) == (False, switched.manifest)
+
+    one_list = AssessmentConfig(depth=20, target_recall=0.01)
+    picky = replace(preparing, assessment=one_list, gate=GateConfig(min_recall_at_10=1.0))
+    with pytest.raises(NamrError, match=r"recall@10 is 0\.\d+"):
+        reindexing.reindex(picky, clock=lambda: NOW + timedelta(days=2))
+    objections = prepared.newest_first(config.releases_uri)[0].manifest.objections
+    assert objections is not None and "recall@10 is 0." in objections
 
 
 def leave_the_lease_to_another(config: ReindexConfig) -> None:

@@ -1,5 +1,6 @@
 """A real service that follows: the next release, what is taken down, and its word on what it can't follow."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from namr.data.shards import make_id
-from namr.errors import ManifestError
+from namr.errors import ManifestError, ModelMismatch
 from namr.release import publication, releases, takedowns, users
 from namr.search.searcher import Searcher
 from namr.serve.app import create_app
@@ -108,6 +109,40 @@ def test_a_new_release_is_taken_up_without_a_failed_query(tmp_path: Path) -> Non
     assert set(statuses) == {200}
     assert {release_id for release_id, _ in seen} == {"first", "second", "third"}
     assert {key for _, key in seen} == {"digit/3"}
+
+
+def test_two_spaces_are_served_side_by_side_and_never_mixed(tmp_path: Path) -> None:
+    """What is current by one model, and what was prepared by another, named; each with take-downs."""
+    old = small_release.publish_with_model(tmp_path)
+    uri = str(tmp_path / "releases")
+    new = small_release.publish_with_model(tmp_path / "prepared", seed=1)
+    aside = releases.open_release(str(tmp_path / "prepared" / "releases")).manifest
+    shutil.copytree(tmp_path / "prepared" / "releases" / "objects", f"{uri}/objects", dirs_exist_ok=True)
+    uri_of_dataset = releases.open_release(uri).manifest.dataset_uri
+    made = replace(small_release.renamed(aside, "next"), is_prepared=True, dataset_uri=uri_of_dataset)
+    publication.keep(uri, made)
+
+    def searcher_of(model: Path, release: str | None) -> tuple[Follower, Searcher]:
+        config = ServeConfig(
+            releases_uri=uri, model_folder=model, cache_folder=tmp_path / "cache", release=release
+        )
+        follower = config.follower()
+        return follower, follower.first()
+
+    follower, served = searcher_of(new, "next")
+    _, current = searcher_of(old, None)
+    found = [each.search(images=[small_release.digit(3)])[0] for each in (current, served)]
+    assert [(answer.release_id, answer.model_version) for answer in found] == [("first", "1"), ("next", "2")]
+    assert [answer.hits[0].key for answer in found] == ["digit/3"] * 2
+    for model, release in ((old, "next"), (new, None)):
+        with pytest.raises(ModelMismatch, match="their embeddings can't be compared"):
+            searcher_of(model, release)
+    republish(tmp_path, "second")
+    assert follower.successor(served) is None
+    takedowns.take_down(uri, uri_of_dataset, [3])
+    assert follower.taken_down(served).tolist() == [3]
+    readers = [name for name in storage.list_names(uri) if name.startswith(users.FOLDER)]
+    assert b"next" in b"".join(storage.read(storage.join(uri, name)) for name in readers)
 
 
 @pytest.mark.slow
