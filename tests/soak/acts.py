@@ -24,7 +24,8 @@ from tests.soak.witness import START, Appointment
 ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.soak.witness"])  # imports are most of what a small command takes
-_LONGEST_S = 300.0
+_LONGEST_S = 900.0
+"""a night waits for workers that are killed again and again"""
 _WITHOUT_MEMORY_S = 30.0
 """then the kernel's killer would have come"""
 _MOST_ATTEMPTS = 25

@@ -18,6 +18,7 @@ import argparse
 import os
 import random
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -210,6 +211,10 @@ class Crasher:
             else:
                 self._roll_back(draw)
 
+    @property
+    def num_answers(self) -> int:
+        return self._reader.num_answers
+
     def _pack(self, num: int) -> None:
         with self.account.lock:
             first = len(self.account.offered)
@@ -296,7 +301,8 @@ def summary(crasher: Crasher, config: CrasherConfig, minutes: float) -> str:
     of_images = f"{len(crasher.account.packed)} images packed and {len(crasher.account.gone)} taken down"
     return (
         f"{told.num_kills.total()} kills ({of_each}) in {minutes:.0f} minutes with seed {config.seed}, "
-        f"{crasher.num_looks} looks; {of_images}, up to {crasher.most_segments} segments\n"
+        f"{crasher.num_looks} looks; {of_images}, up to {crasher.most_segments} segments; "
+        f"the reader was answered {crasher.num_answers} times\n"
         f"ended: {', '.join(ends)}\n{table(told)}"
     )
 
@@ -314,6 +320,7 @@ def main(argv: list[str]) -> int:
     config = CrasherConfig(**vars(parser.parse_args(argv)))
     folder = Path(tempfile.mkdtemp(prefix="namr-crasher-"))
     print(crash(config, folder))
+    shutil.rmtree(folder)
     return 0
 
 
