@@ -1,12 +1,17 @@
 """Items of several files against those of others: by id side by side, by key in turns over the hashes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from namr.data import datasets
+from namr.data.shards import Sample
 from namr.nightly import losses
 from namr.store import item_files
 from namr.store.item_files import ItemFile
 from namr.store.tables import SampleTable
+from tests import small_dataset
 
 
 def file_of(*ids: int) -> ItemFile:
@@ -60,3 +65,17 @@ def test_what_others_lack_by_key_is_found_in_any_number_of_turns(at_once: int) -
     assert list(losses._without_key_in([], cut(theirs), at_once=at_once)) == []
     everything = losses._without_key_in(cut(ours, 20), [], at_once=at_once)
     assert sum(len(rows) for _, rows in everything) == 60
+
+
+def test_a_changed_image_is_no_excuse_for_the_loss_of_what_it_is_now(tmp_path: Path) -> None:
+    dataset = small_dataset.make_dataset(str(tmp_path / "set"), tmp_path)
+    again = Sample(key="k1", image=b"now", extension="png")
+    shard = small_dataset.shard_of(dataset.uri, tmp_path, 5, [again])
+    latest = datasets.publish_version(
+        datasets.head(dataset.uri), [shard], now=small_dataset.NOW, tombstones=[small_dataset.id_of(1)]
+    )
+    assert sorted(losses._keys_taken_out(latest)) == ["k6"]
+    assert sorted(losses._keys_taken_out(datasets.tombstone(dataset.uri, ["k1"], now=small_dataset.NOW))) == [
+        "k1",
+        "k6",
+    ]
