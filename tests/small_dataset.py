@@ -29,15 +29,18 @@ def make_dataset(root: str, folder: Path, per_shard: int = 5) -> Dataset:
     for number, start in enumerate(range(0, len(LABELS), per_shard), 2):
         rows = range(start, min(start + per_shard, len(LABELS)))
         samples = [Sample(key=f"k{n}", image=image(n), extension="png", label=LABELS[n]) for n in rows]
-        path = folder / f"{number}.tar"
-        table = shards.write_shard(path, samples, number=number)
-        entries.append(
-            ShardEntry(
-                number=number,
-                tar=manifests.write_object(root, f"shards/{number}.tar", path),
-                index=manifests.write_object(root, f"shards/{number}.parquet", tables.encode_samples(table)),
-                num_samples=len(table),
-            )
-        )
+        entries.append(shard_of(root, folder, number, samples))
     datasets.publish_version(datasets.head(root), entries, now=NOW)
     return datasets.tombstone(root, ["k6"], now=NOW)
+
+
+def shard_of(root: str, folder: Path, number: int, samples: list[Sample]) -> ShardEntry:
+    """A shard that no version lists yet."""
+    path = folder / f"{number}.tar"
+    table = shards.write_shard(path, samples, number=number)
+    return ShardEntry(
+        number=number,
+        tar=manifests.write_object(root, f"shards/{number}.tar", path),
+        index=manifests.write_object(root, f"shards/{number}.parquet", tables.encode_samples(table)),
+        num_samples=len(table),
+    )

@@ -1,6 +1,6 @@
 """A gallery that grows night by night, embedded without pictures, and a release of each of its versions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,16 +23,24 @@ DIM = 16
 
 
 def a_night(
-    root: Path, num_rows: Sequence[int], *, refused: Sequence[int] = (), dead: Sequence[int] = ()
+    root: Path,
+    num_rows: Sequence[int],
+    *,
+    refused: Sequence[int] = (),
+    dead: Sequence[int] = (),
+    keys: Mapping[int, str] | None = None,
 ) -> Dataset:
-    """The next version of the dataset: new shards of so many images, embedded; nobody reads their tars."""
+    """The next version of the dataset: new shards of so many images, embedded; nobody reads their tars.
+
+    keys: of ids that have another than their own, because they are what an image is now.
+    """
     before, entries = datasets.head(str(root / "dataset")), []
     for number, num in enumerate(num_rows, start=before.next_shard_number):
         ids = make_id(number, 0) + np.arange(num)
         vectors = small_release.random_vectors(num, DIM, seed=number)
         samples = SampleTable(
             ids=ids,
-            keys=[f"image/{each}" for each in ids.tolist()],
+            keys=[(keys or {}).get(each, f"image/{each}") for each in ids.tolist()],
             labels=[str(row % 3) for row in range(num)],
             fields=["{}"] * num,
             offsets=np.arange(num),

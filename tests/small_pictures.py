@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 
-def picture(number: int, kind: str = "PNG") -> bytes:
+def picture(number: int, kind: str = "PNG", *, size: int = 12) -> bytes:
     sink = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), np.uint8)
     Image.fromarray(pixels).save(sink, kind)
     return sink.getvalue()
 

@@ -12,13 +12,16 @@ once one wins and the other is told. What the loser wrote keeps its number, and 
 version lists in `history` which ones were current before it. Tars that lie elsewhere (foreign shards) are
 listed by absolute URI and only their index is ours.
 
-A tombstone takes a sample out of all later versions: its id is never read again, and its key stays known,
-so that packing the same source again doesn't bring the image back.
+A tombstone takes a sample out of all later versions: its id is never read again. Its key stays known. Where
+no sample of a key is live, the image was taken out, and packing the same source again doesn't bring it back;
+a changed image is a new sample of its key, with another id, and the one before has a tombstone. So of a key
+at most one sample is live, the last.
 
 Not covered: erasing bytes, and collecting what killed jobs left behind.
 """
 
 import functools
+import itertools
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +65,8 @@ class SourceRecord:
     num_refused: int
     num_packed: int
     first_shard_number: int
+    num_replaced: int = 0
+    """of those packed, images that the dataset had otherwise"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,14 +138,27 @@ class Dataset:
         """`samples` of all shards in order, some read ahead."""
         return read_samples(self.uri, self.shards)
 
-    def find(self, keys: Iterable[str]) -> dict[str, int]:
-        """The ids of those keys that are in the dataset, tombstoned ones included."""
-        wanted, id_of_key = set(keys), {}
+    def find(self, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """All ids, ascending, of each of those keys that the dataset has: no other than the last is live."""
+        wanted = set(keys)
+        found: dict[str, tuple[int, ...]] = {}
         for table in self.all_samples() if wanted else ():
             for row, key in enumerate(table.keys):
                 if key in wanted:
-                    id_of_key[key] = int(table.ids[row])
-        return id_of_key
+                    found[key] = (*found.get(key, ()), int(table.ids[row]))
+        return found
+
+    def find_all(self, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """`find`, where the dataset has to have all of the keys; else ConfigError."""
+        wanted = set(keys)
+        found = self.find(wanted)
+        unknown = sorted(wanted - set(found))
+        if unknown:
+            raise ConfigError(
+                f"{len(unknown)} of {len(wanted)} keys are not in {self.uri}, for one {unknown[0]!r}; "
+                "nothing was changed"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -243,23 +261,17 @@ def publish_version(
 
 
 def tombstone(dataset_uri: str, keys: Sequence[str], *, now: datetime) -> Dataset:
-    """Take samples out, by key, in a new version; if all are out already the current version is returned.
+    """Take images out, by key, in a new version; if all are out already the current version is returned.
 
     Raises ConfigError if a key is not in the dataset, and nothing is changed then.
     """
     before = head(dataset_uri)
     if before.dataset is None:
         raise ManifestError(f"{dataset_uri} is no dataset: it has no current.json; check the URI")
-    id_of_key = before.dataset.find(keys)
-    unknown = sorted(set(keys) - set(id_of_key))
-    if unknown:
-        raise ConfigError(
-            f"{len(unknown)} of {len(set(keys))} keys are not in {dataset_uri}, for one {unknown[0]!r}; "
-            "nothing was changed"
-        )
-    if set(id_of_key.values()) <= set(before.dataset.version.tombstones):
+    ids = set(itertools.chain.from_iterable(before.dataset.find_all(keys).values()))
+    if ids <= set(before.dataset.version.tombstones):
         return before.dataset
-    return publish_version(before, [], now=now, tombstones=id_of_key.values())
+    return publish_version(before, [], now=now, tombstones=ids)
 
 
 def _read_samples(dataset_uri: str, entry: ShardEntry) -> SampleTable:

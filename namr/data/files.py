@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from namr.data.leftovers import Tally, is_text
 from namr.errors import ConfigError, ImageRefused, StorageError
@@ -19,16 +20,25 @@ _OF_THIS_PATH = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, e
 """errors that one path has and its neighbours don't; others end the run"""
 
 
-def below(folder_uri: str, passed_over: Tally) -> Iterator[str]:
-    """Names of the files below a folder, relative to it, in no order; what is hidden or none is tallied."""
+class Found(NamedTuple):
+    """A file below a folder."""
+
+    name: str
+    """relative to the folder"""
+    num_bytes: int | None
+    """None where listing doesn't tell, and `size_of` does"""
+
+
+def below(folder_uri: str, passed_over: Tally) -> Iterator[Found]:
+    """The files below a folder, in no order; what is hidden or none is tallied."""
     if storage.is_local(folder_uri):
-        yield from _walk(Path(folder_uri), passed_over)
+        yield from (Found(name, None) for name in _walk(Path(folder_uri), passed_over))
         return
-    for name in storage.list_names(folder_uri):
-        if any(part.startswith(".") for part in PurePosixPath(name).parts):
-            passed_over.add("hidden", name)
+    for entry in storage.list_entries(folder_uri):
+        if any(part.startswith(".") for part in PurePosixPath(entry.name).parts):
+            passed_over.add("hidden", entry.name)
         else:
-            yield name
+            yield Found(entry.name, entry.size_bytes)
 
 
 def size_of(location: str) -> int | None:

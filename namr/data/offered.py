@@ -13,8 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
-from namr.data.shards import Scalar
+import numpy as np
+import numpy.typing as npt
+
+from namr.data.shards import Scalar, make_id
 from namr.errors import ConfigError
+from namr.store.tables import SampleTable
 
 Order = Literal["class", "shuffled"]
 
@@ -23,10 +27,17 @@ _SETUP = """
     pragma synchronous = off;
     pragma cache_size = -65536;
     create table image (
-        key text primary key, location text, label text, fields text, num_bytes integer, data blob
+        key text primary key, location text, label text, fields text, num_bytes integer, data blob,
+        old_id integer, is_same integer, was_there integer
     ) without rowid;
 """
 _COLUMNS = "key, location, label, fields, num_bytes, data"
+_MET_LIVE = """
+    update image
+    set old_id = ?1, is_same = label is ?2 and (data is not null or ifnull(num_bytes, ?4) = ?4)
+    where key = ?3
+"""
+_MET_DEAD = "update image set was_there = 1 where key = ?"
 _GROUP = {"class": "label", "shuffled": "null"}
 
 
@@ -106,10 +117,38 @@ class Offered:
         """Only images whose label is one of these, or between them, stay."""
         self._db.execute("delete from image where label is null or label < ? or label > ?", (first, last))
 
-    def remove(self, keys: Iterable[str]) -> int:
-        """Take out those of these keys that are there; how many were."""
-        ran = self._db.executemany("delete from image where key = ?", ((key,) for key in keys))
-        return max(0, ran.rowcount)
+    def meet(self, samples: SampleTable, *, live: npt.NDArray[np.bool_]) -> None:
+        """Note which images a shard of the dataset has: as they are offered, others, or taken out."""
+        rows = zip(samples.ids.tolist(), samples.labels, samples.keys, samples.sizes.tolist(), strict=True)
+        for is_live, row in zip(live.tolist(), rows, strict=True):
+            if is_live:
+                self._db.execute(_MET_LIVE, row)
+            else:
+                self._db.execute(_MET_DEAD, (row[2],))
+
+    def same_in(self, shard_number: int) -> Iterator[SourceImage]:
+        """Images in files that seem to be as that shard has them, by ascending key."""
+        self._db.execute("create index if not exists by_old_id on image (old_id)")
+        rows = self._db.execute(
+            f"select {_COLUMNS} from image where old_id between ? and ? and is_same and data is null",
+            (make_id(shard_number, 0), make_id(shard_number + 1, 0) - 1),
+        )
+        return map(_image, rows)
+
+    def set_changed(self, keys: Iterable[str]) -> None:
+        """These are not as the dataset has them."""
+        self._db.executemany("update image set is_same = 0 where key = ?", ((key,) for key in keys))
+
+    def remove_known(self) -> int:
+        """Take out what is in the dataset as it is, and what was taken out of it; how many."""
+        ran = self._db.execute("delete from image where is_same or (old_id is null and was_there)")
+        return ran.rowcount
+
+    def old_ids(self, keys: Iterable[str]) -> Iterator[int]:
+        """The ids that those of these images have in the dataset which it has otherwise."""
+        for key in keys:
+            rows = self._db.execute("select old_id from image where key = ? and old_id is not null", (key,))
+            yield from (old_id for (old_id,) in rows)
 
     def of_unknown_size(self) -> Iterator[str]:
         """Locations by ascending key."""

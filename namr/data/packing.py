@@ -1,8 +1,10 @@
 """Packing: a source's images into shards, in parallel, and a new version of the dataset that lists them.
 
-`pack` makes the dataset contain what the source offers. Images whose key the dataset knows already are left
-alone (tombstoned ones too), so a nightly run on a growing folder packs the new ones only, and running it
-twice changes nothing. A changed image needs another key.
+`pack` makes the dataset contain what the source offers. Images that the dataset has as they are, by key, are
+left alone, and so are those that were taken out of it, so a nightly run on a growing folder packs the new
+ones only, and running it twice changes nothing. A changed image, or one with another label, is packed as a
+new sample of its key, and the sample before is tombstoned, in one new version (what counts as changed:
+`comparing`). What the source no longer has stays in the dataset.
 
 Every image is decoded once here. What can't be decoded is refused, listed with its reason, and fails the run
 above `max_bad_fraction`; what can is stored byte for byte as it came. Things that are no images are passed
@@ -12,7 +14,7 @@ leaves the dataset as it was, and the same run again goes on from the receipts. 
 last, if the pointer is still the one that was read first.
 
 Foreign WebDataset shards ("webdataset:<folder of tars>") are read, checked and indexed, and stay where they
-are. On a cluster every node must see the source under the same path or URI.
+are (`foreign`). On a cluster every node must see the source under the same path or URI.
 """
 
 import time
@@ -21,21 +23,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from namr import checks, progress, ray_connection
-from namr.data import datasets, files
+from namr.data import comparing, datasets, foreign
+from namr.data.comparing import Compare
 from namr.data.datasets import Head, ShardEntry, SourceRecord
 from namr.data.leftovers import PassedOver, RefusedImage, Tally
 from namr.data.offered import Offered, Order, SourceImage
 from namr.data.pack_shard import Receipt, ShardPlan, run_plan
+from namr.data.shards import among
 from namr.data.sources import Classes, open_source
 from namr.errors import ConfigError, ImageRefused, ManifestError, ObjectMissing
 from namr.store import storage
-from namr.store.manifests import StoredObject
 
 _NUM_READERS = 16
 _NUM_SIZES_ASKED = 256
@@ -43,7 +46,6 @@ _TAR_BYTES_PER_SAMPLE = 2048
 """two headers, the JSON, and padding"""
 _SMALLEST_SHARD_BYTES = 4 << 20
 _SHARDS_PER_CORE = 3
-_FOREIGN_PREFIX = "webdataset:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,9 @@ class PackingConfig:
     """the dataset that the images are brought into: a folder or s3://bucket/name; made if it isn't there"""
     classes: Classes = "all"
     """all, or one half of the sorted labels, for a test on classes that training never saw"""
+    compare: Compare = "size"
+    """how a changed image is told from one that the dataset has: by label and size, which reads nothing, or
+    by label and bytes, which reads all images of the source and of their shards"""
     order: Order = "class"
     """class: the images of a class lie together, which random reads by class like; shuffled: all mixed"""
     shard_bytes: int = 256 << 20
@@ -73,7 +78,7 @@ class PackingConfig:
         checks.in_range(self, "shard_bytes", above=0)
         checks.in_range(self, "seed", at_least=0, at_most=2**63 - 1)
         checks.in_range(self, "max_bad_fraction", at_least=0, at_most=1)
-        if self.classes != "all" and self.source.startswith(_FOREIGN_PREFIX):
+        if self.classes != "all" and self.source.startswith(foreign.PREFIX):
             raise ConfigError(f"classes is {self.classes}; foreign shards are indexed whole, expected all")
 
 
@@ -86,8 +91,10 @@ class PackReport:
     """the current version after the run"""
     num_found: int
     num_known: int
-    """were in the dataset before, by key"""
+    """were in the dataset before as they are, or were taken out of it, by key"""
     num_packed: int
+    num_replaced: int
+    """of those packed, images that the dataset had otherwise: what it had is tombstoned"""
     num_refused: int
     num_new_shards: int
     num_classes: int
@@ -106,6 +113,8 @@ class _Work(NamedTuple):
 
     plans: Iterable[ShardPlan]
     """each made when it is its turn"""
+    new: Offered
+    """images that are packed, not indexed"""
     num_to_pack: int
     """images; shards where num_found is None"""
     num_known: int
@@ -127,7 +136,7 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
     uri = storage.absolute(config.dataset_uri)
     storage.check_writable(uri)
     before = datasets.head(uri)
-    is_foreign = config.source.startswith(_FOREIGN_PREFIX)
+    is_foreign = config.source.startswith(foreign.PREFIX)
     work = _foreign_work(config, before) if is_foreign else _own_work(config, before)
     receipts = _run(work, config.max_bad_fraction)
     entries = [receipt.entry for receipt in receipts if receipt.entry]
@@ -140,8 +149,8 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
         raise ManifestError(f"{config.source}: {work.num_found} images found, {num_found} accounted for")
     _check_refused(refused, num_found, config.max_bad_fraction)
     if is_foreign:
-        _check_foreign_keys(before, entries)
-    images_of_class = _count_labels(before, entries)
+        foreign.check_keys(before, entries)
+    images_of_class, replaced = _counted(before, entries, work.new)
     record = SourceRecord(
         source=config.source,
         num_found=num_found,
@@ -149,9 +158,10 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
         num_refused=len(refused),
         num_packed=num_packed,
         first_shard_number=before.next_shard_number,
+        num_replaced=len(replaced),
     )
     if entries:
-        dataset = datasets.publish_version(before, entries, now=clock(), source=record)
+        dataset = datasets.publish_version(before, entries, now=clock(), tombstones=replaced, source=record)
     elif before.dataset:
         dataset = before.dataset
     else:
@@ -163,6 +173,7 @@ def pack(config: PackingConfig, *, clock: Callable[[], datetime] = lambda: datet
         num_found=num_found,
         num_known=work.num_known,
         num_packed=num_packed,
+        num_replaced=len(replaced),
         num_refused=len(refused),
         num_new_shards=len(entries),
         num_classes=len(images_of_class),
@@ -178,8 +189,7 @@ def _own_work(config: PackingConfig, before: Head) -> _Work:
     source = open_source(config.source, classes=config.classes, download_folder=config.download_folder)
     new = source.images
     num_found = len(new) + len(source.refused)
-    known = before.dataset.all_samples() if before.dataset else ()
-    num_known = sum(new.remove(table.keys) for table in known)
+    num_known = comparing.keep_new(new, before.dataset, config.compare) if before.dataset else 0
     _guess_sizes(new, config.seed)
     shard_bytes = _shard_bytes(new, config)
     plans = (
@@ -188,7 +198,7 @@ def _own_work(config: PackingConfig, before: Head) -> _Work:
     )
     passed_over = Tally()
     passed_over.add_all(source.passed_over)
-    return _Work(plans, len(new), num_known, num_found, source.refused, passed_over)
+    return _Work(plans, new, len(new), num_known, num_found, source.refused, passed_over)
 
 
 def _shard_bytes(new: Offered, config: PackingConfig) -> int:
@@ -207,36 +217,9 @@ def _shard_bytes(new: Offered, config: PackingConfig) -> int:
 
 
 def _foreign_work(config: PackingConfig, before: Head) -> _Work:
-    folder = storage.absolute(config.source.removeprefix(_FOREIGN_PREFIX))
-    passed_over, tars = Tally(), []
-    for name in _files_of(folder, passed_over):
-        if name.endswith(".tar"):
-            tars.append(storage.join(folder, name))
-        else:
-            passed_over.add(PurePosixPath(name).suffix.lower() or "no suffix", name)
-    if not tars:
-        raise ConfigError(f"{folder} has no .tar files; check the path (compressed tars can't be indexed)")
-    known = {entry.tar.name: entry for entry in before.dataset.shards} if before.dataset else {}
-    plans: list[ShardPlan] = []
-    for uri in tars:
-        size_bytes = storage.size(uri)
-        if uri not in known:
-            number = before.next_shard_number + len(plans)
-            foreign = StoredObject(uri, size_bytes, sha256="")
-            plans.append(ShardPlan(dataset_uri=before.uri, number=number, foreign=foreign))
-        elif known[uri].tar.size_bytes != size_bytes:
-            raise ManifestError(
-                f"{uri} has {size_bytes} bytes and had {known[uri].tar.size_bytes} when it was indexed; "
-                "an indexed shard must not change: restore it, or put new images in new shards"
-            )
-    num_known = sum(known[uri].num_samples for uri in tars if uri in known)
-    return _Work(plans, len(plans), num_known, None, (), passed_over)
-
-
-def _files_of(folder: str, passed_over: Tally) -> list[str]:
-    if storage.is_local(folder) and not Path(folder).is_dir():
-        raise ConfigError(f"{folder} is not a folder; check the path")
-    return sorted(files.below(folder, passed_over))
+    passed_over = Tally()
+    plans, num_known = foreign.plans(config.source, before, passed_over)
+    return _Work(plans, Offered(), len(plans), num_known, None, (), passed_over)
 
 
 def cut(offered: Offered, config: PackingConfig, *, shard_bytes: int) -> Iterator[list[SourceImage]]:
@@ -308,32 +291,27 @@ def _check_refused(refused: Sequence[RefusedImage], num_found: int, max_bad_frac
         )
 
 
-def _check_foreign_keys(before: Head, entries: Sequence[ShardEntry]) -> None:
-    """Foreign shards bring their keys along: each must be one image's, in the whole dataset."""
-    places: dict[str, str] = {}
-    for entry, table in zip(entries, datasets.read_samples(before.uri, entries), strict=True):
-        for key in table.keys:
-            if key in places:
-                raise ConfigError(
-                    f"key {key!r} is in {places[key]} and in {entry.tar.name}; a key is one image's identity "
-                    "in a dataset: index them as two datasets, or write the shards anew with other keys"
-                )
-            places[key] = entry.tar.name
-    known = before.dataset.find(places) if before.dataset else {}
-    if known:
-        key = min(known)
-        raise ConfigError(f"key {key!r} of {places[key]} is in the dataset already; nothing was published")
+class _Counted(NamedTuple):
+    """What the dataset will have."""
+
+    images_of_class: Counter[str | None]
+    """live images of each label; None counts those without one"""
+    replaced: set[int]
+    """ids of samples that have a newer one of their key"""
 
 
-def _count_labels(before: Head, entries: Sequence[ShardEntry]) -> Counter[str | None]:
-    """Live images of each label with these new shards; None counts those without one.
+def _counted(before: Head, entries: Sequence[ShardEntry], new: Offered) -> _Counted:
+    """With these new shards.
 
     It is read back before anything is published: a worker node that wrote to a disk of its own is found out.
     """
     counts: Counter[str | None] = Counter()
-    for table in before.dataset.all_samples() if before.dataset else ():
-        live = before.dataset.live(table.ids) if before.dataset else ()
-        counts.update(label for label, is_live in zip(table.labels, live, strict=True) if is_live)
+    replaced: set[int] = set()
     for table in datasets.read_samples(before.uri, entries):
         counts.update(table.labels)
-    return counts
+        replaced.update(new.old_ids(table.keys))
+    gone = np.array(sorted(replaced), np.int64)
+    for table in before.dataset.all_samples() if before.dataset else ():
+        live = before.dataset.live(table.ids) & ~among(table.ids, gone) if before.dataset else ()
+        counts.update(label for label, is_live in zip(table.labels, live, strict=True) if is_live)
+    return _Counted(counts, replaced)

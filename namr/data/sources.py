@@ -107,7 +107,7 @@ def _folder(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
         raise ConfigError(f"{source} is not a folder, a .csv or a .parquet file; check the path")
     top: set[str] = set()
     grandchildren = False
-    for name in files.below(root, leftovers.tally):
+    for name, listed_bytes in files.below(root, leftovers.tally):
         path = PurePosixPath(name)
         if path.suffix.lower().lstrip(".") not in EXTENSIONS:
             leftovers.tally.add(path.suffix.lower() or "no suffix", name)
@@ -121,6 +121,7 @@ def _folder(source: str, leftovers: _Leftovers) -> Iterator[SourceImage]:
         except ImageRefused as refusal:
             leftovers.refuse(key, location, refusal.reason)
         else:
+            num_bytes = listed_bytes if num_bytes is None else num_bytes
             yield SourceImage(key=key, location=location, label=label, num_bytes=num_bytes)
     if grandchildren and top <= _SPLIT_NAMES:
         raise ConfigError(

@@ -64,7 +64,7 @@ def lost_images(draft: Release, dataset: Dataset, *, current: Release) -> Lost:
         else:
             cache = Cache(folder, max_bytes=1 << 40)
             files = ([*_mapped(release, cache)] for release in (current, draft))
-            lacking = _without_key_in(*files, also=_tombstoned_keys(dataset))
+            lacking = _without_key_in(*files, also=_keys_taken_out(dataset))
         for file, rows in lacking:
             of_file = rows[~shards.among(file.ids[rows], taken_out)]
             told = of_file[: _MOST_TOLD - len(lost.keys)].tolist()
@@ -96,14 +96,19 @@ def _mapped(release: Release, cache: Cache) -> Iterator[ItemFile]:
     return (item_files.open_file(release.path(stored, cache)) for stored in release.manifest.items)
 
 
-def _tombstoned_keys(dataset: Dataset) -> Iterator[str]:
-    """Read from those shards alone that have tombstones."""
+def _keys_taken_out(dataset: Dataset) -> Iterator[str]:
+    """Keys of which no sample is live: a changed image has a tombstone too, and lives on."""
     dead = dataset.tombstones
     numbers = set(shards.shard_of(dead).tolist())
     entries = [entry for entry in dataset.shards if entry.number in numbers]
-    for table in datasets.read_samples(dataset.uri, entries):
-        for row in np.flatnonzero(shards.among(table.ids, dead)).tolist():
-            yield table.keys[row]
+    keys = {
+        table.keys[row]
+        for table in datasets.read_samples(dataset.uri, entries)
+        for row in np.flatnonzero(shards.among(table.ids, dead)).tolist()
+    }
+    for key, ids in dataset.find(keys).items():
+        if not dataset.live(np.array(ids)).any():
+            yield key
 
 
 def _without_key_in(

@@ -8,6 +8,7 @@ are only ever added.
 Not covered: erasing bytes, and the same image in another dataset, where it has another id.
 """
 
+import itertools
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from namr.data import datasets
-from namr.errors import ConfigError, Conflict, ObjectMissing
+from namr.errors import Conflict, ObjectMissing
 from namr.store import manifests, storage
 
 _MOST_ATTEMPTS = 20
@@ -72,20 +73,16 @@ def take_down(releases_uri: str, dataset_uri: str, ids: Iterable[int]) -> None:
 def take_out(releases_uri: str, dataset_uri: str, keys: Sequence[str], *, now: datetime) -> Ids:
     """Take images down and out of their dataset, by key; returns their ids (n,), ascending.
 
-    They are listed first, so that answers stop whatever becomes of the dataset. Raises ConfigError if a key
-    is not in the dataset, and nothing is changed then; Conflict if somebody changed the dataset at the same
-    moment: the images are down then, and the same call again finishes.
+    All ids of a key: what it was before it changed too. They are listed first, so that answers stop whatever
+    becomes of the dataset. Raises ConfigError if a key is not in the dataset, and nothing is changed then;
+    Conflict if somebody changed the dataset at the same moment: the images are down then, and the same call
+    again finishes.
     """
-    id_of = datasets.open_version(dataset_uri).find(keys)
-    unknown = sorted(set(keys) - set(id_of))
-    if unknown:
-        raise ConfigError(
-            f"{len(unknown)} of {len(set(keys))} keys are not in {dataset_uri}, for one {unknown[0]!r}; "
-            "nothing was changed"
-        )
-    take_down(releases_uri, dataset_uri, id_of.values())
+    found = datasets.open_version(dataset_uri).find_all(keys)
+    ids = sorted(itertools.chain.from_iterable(found.values()))
+    take_down(releases_uri, dataset_uri, ids)
     datasets.tombstone(dataset_uri, keys, now=now)
-    return np.array(sorted(id_of.values()), np.int64)
+    return np.array(ids, np.int64)
 
 
 def _read(releases_uri: str) -> tuple[TakedownList, str | None]:

@@ -45,7 +45,7 @@ def test_a_version_adds_shards_and_the_old_one_stays_as_it_was(tmp_path: Path) -
     assert first.version.dataset_id == second.version.dataset_id
     assert (second.version.num_samples, second.version.next_shard_number) == (3, 2)
     assert [t.keys for t in second.all_samples()] == [["a", "b"], ["c"]]
-    assert second.find(["c", "a", "nobody"]) == {"a": 0, "c": 1 << 32}
+    assert second.find(["c", "a", "nobody"]) == {"a": (0,), "c": (1 << 32,)}
 
 
 def test_of_two_changes_at_once_one_wins_and_the_other_is_told(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_tombstone_hides_an_id_and_keeps_its_key_known(tmp_path: Path) -> None
     dataset = datasets.tombstone(str(root), ["b"], now=NOW)
     assert (dataset.version.tombstones, dataset.num_live) == ((1,), 2)
     assert dataset.live(dataset.samples(dataset.shards[0]).ids).tolist() == [True, False, True]
-    assert dataset.find(["b"]) == {"b": 1}
+    assert dataset.find(["b"]) == {"b": (1,)}
     assert datasets.tombstone(str(root), ["b"], now=NOW) == dataset
     with pytest.raises(ConfigError, match=r"1 of 2 keys are not in .* 'x'"):
         datasets.tombstone(str(root), ["a", "x"], now=NOW)
@@ -225,6 +225,6 @@ def test_versions_and_contested_changes_on_s3(s3: str, tmp_path: Path) -> None:
         datasets.publish_version(before, entries[1:], now=NOW)
     dataset = datasets.tombstone(uri, ["k0"], now=NOW)
     assert dataset.version.version == 4  # 3 is what the loser wrote and could not publish
-    assert dataset.find(["k0", "k1"]) == {"k0": 0, "k1": 1 << 32}
+    assert dataset.find(["k0", "k1"]) == {"k0": (0,), "k1": (1 << 32,)}
     with pytest.raises(ManifestError, match="is no dataset"):
         datasets.open_version(f"{s3}/other")

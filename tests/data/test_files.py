@@ -31,7 +31,7 @@ def test_links_are_followed_and_what_is_no_file_is_counted_and_named(tmp_path: P
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(root / "s.jpg"))
         passed_over = Tally()
-        names = sorted(files.below(str(root), passed_over))
+        names = sorted(found.name for found in files.below(str(root), passed_over))
     assert names == ["cat/1.jpg", "cat/3.jpg", "cat/gone.jpg", "cat/self", "dog/2.jpg"]
     assert {each.kind: sorted(each.names) for each in passed_over.total()} == {
         "hidden": [".ipynb_checkpoints", "cat/.hidden.jpg"],
@@ -81,5 +81,5 @@ def test_hidden_folders_of_a_bucket_are_counted_too(s3: str) -> None:
     for name in ("cat/1.jpg", "cat/.ipynb_checkpoints/1.jpg"):
         storage.write(f"{s3}/in/{name}", b"12345")
     passed_over = Tally()
-    assert list(files.below(f"{s3}/in", passed_over)) == ["cat/1.jpg"]
+    assert list(files.below(f"{s3}/in", passed_over)) == [("cat/1.jpg", 5)]
     assert [str(each) for each in passed_over.total()] == ["1 hidden (cat/.ipynb_checkpoints/1.jpg)"]

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from namr.data.offered import Offered, SourceImage
+from namr.data.shards import make_id
 from namr.errors import ConfigError
+from namr.store.tables import SampleTable
 
 IMAGES = [
     SourceImage(key="b", location="/b.jpg", label="cat", num_bytes=10),
@@ -38,11 +41,61 @@ def test_a_key_that_is_there_twice_is_refused_with_both_places() -> None:
         of([*IMAGES, replace(IMAGES[0], location="/other.png")])
 
 
+def shard_of(*rows: tuple[str, str | None, int]) -> SampleTable:
+    num = len(rows)
+    keys, labels, sizes = ([row[column] for row in rows] for column in range(3))
+    return SampleTable(
+        ids=make_id(3, 0) + np.arange(num),
+        keys=keys,
+        labels=labels,
+        fields=["{}"] * num,
+        offsets=np.zeros(num, np.int64),
+        sizes=np.array(sizes, np.int64),
+    )
+
+
 def test_what_is_known_is_taken_out_and_counted() -> None:
     offered = of(IMAGES)
-    assert offered.remove(["nobody", "ä", "b"]) == 2
-    assert offered.remove(["ä"]) == offered.remove([]) == 0
+    table = shard_of(("nobody", None, 1), ("ä", None, 99), ("b", "cat", 10))
+    offered.meet(table, live=np.array([True, True, True]))
+    assert offered.remove_known() == 2  # the size of one is not known, and not compared
+    assert offered.remove_known() == 0
     assert [image.key for image in offered] == ["Z", "a", "\U0001f600"]
+    assert list(offered.old_ids(["Z", "a", "b", "nobody"])) == []
+
+
+def test_other_labels_and_sizes_stay_with_the_id_that_they_had() -> None:
+    offered = of(IMAGES)
+    rows = [("Z", "dog", 7), ("\U0001f600", "dog", 6), ("a", None, 3), ("b", "cat", 10), ("ä", "", 1)]
+    offered.meet(shard_of(*rows), live=np.ones(5, np.bool_))
+    assert [image.key for image in offered.same_in(3)] == ["b"]
+    assert list(offered.same_in(2)) == list(offered.same_in(4)) == []
+    assert offered.remove_known() == 1
+    assert sorted(offered.old_ids([row[0] for row in rows])) == [make_id(3, row) for row in (0, 1, 2, 4)]
+
+
+def test_of_what_a_library_holds_in_memory_the_label_alone_counts() -> None:
+    offered = of(IMAGES)
+    offered.meet(shard_of(("a", "", 999)), live=np.array([True]))
+    assert list(offered.same_in(3)) == []
+    assert offered.remove_known() == 1
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_key_that_was_taken_out_is_known_unless_it_lives_on(is_live: bool) -> None:
+    offered = of(IMAGES)
+    offered.meet(shard_of(("b", "dog", 10)), live=np.array([is_live]))
+    offered.meet(shard_of(("b", "other", 10)), live=np.array([False]))
+    assert offered.remove_known() == (0 if is_live else 1)
+    assert list(offered.old_ids(["b"])) == ([make_id(3, 0)] if is_live else [])
+
+
+def test_what_is_found_to_have_other_bytes_is_no_more_the_same() -> None:
+    offered = of(IMAGES)
+    offered.meet(shard_of(("b", "cat", 10)), live=np.array([True]))
+    offered.set_changed(["b"])
+    assert offered.remove_known() == 0
+    assert list(offered.old_ids(["b"])) == [make_id(3, 0)]
 
 
 def test_labels_are_kept_by_range() -> None:

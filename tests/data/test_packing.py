@@ -32,6 +32,10 @@ def contents(dataset: Dataset) -> dict[str, bytes]:
     return {s.key: s.image for entry in dataset.shards for s in reading.stream(dataset, entry)}
 
 
+def contents_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.png")}
+
+
 def offered(*labels: str | None, num_bytes: int = 1000) -> list[SourceImage]:
     return [
         SourceImage(key=f"k{n}", location=f"/{n}", label=label, num_bytes=num_bytes)
@@ -159,6 +163,47 @@ def test_a_night_packs_only_what_is_new(tmp_path: Path) -> None:
     assert contents(dataset) == {key: (source / f"{key}.png").read_bytes() for key in expected}
     assert [entry.number for entry in dataset.shards] == [0, 1, 2]
     assert [record.num_packed for record in dataset.version.sources] == [4, 2]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_changed_image_is_a_new_version_of_its_key_and_one_that_was_taken_out_stays_out(
+    tmp_path: Path,
+) -> None:
+    source = folder_of(tmp_path / "in", *(f"{label}/{n}.png" for label in ("cat", "dog") for n in range(3)))
+    rows = [["path", "key", "label"], *([f"{k}.png", k, k[:3]] for k in sorted(contents_of(source)))]
+    table = source / "items.csv"
+    table.write_text("\n".join(map(",".join, rows)))
+    pack(table, tmp_path / "set")
+    datasets.tombstone(str(tmp_path / "set"), ["dog/2"], now=datetime.now(UTC))
+
+    for name, size in (("cat/0", 20), ("dog/2", 21)):
+        (source / f"{name}.png").write_bytes(picture(7, size=size))
+    (source / "cat" / "1.png").write_bytes(b"no picture any more, so that what was there stays")
+    table.write_text(table.read_text().replace("dog/0,dog", "dog/0,wolf"))
+    report = pack(table, tmp_path / "set", max_bad_fraction=0.2)
+    found = (report.version, report.num_known, report.num_packed, report.num_replaced, report.num_refused)
+    assert found == (3, 3, 2, 2, 1)
+    assert (report.num_classes, report.num_single_classes, report.num_unlabelled) == (3, 1, 0)
+    dataset = datasets.open_version(str(tmp_path / "set"))
+    ids = dataset.find(["cat/0", "cat/1", "dog/0", "dog/2"])
+    assert {key: len(of_key) for key, of_key in ids.items()} == {
+        "cat/0": 2, "cat/1": 1, "dog/0": 2, "dog/2": 1,
+    }  # fmt: skip
+    dead = sorted([ids["cat/0"][0], ids["dog/0"][0], ids["dog/2"][0]])
+    assert dataset.version.tombstones == tuple(dead)
+    assert dataset.version.sources[-1].num_replaced == 2
+    live = contents(dataset)
+    assert live.keys() == {"cat/0", "cat/1", "cat/2", "dog/0", "dog/1"}
+    assert live["cat/0"] == picture(7, size=20)
+    (source / "cat" / "1.png").write_bytes(live["cat/1"])
+    assert pack(table, tmp_path / "set").version == 3
+
+    (source / "dog" / "1.png").write_bytes(live["dog/1"][:-1] + b"!")  # behind what decoders read
+    assert pack(table, tmp_path / "set").version == 3
+    assert pack(table, tmp_path / "set", compare="bytes").num_replaced == 1
+    datasets.tombstone(str(tmp_path / "set"), ["cat/0"], now=datetime.now(UTC))
+    assert pack(table, tmp_path / "set", compare="bytes").num_known == 6
 
 
 @pytest.mark.ray

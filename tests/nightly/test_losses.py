@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from namr.data import datasets
+from namr.data.shards import Sample
 from namr.nightly import losses
 from namr.release.releases import Release
 from namr.store import item_files, tables
 from namr.store.item_files import ItemFile
 from namr.store.tables import SampleTable
-from tests import small_release
+from tests import small_dataset, small_release
 from tests.small_release import Recipe
 
 
@@ -81,3 +82,17 @@ def test_of_files_that_both_list_nothing_is_lost_and_none_is_read(tmp_path: Path
     dataset = datasets.open_version(made.manifest.dataset_uri)
     assert losses.lost_images(both[1], dataset, current=both[0]) == (1, ["digit/79"])
     assert losses.lost_images(both[0], dataset, current=both[1]) == (0, [])
+
+
+def test_a_changed_image_is_no_excuse_for_the_loss_of_what_it_is_now(tmp_path: Path) -> None:
+    dataset = small_dataset.make_dataset(str(tmp_path / "set"), tmp_path)
+    again = Sample(key="k1", image=b"now", extension="png")
+    shard = small_dataset.shard_of(dataset.uri, tmp_path, 5, [again])
+    latest = datasets.publish_version(
+        datasets.head(dataset.uri), [shard], now=small_dataset.NOW, tombstones=[small_dataset.id_of(1)]
+    )
+    assert sorted(losses._keys_taken_out(latest)) == ["k6"]
+    assert sorted(losses._keys_taken_out(datasets.tombstone(dataset.uri, ["k1"], now=small_dataset.NOW))) == [
+        "k1",
+        "k6",
+    ]

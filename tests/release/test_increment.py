@@ -70,11 +70,14 @@ def test_nights_of_new_and_of_gone_images_are_one_index_over_what_is_left(
     tmp_path: Path, key: str, metric: distances.Metric
 ) -> None:
     refused = [3, make_id(1, 2), make_id(2, 0), make_id(4, 1)]
+    changed = {make_id(5, 0): "image/10", make_id(5, 1): f"image/{make_id(1, 9)}"}
     nights = [
         a_night(tmp_path, [300, 250], refused=refused, dead=[4]),
         a_night(tmp_path, [40], refused=refused, dead=[3, 5, make_id(1, 7)]),  # one was refused before
         a_night(tmp_path, [], dead=[make_id(2, 1), make_id(2, 2)]),
         a_night(tmp_path, [1, 30], refused=refused, dead=[make_id(4, 1), make_id(4, 2)]),  # gone at once
+        a_night(tmp_path, [2], dead=[10, make_id(1, 9)], keys=changed),
+        a_night(tmp_path, [1], dead=[make_id(5, 0)], keys={make_id(6, 0): "image/10"}),  # and changed again
     ]
     release = whole(tmp_path, nights[0], key, metric)
     for dataset in nights[1:]:
@@ -85,11 +88,16 @@ def test_nights_of_new_and_of_gone_images_are_one_index_over_what_is_left(
         kept = set(before.manifest.objects()) - {before.manifest.tombstones}
         assert kept <= set(release.manifest.objects())
     counts = release.manifest.counts
-    assert (counts.num_samples, counts.num_refused, counts.num_tombstoned) == (621, 2, 8)
-    assert [segment.num_entries for segment in release.manifest.segments] == [547, 39, 29]
-    assert release.tombstones().tolist() == [5, make_id(1, 7), make_id(2, 1), make_id(2, 2)]
+    assert (counts.num_samples, counts.num_refused, counts.num_tombstoned) == (624, 2, 11)
+    assert [segment.num_entries for segment in release.manifest.segments] == [547, 39, 29, 2, 1]
+    dead = [5, 10, *(make_id(1, row) for row in (7, 9)), *(make_id(2, row) for row in (1, 2)), make_id(5, 0)]
+    assert release.tombstones().tolist() == dead
     searcher = searcher_of(tmp_path, release)
     assert searcher.items.by_key("image/5") is None
+    for key, now in (("image/10", make_id(6, 0)), (changed[make_id(5, 1)], make_id(5, 1))):
+        assert [item.id for item in searcher.items if item.key == key] == [now]
+        found = searcher.items.by_key(key)
+        assert found and found.id == now
     assert searcher.items.label_counts() == {
         label: sum(item.label == label for item in searcher.items) for label in "012"
     }

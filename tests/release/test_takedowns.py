@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from namr.data import datasets
+from namr.data.shards import Sample, make_id
 from namr.errors import ConfigError, ManifestError
 from namr.release import takedowns
 from namr.store import storage
-from tests import small_release
+from tests import small_dataset, small_release
 from tests.small_release import NOW, Recipe
 
 DATASET = "s3://somewhere/photos"
@@ -81,6 +82,17 @@ def test_taken_out_by_key_is_listed_and_out_of_the_dataset(root: str, tmp_path: 
     assert datasets.open_version(dataset.uri).version.tombstones == tuple(ids.tolist())
     assert takedowns.take_out(root, dataset.uri, ["digit/3"], now=NOW).tolist() == [3]
     assert datasets.open_version(dataset.uri).version.version == 2
+
+
+def test_of_a_changed_image_what_it_was_is_taken_down_too(root: str, tmp_path: Path) -> None:
+    dataset = small_dataset.make_dataset(str(tmp_path / "set"), tmp_path)
+    again = Sample(key="k1", image=b"now", extension="png")
+    shard = small_dataset.shard_of(dataset.uri, tmp_path, 5, [again])
+    was, now = small_dataset.id_of(1), make_id(5, 0)
+    datasets.publish_version(datasets.head(dataset.uri), [shard], now=NOW, tombstones=[was])
+    assert takedowns.take_out(root, dataset.uri, ["k1"], now=NOW).tolist() == [was, now]
+    assert takedowns.taken_down(root, dataset.uri).tolist() == [was, now]
+    assert {was, now} <= set(datasets.open_version(dataset.uri).version.tombstones)
 
 
 def test_an_unknown_key_takes_nothing_out(root: str, tmp_path: Path) -> None:
