@@ -268,7 +268,7 @@ def wait_for_the_end_of_all(mark: str) -> None:
 @pytest.mark.timeout(900)
 def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str, tmp_path: Path) -> None:
     """A real kill -9 of the process that runs the extraction; its Ray ends with it."""
-    dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=6, rows_per_shard=250))
+    dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=6, rows_per_shard=120))
 
     def run(folder: Path, *, kill: bool = False) -> int:
         """How many files it said it wrote; a killed run says nothing, its files are counted."""

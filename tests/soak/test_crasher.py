@@ -24,7 +24,7 @@ def crash(*flags: str, timeout_s: float) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_commands_and_the_store_may_die_at_any_time() -> None:
-    flags = ("--seed", "3", "--kills", "4", "--minutes", "0.5", "--every-s", "1")
+    flags = ("--seed", "3", "--kills", "3", "--minutes", "0.4", "--every-s", "1")
     num, said = crash(*flags, "--victims", "driver", "store", timeout_s=880)
     assert num >= 2, said
     assert "| command | stage | driver |" in said
