@@ -184,7 +184,7 @@ def test_a_changed_image_is_a_new_version_of_its_key_and_one_that_was_taken_out_
     report = pack(table, tmp_path / "set", max_bad_fraction=0.2)
     found = (report.version, report.num_known, report.num_packed, report.num_replaced, report.num_refused)
     assert found == (3, 3, 2, 2, 1)
-    assert (report.num_classes, report.num_single_classes, report.num_unlabelled) == (3, 1, 0)
+    assert (report.num_classes, report.num_single_classes, report.num_unlabelled) == (3, 2, 0)
     dataset = datasets.open_version(str(tmp_path / "set"))
     ids = dataset.find(["cat/0", "cat/1", "dog/0", "dog/2"])
     assert {key: len(of_key) for key, of_key in ids.items()} == {
