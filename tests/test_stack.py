@@ -41,6 +41,7 @@ def test_free_ports_are_different_and_free() -> None:
     assert all(services.http_status(f"http://127.0.0.1:{port}") is None for port in ports[:3])
 
 
+@pytest.mark.slow
 def test_ending_a_program_ends_what_left_its_session_and_ignores_sigterm(tmp_path: Path) -> None:
     child_path = tmp_path / "child"
     stubborn = f"trap '' TERM; echo $$ > {child_path}; while true; do sleep 0.2; done"

@@ -361,6 +361,7 @@ def sums_of_a_slice() -> metrics.RetrievalSums:
     return metrics.sum_over_ranks(sums)
 
 
+@pytest.mark.slow
 def test_sums_over_ranks_are_the_whole() -> None:
     whole = Points(101, 8, num_classes=40).retrieval()
     for ranks in on_ranks(sums_of_a_slice).values():

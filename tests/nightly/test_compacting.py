@@ -70,6 +70,7 @@ def sizes(release: Release | None) -> list[int]:
     return [segment.num_entries for segment in release.manifest.segments]
 
 
+@pytest.mark.slow
 def test_what_is_worn_is_made_one_segment_and_keeps_all_that_is_known_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

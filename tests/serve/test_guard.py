@@ -82,6 +82,7 @@ def test_a_body_within_the_limits_is_passed_on(service: Service) -> None:
         assert answer_of(connection)[::2] == (200, 1 << 20)
 
 
+@pytest.mark.slow
 def test_a_body_that_is_said_to_be_too_large_is_refused_before_any_of_it_is_sent(service: Service) -> None:
     with service.connect() as connection:
         connection.sendall(head(100 << 20))

@@ -54,6 +54,7 @@ def test_many_of_them_are_all_closed(address: tuple[str, int]) -> None:
             assert read_all(connection) == b""
 
 
+@pytest.mark.slow
 def test_a_request_under_way_takes_as_long_as_it_takes_and_the_next_may_follow(
     address: tuple[str, int],
 ) -> None:
@@ -66,6 +67,7 @@ def test_a_request_under_way_takes_as_long_as_it_takes_and_the_next_may_follow(
         assert read_all(connection).count(b"HTTP/1.1 200") == 1
 
 
+@pytest.mark.slow
 def test_pipelined_requests_are_both_answered(address: tuple[str, int]) -> None:
     with socket.create_connection(address) as connection:
         connection.sendall(WHOLE + WHOLE)
