@@ -32,6 +32,8 @@ _TEMPLATE = Path(__file__).with_name("report.html")
 _THUMBNAIL_PX = 144
 _TINY_PX = 48
 _NUM_BINS = 48
+_LONGEST_NUMBER = 32
+"""characters of a cell that is still set as a number"""
 # Colours that read on white and on black; ink and grid are stand-ins that the page replaces by its own.
 _SERIES = ("#4f6bed", "#e0702a", "#17998a", "#b455b8", "#c9a227", "#7b8794")
 _INK, _GRID = "#010203", "#040506"
@@ -68,7 +70,8 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text; the first column names the row, the others are set as numbers."""
+    """Rows of text; the first column names the row, the others are set as numbers, or as words where any is
+    long."""
 
     title: str
     columns: Sequence[str]
@@ -83,6 +86,11 @@ class Table:
                 raise ShapeError(
                     f"table {self.title!r}: {len(row)} cells in {tuple(row)}; expected {len(self.columns)}"
                 )
+
+    @property
+    def wordy_columns(self) -> set[int]:
+        """Numbers of the columns that are set as words, in lines as long as there is room for."""
+        return {at for row in self.rows for at, cell in enumerate(row) if at and len(cell) > _LONGEST_NUMBER}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ def page(
             Fact(
                 name="index",
                 value=measured.index_key,
-                note=f"{len(manifest.segments)} segments, {measured.build_s:.1f} s",
+                note=f"segments: {len(manifest.segments)}; built in {measured.build_s:.1f} s",
             ),
             Fact(name="recall@10", value=f"{assessed.recall_at_10:.3f}", note=assessed.probed),
             *(

@@ -191,6 +191,16 @@ def test_a_crooked_table_is_refused() -> None:
         Table(title="Models", columns=["model", "R@1"], rows=[["a"]])
 
 
+def test_a_column_with_a_sentence_is_set_as_words() -> None:
+    why = "compares every vector with every query, which is exact"
+    table = Table(
+        title="Why", columns=["index", "MB", "why"], rows=[["Flat", "1.3", why], ["SQ8", "0.3", "chosen"]]
+    )
+    assert table.wordy_columns == {2}
+    page = report.render(ReportPage(title="t", summary=[], tables=[table]))
+    assert page.count('<td class="words">') == 2 and '<th scope="col" class="words">why</th>' in page
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_it_without_a_sideways_scroll(width: int, chromium: str, tmp_path: Path) -> None:
