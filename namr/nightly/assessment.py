@@ -155,9 +155,7 @@ def some_since(searcher: Searcher, first_new_id: int) -> Ids:
     A twentieth, at least 50 where there are as many: each is compared with everything, and a night should
     take as long as there is new. 100 at most.
     """
-    of_files = [file.ids[np.searchsorted(file.ids, first_new_id) :] for file in searcher.items.files]
-    new = np.concatenate([np.empty(0, np.int64), *of_files])
-    new = new[searcher.items.are_known(new)]
+    new = searcher.items.since(first_new_id)
     return new[held_out.spread_evenly(len(new), max(_FEWEST_NEW, min(_MOST_NEW, len(new) // 20)))]
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from namr.release.releases import ReleaseManifest
-from namr.search import queries
+from namr.search import queries, stages
+from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
-from namr.search.stages import Plan
 
 Mask = npt.NDArray[np.bool_]
 
@@ -95,13 +95,7 @@ def _nums_of_others(searcher: Searcher, asked: Sequence[_Labelled]) -> npt.NDArr
 
 def _is_right(searcher: Searcher, manifest: ReleaseManifest, asked: Sequence[_Labelled]) -> Mask:
     """(Q, K) which of the answers, nearest first, have the label of their query."""
-    plan = Plan(
-        k=_MOST_R,
-        side=manifest.structure_side,
-        depth=manifest.depth,
-        nprobe=manifest.nprobe,
-        exact=False,
-    )
+    plan = stages.plan_of(SearchOptions(k=_MOST_R), manifest)
     stored = queries.stored(np.array([each.id for each in asked], np.int64), searcher.vectors)
     ids = searcher.neighbours(stored, plan).ids
     labels = np.array(searcher.items.labels(ids.ravel()), object).reshape(ids.shape)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from namr.release.releases import ReleaseManifest
-from namr.search import queries
+from namr.search import queries, stages
+from namr.search.answers import SearchOptions
 from namr.search.queries import Queries
 from namr.search.searcher import Searcher
 from namr.search.stages import Plan
@@ -67,8 +68,7 @@ class _Asked(NamedTuple):
     @classmethod
     def of(cls, searcher: Searcher, manifest: ReleaseManifest) -> "_Asked":
         ids = searcher.items.draw_ids(_NUM_QUERIES, seed=_SEED)
-        side, depth, nprobe = manifest.structure_side, manifest.depth, manifest.nprobe
-        plan = Plan(k=_K, side=side, depth=depth, nprobe=nprobe, exact=False)
+        plan = stages.plan_of(SearchOptions(k=_K), manifest)
         return cls(searcher, queries.stored(ids, searcher.vectors), plan)
 
     def took_s(self, number: int) -> float:

@@ -194,7 +194,7 @@ def _of_new(searcher: Searcher, settings: Settings, cache: Cache) -> _Numbers:
         recall_at_10=assessed.recall_at_10,
         imbalance=searcher.index.imbalance,
     )
-    kept = _kept_of(searcher, Kept(ids, held.truth.of_all), settings.build)
+    kept = _asked_again(Kept(ids, held.truth.of_all), _few(searcher, settings.build))
     return _Numbers(held, kept, assessed, sure.calibration, sure.report, birth, None)
 
 
@@ -202,9 +202,10 @@ def _of_kept(
     searcher: Searcher, before: Release, first_new_id: int | None, settings: Settings, cache: Cache
 ) -> _Numbers:
     then, then_measured = before.manifest, release_report.read(before)
-    ids = _few(searcher, settings.build)
+    few = _few(searcher, settings.build)
+    ids = few
     if first_new_id is not None:
-        ids = np.concatenate([ids[ids < first_new_id], assessment.some_since(searcher, first_new_id)])
+        ids = np.concatenate([few[few < first_new_id], assessment.some_since(searcher, first_new_id)])
     held, kept = kept_truth.follow(searcher, ids, before, cache=cache)
     effort = Effort(then.nprobe, then.depth)
     assessed = assessment.assess(
@@ -222,7 +223,7 @@ def _of_kept(
         num_entries=searcher.manifest.num_entries,
         imbalance=searcher.index.imbalance,
     )
-    kept = _kept_of(searcher, kept, settings.build)
+    kept = _asked_again(kept, few)
     return _Numbers(held, kept, assessed, then.calibration, then_measured.certainty, birth, aged)
 
 
@@ -231,6 +232,6 @@ def _few(searcher: Searcher, build: BuildConfig) -> Ids:
     return assessment.held_out_ids(searcher, min(build.num_held_out, _FEW), seed=build.seed)
 
 
-def _kept_of(searcher: Searcher, kept: Kept, build: BuildConfig) -> Kept:
-    """Of those that are asked again."""
-    return kept.of(among(kept.query_ids, _few(searcher, build)))
+def _asked_again(kept: Kept, few: Ids) -> Kept:
+    """Of those that are asked night after night."""
+    return kept.of(among(kept.query_ids, few))

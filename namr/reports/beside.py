@@ -14,8 +14,9 @@ from namr.reports import costs, duplicates, frontier, grids, lists, self_search,
 from namr.reports.costs import StageSeconds
 from namr.reports.frontier import Frontier
 from namr.reports.self_search import SelfSearchConfig
+from namr.search import stages
+from namr.search.answers import SearchOptions
 from namr.search.searcher import Searcher
-from namr.search.stages import Plan
 
 DUPLICATES, SUSPECTS = "near-duplicates", "label-suspects"
 """the tables, by the names that a release lists them under"""
@@ -69,13 +70,7 @@ def make(
     first_new_id: of what was added to the release before; only these ask the gallery then.
     """
     began = time.perf_counter()
-    plan = Plan(
-        k=self_search.K,
-        side=manifest.structure_side,
-        depth=manifest.depth,
-        nprobe=manifest.nprobe,
-        exact=False,
-    )
+    plan = stages.plan_of(SearchOptions(k=self_search.K), manifest)
     asked = self_search.ask(searcher, plan, config, first_new_id=first_new_id)
     twins, doubted = duplicates.among(asked), suspects.among(asked, searcher)
     shown = grids.retrieval_grids(searcher, keys, plan)
@@ -103,6 +98,6 @@ def make(
         limit=twins.limit,
         num_suspects=len(doubted.rows) if doubted.num_labelled else None,
     )
-    stages = replace(known.stages, show_s=time.perf_counter() - began) if known.stages else None
-    sections.insert(2, costs.section(manifest, known.build_s, stages))
-    return Beside(shown, sections, tables, searched, stages)
+    told = replace(known.stages, show_s=time.perf_counter() - began) if known.stages else None
+    sections.insert(2, costs.section(manifest, known.build_s, told))
+    return Beside(shown, sections, tables, searched, told)

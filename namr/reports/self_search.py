@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from namr import checks
-from namr.data.shards import among
 from namr.search import queries
 from namr.search.searcher import Searcher
 from namr.search.stages import Neighbours, Plan
@@ -54,7 +53,7 @@ def ask(searcher: Searcher, plan: Plan, config: SelfSearchConfig, *, first_new_i
         num, what = len(items), "images"
         ids = items.draw_ids(config.most_asked, seed=_SEED) if num > config.most_asked else items.matching({})
     else:
-        came = _since(searcher, first_new_id)
+        came = items.since(first_new_id)
         num, what = len(came), "new images"
         ids = np.random.default_rng(_SEED).permutation(came)[: config.most_asked]
     ids = np.sort(ids)
@@ -68,10 +67,3 @@ def _nothing() -> Neighbours:
     """What nobody finds."""
     ids, distances, no = np.empty((0, K), np.int64), np.empty((0, K), np.float32), np.empty(0, np.bool_)
     return Neighbours(ids, distances, distances, proved=no, calibrated=no, depths=ids[:, 0])
-
-
-def _since(searcher: Searcher, first_id: int) -> Ids:
-    """Ids of the items from this one on, ascending."""
-    of_files = [file.ids[np.searchsorted(file.ids, first_id) :] for file in searcher.items.files]
-    ids = np.concatenate([np.empty(0, np.int64), *of_files])
-    return ids[~among(ids, searcher.hidden)]

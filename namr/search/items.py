@@ -93,6 +93,12 @@ class Items:
         found = np.concatenate(ids)
         return found[~among(found, self._hidden)]
 
+    def since(self, first_id: int) -> Ids:
+        """(n,) ids of the items from this one on, ascending."""
+        of_files = [file.ids[np.searchsorted(file.ids, first_id) :] for file in self.files]
+        ids = np.concatenate([np.empty(0, np.int64), *of_files])
+        return ids[~among(ids, self._hidden)]
+
     def labels(self, ids: Ids) -> list[str | None]:
         """Of each of some ids (n,); None where it has none, or there is no such item."""
         labels: list[str | None] = [None] * len(ids)

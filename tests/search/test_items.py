@@ -141,3 +141,10 @@ def test_labels_are_those_of_the_ids_in_any_order_and_as_often_as_asked() -> Non
     of = in_files(table(IDS)).without(np.array([8]))
     assert of.labels(np.array([(1 << 32) + 2, 5, 3, 8, 4, 3, -1])) == ["a", None, "a", None, None, "a", None]
     assert of.labels(IDS[:0]) == []
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 4])
+def test_items_since_an_id_are_that_one_and_those_after_it_but_no_hidden_ones(cut: int) -> None:
+    of = in_files(table(IDS), cut=cut).without(np.array([8]))
+    for first, expected in ((0, [3, 5, IDS[3]]), (5, [5, IDS[3]]), (6, [IDS[3]]), (int(IDS[3]) + 1, [])):
+        assert of.since(first).tolist() == expected
