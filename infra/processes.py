@@ -43,9 +43,15 @@ def free_ports(num: int) -> list[int]:
 
 
 def _ends_with_its_starter() -> tuple[str, ...]:
-    """What to put before a command so that it gets SIGTERM even if this process is killed outright."""
+    """What to put before a command so that it gets SIGTERM even if this process is killed outright.
+
+    A starter that was killed before the kernel was asked is gone by then: what it started doesn't begin.
+    """
     setpriv = shutil.which("setpriv")
-    return (setpriv, "--pdeathsig", "TERM", "--") if setpriv else ()
+    if setpriv is None:
+        return ()
+    unless_orphaned = f'[ "$PPID" = {os.getpid()} ] && exec "$@"'
+    return (setpriv, "--pdeathsig", "TERM", "--", "sh", "-c", unless_orphaned, "sh")
 
 
 class Program:

@@ -54,20 +54,29 @@ def test_ending_a_program_ends_what_left_its_session_and_ignores_sigterm(tmp_pat
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
-def test_a_program_ends_when_its_starter_is_killed_outright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause_s", [0, 0.5])
+def test_a_program_ends_when_its_starter_is_killed_outright(tmp_path: Path, pause_s: float) -> None:
+    """Also when that happens before the program has asked to be told of it."""
     child_path = tmp_path / "child"
     script = (
         "import sys, time, pathlib; from infra.processes import Program\n"
         "program = Program('p', ['sleep', '60'], log_path=pathlib.Path(sys.argv[1] + '.log'))\n"
         "pathlib.Path(sys.argv[1]).write_text(str(program.pid)); time.sleep(60)"
     )
-    root = Path(__file__).parents[1]
-    starter = subprocess.Popen([sys.executable, "-c", script, str(child_path)], cwd=root)
+    late = tmp_path / "bin" / "setpriv"
+    late.parent.mkdir()
+    late.write_text(f'#!/bin/sh\nsleep {pause_s}\nexec {shutil.which("setpriv")} "$@"\n')
+    late.chmod(0o755)
+    starter = subprocess.Popen(
+        [sys.executable, "-c", script, str(child_path)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PATH": f"{late.parent}:{os.environ['PATH']}"},
+    )
     child = wait_for_pid(child_path)
     assert is_alive(child)
     starter.kill()
     starter.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 10
     while is_alive(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_alive(child)
