@@ -246,11 +246,11 @@ import sys
 from namr import ray_connection
 from namr.data import datasets
 from namr.embed import extraction
-config = extraction.ExtractionConfig(num_workers=1, batch_size_per_worker=1)
+from tests.embed.test_extraction import ONE_BY_ONE
 ray_connection.connect(None, num_cpus=2)
-dataset = datasets.open_version(sys.argv[1])
-print(extraction.extract(dataset, sys.argv[2], sys.argv[3], config).num_new_files)
+extraction.extract(datasets.open_version(sys.argv[1]), sys.argv[2], sys.argv[3], ONE_BY_ONE)
 """
+ONE_BY_ONE = ExtractionConfig(num_workers=1, batch_size_per_worker=1)
 
 
 def wait_for_the_end_of_all(mark: str) -> None:
@@ -266,30 +266,23 @@ def wait_for_the_end_of_all(mark: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_local")
 def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(model_folder: str, tmp_path: Path) -> None:
-    """A real kill -9 of the process that runs the extraction; its Ray ends with it."""
+    """A real kill -9 of a process that runs the extraction; its Ray ends with it."""
     dataset = small_release.make_dataset(tmp_path, Recipe(num_shards=6, rows_per_shard=120))
-
-    def run(folder: Path, *, kill: bool = False) -> int:
-        """How many files it said it wrote; a killed run says nothing, its files are counted."""
-        words = [sys.executable, "-c", PROGRAM, dataset.uri, str(folder), model_folder]
-        mark = f"NAMR_TEST_{uuid.uuid4().hex}"
-        with subprocess.Popen(
-            words, stdout=subprocess.PIPE, text=True, env={**os.environ, mark: "1"}
-        ) as process:
-            try:
-                while kill and process.poll() is None and not files_of(folder):
-                    time.sleep(0.01)
-                if not kill:
-                    return int(process.communicate(timeout=400)[0].split()[-1])
-            finally:
-                process.kill()
-        wait_for_the_end_of_all(mark)
-        return len(files_of(folder))
-
-    assert run(tmp_path / "whole") == 6
-    done = run(tmp_path / "killed", kill=True)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert extraction.extract(dataset, str(whole), model_folder, ONE_BY_ONE).num_new_files == 6
+    mark = f"NAMR_TEST_{uuid.uuid4().hex}"
+    words = [sys.executable, "-c", PROGRAM, dataset.uri, str(killed), model_folder]
+    with subprocess.Popen(words, env={**os.environ, mark: "1"}) as process:
+        try:
+            while process.poll() is None and not files_of(killed):
+                time.sleep(0.01)
+        finally:
+            process.kill()
+    wait_for_the_end_of_all(mark)
+    done = len(files_of(killed))
     assert 0 < done < 6
-    assert run(tmp_path / "killed") == 6 - done
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    assert len(files_of(tmp_path / "whole")) == 6
+    assert extraction.extract(dataset, str(killed), model_folder, ONE_BY_ONE).num_new_files == 6 - done
+    assert files_of(killed) == files_of(whole)
+    assert len(files_of(whole)) == 6
