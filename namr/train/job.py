@@ -200,7 +200,7 @@ def _publish(
         model_name=version.name,
         model_version=version.version,
         model_digest=version.digest,
-        num_steps=config.training.num_steps,
+        num_steps=trained.num_steps,
         best_step=outcome.examination.step,
         validation=outcome.examination.named,
         recall_at_1=outcome.examination.recommended.recall_at_1,

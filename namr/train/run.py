@@ -27,7 +27,8 @@ from namr.model.model import ModelConfig, SearchDefaults
 from namr.registry.registry import Registry
 from namr.store import manifests, storage
 from namr.train.ray_group import WorkersConfig
-from namr.train.step import Start, TrainingConfig
+from namr.train.recipe import TrainingConfig
+from namr.train.step import Start
 from namr.train.training_data import DataConfig
 
 _MOST_IMAGES = 2**16
