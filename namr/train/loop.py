@@ -118,9 +118,11 @@ def train(
     for result in trainer.run(batches):
         speed.step()
         done, is_last = trainer.next_step, trainer.next_step == config.num_steps
-        if diary and (done % _TELL_EVERY_STEPS == 0 or is_last):
-            diary.say(done, f"loss {result.total:.4f}, {speed.images_per_s:.0f} images/s")
-            diary.write(_told(result, speed), step=done)
+        if done % _TELL_EVERY_STEPS == 0 or is_last:
+            times = trainer.times()
+            if diary:
+                diary.say(done, f"loss {result.total:.4f}, {speed.images_per_s:.0f} images/s")
+                diary.write(_told(result, speed, times), step=done)
         examines = done % config.evaluation_interval == 0 or is_last
         if examines or done % config.checkpoint_interval == 0:
             examination = Examination(step=done, mean_distance=result.mean_distance)
@@ -132,6 +134,7 @@ def train(
                     diary.write(examination.named, step=done)
             checkpoint(partial(write_checkpoint, trainer, diary) if diary else None, examination)
             speed.pause()
+            trainer.watch.pause()
             if diary and trainer.is_over and not is_last:
                 diary.say(done, f"ends: {config.patience} evaluations brought nothing better")
     return Trained(speed.images_per_s, trainer.start, trainer.next_step)
@@ -149,9 +152,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _told(result: StepResult, speed: _Speed) -> dict[str, float]:
+def _told(result: StepResult, speed: _Speed, times: dict[str, float]) -> dict[str, float]:
     numbers = {f"train/{name}": value for name, value in result._asdict().items() if name != "step"}
-    return numbers | {"train/images_per_s": speed.images_per_s}
+    seconds = {f"train/{part}_s": value for part, value in times.items()}
+    return numbers | seconds | {"train/images_per_s": speed.images_per_s}
 
 
 def _begin(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpoint: Checkpoint) -> None:

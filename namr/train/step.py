@@ -29,6 +29,7 @@ from namr.model.model import NamrModel, set_batchnorm_policy
 from namr.train import optimiser, pieces, recipe
 from namr.train.recipe import Precision, TrainingConfig
 from namr.train.stopping import Standing
+from namr.train.stopwatch import Stopwatch
 
 
 class NotFinite(NamrError):
@@ -38,9 +39,18 @@ class NotFinite(NamrError):
 class ModelWithLoss(nn.Module):
     """Backbone, heads and loss as one forward pass from a rank's images to the global batch's loss."""
 
-    def __init__(self, model: NamrModel, loss: JointLoss, *, seed: int, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: NamrModel,
+        loss: JointLoss,
+        *,
+        seed: int,
+        precision: Precision,
+        watch: Stopwatch | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.loss = model, loss
+        self.watch = watch or Stopwatch(torch.device("cpu"))
         self.seed, self.precision = seed, precision
 
     def forward(self, inputs: Tensor, labels: Tensor, step: int) -> LossTerms:
@@ -49,10 +59,11 @@ class ModelWithLoss(nn.Module):
 
     def losses(self, features: Tensor, labels: Tensor, step: int) -> LossTerms:
         """Of the global batch, by this rank's features (b, F) and labels (b,)."""
-        embedding, structure = self.model.heads(collectives.gather(features))
-        return cast(
-            LossTerms, self.loss(embedding, structure, collectives.gather(labels), seed=self.seed, step=step)
-        )
+        self.watch.begin("sync")
+        of_all, labels = collectives.gather(features), collectives.gather(labels)
+        self.watch.begin("loss")
+        embedding, structure = self.model.heads(of_all)
+        return cast(LossTerms, self.loss(embedding, structure, labels, seed=self.seed, step=step))
 
     def features(self, inputs: Tensor) -> Tensor:
         """(b, F) float32; features pass through as they are."""
@@ -110,7 +121,10 @@ class Trainer:
             [] if config.frozen_backbone else optimiser.choose(model.backbone, config.backbone, seed=seed)
         )
         self.config, self.seed, self.device = config, seed, device
-        self.whole = ModelWithLoss(model, loss, seed=seed, precision=config.precision).to(device)
+        self.watch = Stopwatch(device)
+        self.whole = ModelWithLoss(model, loss, seed=seed, precision=config.precision, watch=self.watch).to(
+            device
+        )
         self.optimiser = optimiser.make(model, loss, config)
         self._average: AveragedModel | None = None
         if config.average_decay is not None:
@@ -152,6 +166,7 @@ class Trainer:
         if not self._is_settled:
             self._settle(inputs, labels)
         terms = self._gradients(inputs, labels)
+        self.watch.begin("update")
         trained = [p for p in self.whole.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, config.max_gradient_norm)
         # One wait for the GPU.
@@ -163,7 +178,12 @@ class Trainer:
         if self._average is not None:
             self._average.update_parameters(self.model)
         self.next_step += 1
+        self.watch.end_step()
         return result
+
+    def times(self) -> dict[str, float]:
+        """Seconds a step of each part of it since they were asked for last (`stopwatch`)."""
+        return self.watch.read(self._parallel)
 
     def run(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[StepResult]:
         """Steps over (inputs, labels) until the run is over; NamrError if batches run out before."""
@@ -234,6 +254,7 @@ class Trainer:
     def _gradients(self, inputs: Tensor, labels: Tensor) -> LossTerms:
         seed = hashing.mix_of(self.seed, self.next_step, collectives.rank()) >> 1
         self.optimiser.zero_grad(set_to_none=True)
+        self.watch.begin("forward")
         if self._in_pieces and not inputs.is_floating_point():
             return pieces.gradients(
                 inputs,
@@ -242,10 +263,12 @@ class Trainer:
                 images_per_pass=self.config.images_per_pass or len(inputs),
                 seed=seed,
                 parameters=self.whole.parameters(),
+                begin=self.watch.begin,
             )
         torch.manual_seed(seed)
         assert self._parallel is not None
         terms: LossTerms = self._parallel(inputs, labels, self.next_step)
+        self.watch.begin("backward")
         terms.total.backward()  # type: ignore[no-untyped-call]
         return terms
 

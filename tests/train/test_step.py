@@ -5,6 +5,7 @@ That processes agree in loss and gradients is shown in test_ddp_law.
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -236,6 +237,17 @@ def test_a_loss_that_is_not_finite_names_step_and_terms_and_spares_the_weights()
         trained.step(*next(batches(1)))
     assert trained.next_step == 1
     assert torch.equal(flat_state(trained)["model.heads.sample.weight"], weights["model.heads.sample.weight"])
+
+
+def test_a_step_tells_what_its_time_went_to() -> None:
+    trained = make_trainer()
+    began = time.perf_counter()
+    for batch in batches(0):
+        trained.step(*batch)
+    times = trained.times()
+    assert set(times) == {"forward", "sync", "loss", "backward", "update", "data"}
+    assert times["forward"] > 0 and times["backward"] > 0
+    assert sum(times.values()) * NUM_STEPS <= time.perf_counter() - began
 
 
 def test_batches_that_end_too_soon_are_an_error() -> None:
