@@ -54,7 +54,7 @@ DOORS: dict[str, set[str]] = {
     "webdataset": {"data.shards"},
     "jinja2": {"measure.report"},
     "matplotlib": {"measure.report"},
-    "mlflow": {"registry.registry", "registry.pyfunc"},
+    "mlflow": {"registry.registry", "registry.pyfunc", "registry.system_metrics"},
     "ray": {"ray_connection", "train.ray_group", "train.trials", "embed.extraction"},
     "fastapi": {"serve.app", "serve.routes"},
     "starlette": {"serve.app"},
