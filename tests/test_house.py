@@ -45,7 +45,7 @@ DOORS: dict[str, set[str]] = {
     "pydantic": {"store.manifests"},
     "timm": {"model.backbones"},
     "safetensors": {"model.backbones", "model.model"},
-    "pytorch_metric_learning": {"model.losses"},
+    "pytorch_metric_learning": {"model.losses", "model.mining"},
     "sklearn": {"measure.metrics", "data.sources"},
     "scipy": {"data.benchmarks", "measure.metrics"},
     "faiss": {"index.ivf", "index.index_files"},

@@ -51,10 +51,11 @@ def make_trainer(
     weight: float = 2.0,
     r: float = 0.5,
     network: ModelConfig = TINY,
+    memory_size: int | None = None,
 ) -> Trainer:
     built = model.build(replace(network, structure_range=r), seed=1)
     loss = JointLoss(
-        LossConfig(base=base, ranking_weight=weight, num_clusters=3),
+        LossConfig(base=base, ranking_weight=weight, num_clusters=3, memory_size=memory_size),
         num_classes=NUM_CLASSES,
         embedding_dim=TINY.embedding_dim,
     )
@@ -101,7 +102,7 @@ def uninterrupted(rank: int, world_size: int, **of_trainer: Any) -> tuple[dict[s
 def on_each_rank(folder: Path) -> dict[str, Any]:
     """Everything that the tests below compare."""
     rank, world_size = collectives.rank(), collectives.world_size()
-    staged: dict[str, Any] = {"config": STAGED, "network": VIT}
+    staged: dict[str, Any] = {"config": STAGED, "network": VIT, "base": "contrastive", "memory_size": 20}
     return {
         "uninterrupted": uninterrupted(rank, world_size)[0],
         "interrupted": interrupted(rank, world_size, folder / f"state-{rank}-{world_size}.pt"),
