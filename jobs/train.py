@@ -3,17 +3,22 @@
     ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/train.toml \
         --run-name photos-1 --storage-uri s3://bucket/runs --data.dataset-uri s3://bucket/datasets/photos
 
-The same run name goes on from its last checkpoint. `--help` explains every flag.
+The same run name goes on from its last checkpoint. `--dry-run` says what a run will take, and trains nothing.
+`--help` explains every flag.
 """
 
 from namr import config
-from namr.train import job
+from namr.train import dry_run, job
 from namr.train.run import TrainJobConfig
 
 
 def main() -> None:
     """Load the config, train, and say what came of it."""
-    result = job.fit(config.load(TrainJobConfig, description=__doc__ or ""))
+    wanted = config.load(TrainJobConfig, description=__doc__ or "")
+    if wanted.dry_run:
+        print(dry_run.look(wanted).text)
+        return
+    result = job.fit(wanted)
     print(
         f"run {result.run_name} {'was finished already' if result.was_finished else 'is finished'}: "
         f"{result.model_name} {result.model_version} is step {result.best_step} of {result.num_steps}, "

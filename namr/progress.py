@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, a line every 30 seconds in a log.
+"""How far long work has come and how long it will take: a bar on a terminal, a line every 30 s in a log.
 
 Not covered: collecting progress from other processes; whoever shows it has to know it.
 """
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TextIO
 
 from rich.console import Console
@@ -50,12 +51,23 @@ def _bar(what: str, total: int, out: TextIO) -> Iterator[Show]:
 
 def _lines(what: str, total: int, out: TextIO, clock: Callable[[], float], interval_s: float) -> Show:
     last, ended = clock(), False
+    first: tuple[float, int] | None = None  # work that goes on doesn't begin at 0
 
     def show(done: int, words: str) -> None:
-        nonlocal last, ended
-        if ended or (done < total and clock() - last < interval_s):
+        nonlocal last, ended, first
+        now = clock()
+        first = first or (now, done)
+        if ended or (done < total and now - last < interval_s):
             return
-        last, ended = clock(), done >= total
-        print(f"{what}: {done} of {total} {words}".rstrip(), file=out, flush=True)
+        last, ended = now, done >= total
+        left = _left(now - first[0], done - first[1], total - done)
+        print(" ".join(filter(None, (f"{what}: {done} of {total}", words, left))), file=out, flush=True)
 
     return show
+
+
+def _left(seconds: float, num_done: int, num_left: int) -> str:
+    """How long what is left takes at the pace so far; empty where there is none yet."""
+    if num_left <= 0 or num_done <= 0 or seconds <= 0:
+        return ""
+    return f"({timedelta(seconds=round(seconds / num_done * num_left))} left)"

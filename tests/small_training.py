@@ -15,8 +15,8 @@ from namr.model.losses import LossConfig
 from namr.model.model import ModelConfig
 from namr.store import manifests, tables
 from namr.train.ray_group import WorkersConfig
+from namr.train.recipe import TrainingConfig
 from namr.train.run import TrainJobConfig
-from namr.train.step import TrainingConfig
 from namr.train.training_data import DataConfig
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)

@@ -17,8 +17,8 @@ def test_a_log_gets_a_line_every_half_minute_and_one_at_the_end() -> None:
             now[0] = at
             show(done, f"loss {done}")
     assert log.getvalue().splitlines() == [
-        "train: 3 of 10 loss 3",
-        "train: 5 of 10 loss 5",
+        "train: 3 of 10 loss 3 (0:01:45 left)",
+        "train: 5 of 10 loss 5 (0:01:16 left)",
         "train: 10 of 10 loss 10",
     ]
 

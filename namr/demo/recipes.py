@@ -13,7 +13,7 @@ from namr.data.sampling import PKConfig
 from namr.demo import photographs
 from namr.model.model import ModelConfig
 from namr.release.build import BuildConfig
-from namr.train.step import TrainingConfig
+from namr.train.recipe import TrainingConfig
 
 _ENOUGH_CLASSES = 20
 """From here on some of the classes to learn from are held out to validate on; else the gallery serves."""

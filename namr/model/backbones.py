@@ -12,10 +12,14 @@ from typing import Any, Literal, NamedTuple
 import safetensors.torch
 import timm
 import timm.data
+import timm.models
+import timm.optim
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from namr.errors import ConfigError, ManifestError, ModelMismatch
+
+_optim: Any = timm.optim  # exports without saying so
 
 
 class PixelSettings(NamedTuple):
@@ -120,6 +124,40 @@ def set_input_size(backbone: Any, size_px: int) -> None:
         raise ConfigError(
             f"image_size_px is {size_px}, which {settings['architecture']} can't take: {error}; try {native}"
         ) from error
+
+
+def layers_of(backbone: Any) -> dict[str, int]:
+    """By the name of a parameter the number of its layer, from 0 at the pixels, as timm counts them.
+
+    ConfigError for a network whose layers timm doesn't know.
+    """
+    if not hasattr(backbone, "group_matcher"):
+        raise ConfigError(f"timm doesn't know the layers of {type(backbone).__name__}; leave them alike")
+    numbers: dict[str, int] = timm.models.group_parameters(
+        backbone, backbone.group_matcher(coarse=False), reverse=True
+    )
+    return numbers
+
+
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """What is trained of a network or its heads, in groups with `params`, `weight_decay` and `lr_scale`.
+
+    Norms, biases and what a backbone says of itself (positions) have no decay. lr_scale: layer_decay to the
+    number of layers that come after, 1 without it.
+    """
+    asked: dict[str, Any] = {"weight_decay": weight_decay}
+    own: Any = getattr(module, "no_weight_decay", None)
+    if own is not None:
+        asked["no_weight_decay_list"] = own()
+    groups: list[dict[str, Any]]
+    if layer_decay is None:
+        groups = _optim.param_groups_weight_decay(module, **asked)
+        return [{"lr_scale": 1.0, **group} for group in groups]
+    layers_of(module)  # says what is wrong where timm would guess
+    groups = _optim.param_groups_layer_decay(module, layer_decay=layer_decay, **asked)
+    return groups
 
 
 def with_shared_batchnorm(backbone: nn.Module) -> nn.Module:

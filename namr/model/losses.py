@@ -27,6 +27,7 @@ Legend: B images in the batch, D dimension, C clusters.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -35,13 +36,14 @@ import torch.nn.functional as F
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
-from pytorch_metric_learning.utils.loss_and_miner_utils import get_random_triplet_indices
 from torch import Tensor, nn
 
 from namr import checks
 from namr.errors import ConfigError, ShapeError
 from namr.model import distances
 from namr.model.distances import Metric
+from namr.model.memory import Memory
+from namr.model.mining import distance_weighted_triplets
 
 Mined = tuple[Tensor, ...] | None
 """Indices into the batch, as pytorch-metric-learning takes them: (anchor, positive, negative), or
@@ -80,11 +82,23 @@ class LossConfig:
     """Margin of triplet, contrastive (of negatives), margin and proxy_anchor; none = the loss's usual one."""
     view: Literal["unit", "scaled"] = "unit"
     """What contrastive and margin work on: unit-length x, or x divided by its mean pairwise distance."""
+    memory_size: int | None = None
+    """The base loss also compares the batch with the last so many images, as they were embedded then (XBM):
+    negatives that a batch which fits the machine has too few of; some thousands. None: with itself alone."""
+    memory_from_step: int = 0
+    """The memory counts from this step on: what the first steps embed is out of date soon."""
 
     def __post_init__(self) -> None:
         checks.in_range(self, "ranking_weight", "margin", at_least=0, place="loss")
         checks.in_range(self, "num_clusters", at_least=2, place="loss")
         checks.in_range(self, "alpha", "t", above=0, place="loss")
+        checks.in_range(self, "memory_size", at_least=1, place="loss")
+        checks.in_range(self, "memory_from_step", at_least=0, place="loss")
+        if self.memory_size is not None and self.base == "proxy_anchor":
+            raise ConfigError(
+                f"loss.memory_size is {self.memory_size}, but proxy_anchor has proxies to compare "
+                "with: leave it out"
+            )
         if self.margin is not None and self.base == "multi_similarity":
             raise ConfigError(
                 f"loss.margin is {self.margin}, but multi_similarity has no margin: leave it out"
@@ -174,6 +188,7 @@ class JointLoss(nn.Module):
             torch.default_generator.manual_seed(seed)
             self.base = _base_loss(config, num_classes=num_classes, embedding_dim=embedding_dim)
         self._miner = _miner(config)
+        self.memory = Memory(config.memory_size, embedding_dim) if config.memory_size is not None else None
 
     def forward(
         self,
@@ -193,10 +208,15 @@ class JointLoss(nn.Module):
             scaled = _is_scaled(self.config)
             with torch.set_grad_enabled(scaled and torch.is_grad_enabled()):
                 mean_distance = distances.mean_pairwise(embedding)
-            x = embedding / mean_distance if scaled else F.normalize(embedding, dim=1)
+            view = partial(torch.div, other=mean_distance) if scaled else partial(F.normalize, dim=1)
+            x = view(embedding)
             if mined is None:
                 mined = self.mine(embedding, labels, seed=seed, step=step)
             metric = self.base(x, labels, mined)
+            if self.memory is not None:
+                if step >= self.config.memory_from_step:
+                    metric = metric + self._against_memory(self.memory, x, labels, view, seed=seed, step=step)
+                self.memory.keep(embedding, labels)
             if self.config.weight == 0:
                 # Nothing, but DDP gets its gradient of every parameter, and a NaN that mining drops is seen.
                 nothing = (embedding * 0).sum() + (structure * 0).sum()
@@ -214,15 +234,37 @@ class JointLoss(nn.Module):
             total = metric + self.config.weight * ranking
             return LossTerms(total, metric.detach(), ranking.detach(), mean_distance.detach())
 
-    @torch.no_grad()
     def mine(self, embedding: Tensor, labels: Tensor, *, seed: int, step: int) -> Mined:
         """The pairs or triplets of a batch, a function of its values and (seed, step)."""
+        return self._mined((seed, step), F.normalize(embedding, dim=1), labels)
+
+    def _mined(self, seeds: tuple[int, ...], *sets: Tensor) -> Mined:
+        """Of x and labels, or of those against another x and labels."""
         if self._miner is None:
             return None
-        with torch.random.fork_rng(devices=[]):  # all draws are made on the CPU
-            state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # all draws are made on the CPU
+            state = np.random.SeedSequence(seeds).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(state[0]))
-            return self._miner(F.normalize(embedding, dim=1), labels)
+            return self._miner(*sets)
+
+    def _against_memory(
+        self,
+        memory: Memory,
+        x: Tensor,
+        labels: Tensor,
+        view: Callable[[Tensor], Tensor],
+        *,
+        seed: int,
+        step: int,
+    ) -> Tensor:
+        """The base loss of pairs of the batch and the memory, through the batch's own view."""
+        others, other_labels = memory.held()
+        if not len(others):
+            return x.new_zeros(())
+        sets = (F.normalize(x, dim=1), labels, F.normalize(others, dim=1), other_labels)
+        mined = self._mined((seed, step, 1), *sets)
+        of_pairs: Tensor = self.base(x, labels, mined, view(others), other_labels)
+        return of_pairs
 
     def _check(self, embedding: Tensor, structure: Tensor, labels: Tensor) -> None:
         if embedding.ndim != 2 or structure.shape != embedding.shape or labels.shape != embedding.shape[:1]:
@@ -260,41 +302,17 @@ def _base_loss(config: LossConfig, *, num_classes: int, embedding_dim: int) -> A
             )
 
 
-def _miner(config: LossConfig) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None:
+def _miner(config: LossConfig) -> Callable[..., tuple[Tensor, ...]] | None:
     match config.base:
         case "triplet" | "margin":
             return distance_weighted_triplets
         case "multi_similarity":
-            miner: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = pml_miners.MultiSimilarityMiner(
+            miner: Callable[..., tuple[Tensor, ...]] = pml_miners.MultiSimilarityMiner(
                 epsilon=0.1, distance=_Cosine()
             )
             return miner
         case _:
             return None
-
-
-def distance_weighted_triplets(
-    x: Tensor, labels: Tensor, *, cutoff: float = 0.5, farthest: float = 1.4
-) -> tuple[Tensor, ...]:
-    """Triplets whose negatives are spread evenly over distance (Wu et al., ICCV 2017). x (B, D), |x| = 1.
-
-    An anchor's negative at distance d, not nearer than `cutoff`, is drawn with weight 1 / q(d), where
-    q(d) = d^(D-2) (1 - d^2/4)^((D-3)/2) is the density of distances on the sphere; none beyond `farthest`.
-    An anchor all of whose weights vanish (against the largest of the batch, in x's precision) draws
-    uniformly from its negatives: pytorch-metric-learning's own miner drops such anchors, which are most of
-    them at D = 512. As many triplets an anchor as its class has images; none for classes with one image.
-    Draws from torch's global CPU generator.
-    """
-    dimension = x.shape[1]
-    apart = distances.safe_sqrt(distances.pairwise_squared(x, x)).clamp(min=cutoff)
-    negative = labels[:, None] != labels[None, :]
-    log_weights = (2.0 - dimension) * apart.log() - (dimension - 3) / 2 * (1 - apart.square() / 4).log()
-    log_weights = log_weights.masked_fill(~negative | (apart >= farthest), -torch.inf)
-    weights = (log_weights - log_weights.max()).exp()  # 1 / q(d) itself overflows: d^-510 at D = 512
-    drawable = weights.sum(1, keepdim=True) > 0  # False where no weight is left, NaN included
-    weights = torch.where(drawable, weights, negative.to(x.dtype))
-    mined: tuple[Tensor, ...] = get_random_triplet_indices(labels.cpu(), weights=weights.cpu())
-    return tuple(indices.to(x.device) for indices in mined)
 
 
 class _Euclidean(LpDistance):  # type: ignore[misc]

@@ -5,7 +5,7 @@
 A saved model is a folder: `model.safetensors`, and last `model.json` with config, preprocessing, search
 defaults and the digest that names its embedding space.
 
-Not covered: fine-grained freezing of backbone layers, models whose features are not one vector per image.
+Not covered: which parts are trained (`train.optimiser`), models whose features are not one vector per image.
 Legend: B batch, F features, D embedding dimension.
 """
 

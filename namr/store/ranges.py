@@ -17,6 +17,17 @@ MAX_JOINED_BYTES = 16 << 20
 
 def read_near(ranges: Sequence[Range]) -> list[bytes]:
     """`storage.read_ranges`, with near ranges joined; the ranges may overlap and be of any objects."""
+    joined, place_of = join(ranges)
+    parts = _read(joined)
+    cut = []
+    for wanted, place in zip(ranges, place_of, strict=True):
+        start = wanted.start - joined[place].start
+        cut.append(parts[place][start : start + wanted.stop - wanted.start])
+    return cut
+
+
+def join(ranges: Sequence[Range]) -> tuple[list[Range], list[int]]:
+    """The requests that read them, and in which of these each of them lies."""
     joined: list[Range] = []
     place_of = [0] * len(ranges)
     for place in sorted(range(len(ranges)), key=lambda place: ranges[place]):
@@ -26,12 +37,7 @@ def read_near(ranges: Sequence[Range]) -> list[bytes]:
         else:
             joined.append(wanted)
         place_of[place] = len(joined) - 1
-    parts = _read(joined)
-    cut = []
-    for wanted, place in zip(ranges, place_of, strict=True):
-        start = wanted.start - joined[place].start
-        cut.append(parts[place][start : start + wanted.stop - wanted.start])
-    return cut
+    return joined, place_of
 
 
 def _is_near(before: Range, after: Range) -> bool:

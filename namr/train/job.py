@@ -10,7 +10,8 @@ Not covered: how a run is stored (`run`); elastic training (the number of worker
 and may differ when it goes on).
 """
 
-from contextlib import nullcontext, suppress
+import socket
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +25,11 @@ from namr.errors import Conflict, NamrError, ShapeError, StorageError
 from namr.measure import report, validation
 from namr.model import model
 from namr.model.losses import search_metric_of
-from namr.registry import registry
+from namr.registry import registry, system_metrics
 from namr.registry.registry import Registry
 from namr.store import lease, scratch, storage
 from namr.store.lease import Lease
-from namr.train import diary, loop, ray_group
+from namr.train import diary, loop, machines, ray_group
 from namr.train import run as run_store
 from namr.train.diary import Diary
 from namr.train.examination import Examination
@@ -125,7 +126,10 @@ def _work(given: Given, worker: Worker) -> Trained | NamrError:
             trainer.load_state(loop.read_state(folder))
             unsent = diary.read_unsent(folder)
     try:
-        with _diary(given, worker, unsent) if worker.rank == 0 else nullcontext() as told:
+        with (
+            _machine(given, worker),
+            _diary(given, worker, unsent) if worker.rank == 0 else nullcontext() as told,
+        ):
             return loop.train(
                 trainer,
                 data,
@@ -143,6 +147,15 @@ def _work(given: Given, worker: Worker) -> Trained | NamrError:
 def _diary(given: Given, worker: Worker, unsent: list[diary.Entry]) -> Diary:
     runs = registry.unasked(given.config.tracking_uri)  # a worker that is replaced starts without MLflow, too
     return Diary(runs, given.run.mlflow_run_id, worker.say, unsent=unsent)
+
+
+def _machine(given: Given, worker: Worker) -> AbstractContextManager[None]:
+    every_s = given.config.workers.system_metrics_s
+    if every_s is None or worker.local_rank > 0:
+        return nullcontext()
+    runs = registry.unasked(given.config.tracking_uri)
+    sample = system_metrics.monitors(socket.gethostname())
+    return machines.watched(runs, given.run.mlflow_run_id, sample, every_s=every_s)
 
 
 def _fenced(checkpoint: Checkpoint, given: Given, *, writes: bool) -> Checkpoint:
@@ -200,7 +213,7 @@ def _publish(
         model_name=version.name,
         model_version=version.version,
         model_digest=version.digest,
-        num_steps=config.training.num_steps,
+        num_steps=trained.num_steps,
         best_step=outcome.examination.step,
         validation=outcome.examination.named,
         recall_at_1=outcome.examination.recommended.recall_at_1,

@@ -23,7 +23,8 @@ from namr.model.model import ModelConfig
 from namr.model.whitening import Whitening
 from namr.train.diary import Diary
 from namr.train.examination import Examination
-from namr.train.step import Start, StepResult, Trainer, TrainingConfig
+from namr.train.recipe import TrainingConfig
+from namr.train.step import Start, StepResult, Trainer
 from namr.train.training_data import TrainingData
 
 _TELL_EVERY_STEPS = 10
@@ -44,6 +45,8 @@ class Trained(NamedTuple):
     """Of all ranks, without examinations and checkpoints, since the last start."""
     start: Start | None
     """None for a run that was begun before starts were kept."""
+    num_steps: int
+    """That were done: fewer than were asked for where patience ended."""
 
 
 class _Speed:
@@ -115,20 +118,26 @@ def train(
     for result in trainer.run(batches):
         speed.step()
         done, is_last = trainer.next_step, trainer.next_step == config.num_steps
-        if diary and (done % _TELL_EVERY_STEPS == 0 or is_last):
-            diary.say(done, f"loss {result.total:.4f}, {speed.images_per_s:.0f} images/s")
-            diary.write(_told(result, speed), step=done)
+        if done % _TELL_EVERY_STEPS == 0 or is_last:
+            times = trainer.times()
+            if diary:
+                diary.say(done, f"loss {result.total:.4f}, {speed.images_per_s:.0f} images/s")
+                diary.write(_told(result, speed, times), step=done)
         examines = done % config.evaluation_interval == 0 or is_last
         if examines or done % config.checkpoint_interval == 0:
             examination = Examination(step=done, mean_distance=result.mean_distance)
             if examines:
                 examination = _examine(trainer, data)
+                trainer.standing = trainer.standing.after(examination.score)
                 if diary:
                     diary.say(done, f"loss {result.total:.4f}, {_in_words(examination)}")
                     diary.write(examination.named, step=done)
             checkpoint(partial(write_checkpoint, trainer, diary) if diary else None, examination)
             speed.pause()
-    return Trained(speed.images_per_s, trainer.start)
+            trainer.watch.pause()
+            if diary and trainer.is_over and not is_last:
+                diary.say(done, f"ends: {config.patience} evaluations brought nothing better")
+    return Trained(speed.images_per_s, trainer.start, trainer.next_step)
 
 
 def write_checkpoint(trainer: Trainer, diary: Diary, folder: Path) -> None:
@@ -143,9 +152,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _told(result: StepResult, speed: _Speed) -> dict[str, float]:
+def _told(result: StepResult, speed: _Speed, times: dict[str, float]) -> dict[str, float]:
     numbers = {f"train/{name}": value for name, value in result._asdict().items() if name != "step"}
-    return numbers | {"train/images_per_s": speed.images_per_s}
+    seconds = {f"train/{part}_s": value for part, value in times.items()}
+    return numbers | seconds | {"train/images_per_s": speed.images_per_s}
 
 
 def _begin(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpoint: Checkpoint) -> None:
@@ -156,6 +166,7 @@ def _begin(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpo
     words = _whiten(trainer, data)
     examination = _examine(trainer, data)
     trainer.start = Start(words, *examination.recommended)
+    trainer.standing = trainer.standing.after(examination.score)
     if diary:
         diary.say(0, f"starts from {words}: {_in_words(examination)}")
         diary.write(examination.named, step=0)
@@ -184,5 +195,5 @@ def _in_words(examination: Examination) -> str:
 
 def _examine(trainer: Trainer, data: TrainingData) -> Examination:
     ways = validation.ways(search_metric_of(trainer.whole.loss.config))
-    results, mean_distance = data.examine(trainer.model, ways)
+    results, mean_distance = data.examine(trainer.examined, ways)
     return Examination.of(results, ways, step=trainer.next_step, mean_distance=mean_distance)

@@ -30,11 +30,13 @@ def gradients(
     images_per_pass: int,
     seed: int,
     parameters: Iterable[nn.Parameter],
+    begin: Callable[[str], None],
 ) -> LossTerms:
     """Leave behind the gradient of all `parameters`, which have none yet, and return the losses.
 
     features_of: a piece of images (n, 3, H, W) -> (n, F). losses_of: this rank's features (b, F) -> the
-    losses of the global batch. seed: of what is random in the backbone. Collective.
+    losses of the global batch. seed: of what is random in the backbone. begin: is told what begins.
+    Collective.
     """
     pieces = torch.split(images, images_per_pass)
 
@@ -46,10 +48,12 @@ def gradients(
         features = torch.cat([of_piece(number) for number in range(len(pieces))])
     features.requires_grad_()
     terms = losses_of(features)
+    begin("backward")
     terms.total.backward()  # type: ignore[no-untyped-call]
     assert features.grad is not None, "the loss depends on every image"
     for number, gradient in enumerate(torch.split(features.grad, images_per_pass)):
         of_piece(number).backward(gradient)  # type: ignore[no-untyped-call]
+    begin("sync")
     _average([parameter.grad for parameter in parameters if parameter.grad is not None])
     return terms
 

@@ -48,11 +48,15 @@ class WorkersConfig:
     """How often lost workers are replaced, from the last checkpoint, before the run fails."""
     wait_s: float = 120.0
     """How long to wait for a cluster to have the resources free."""
+    system_metrics_s: float | None = None
+    """Seconds between two measurements of each machine's processors, memory, disk, network and (where pynvml
+    is installed) GPUs, which go to the run's metrics in MLflow; 10 is usual. None: they aren't measured."""
 
     def __post_init__(self) -> None:
         checks.in_range(self, "num_workers", at_least=1, at_most=_MOST_WORKERS, place="workers")
         checks.in_range(self, "cpus_per_worker", at_least=1, place="workers")
         checks.in_range(self, "max_failures", "wait_s", at_least=0, place="workers")
+        checks.in_range(self, "system_metrics_s", above=0, place="workers")
 
     @property
     def each(self) -> dict[str, float]:

@@ -27,12 +27,13 @@ from namr.model.model import ModelConfig, SearchDefaults
 from namr.registry.registry import Registry
 from namr.store import manifests, storage
 from namr.train.ray_group import WorkersConfig
-from namr.train.step import Start, TrainingConfig
+from namr.train.recipe import TrainingConfig
+from namr.train.step import Start
 from namr.train.training_data import DataConfig
 
 _MOST_IMAGES = 2**16
 """Of a global batch: the loss compares all pairs, so this many are 17 GB for each of its matrices."""
-_MAY_CHANGE = ("workers.", "loader.", "tracking_uri", "address", "data.dataset_version")
+_MAY_CHANGE = ("workers.", "loader.", "tracking_uri", "address", "dry_run", "data.dataset_version")
 """Fields in which a run that goes on may differ from how it began."""
 _RUN_TAG = "namr.run"
 
@@ -73,6 +74,8 @@ class TrainJobConfig:
     """MLflow; none = MLFLOW_TRACKING_URI, else SQLite in the current folder."""
     address: str | None = None
     """Ray's address; none = RAY_ADDRESS, else a local Ray."""
+    dry_run: bool = False
+    """Train nothing: read a batch, do a few steps in this process, and say what the run will take."""
 
     def __post_init__(self) -> None:
         if not self.run_name or not all(c.isalnum() or c in "-_." for c in self.run_name):

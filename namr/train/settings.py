@@ -22,8 +22,8 @@ from namr.model.model import ModelConfig
 from namr.store import storage
 from namr.train import run
 from namr.train.ray_group import WorkersConfig
+from namr.train.recipe import TrainingConfig
 from namr.train.run import TrainJobConfig
-from namr.train.step import TrainingConfig
 from namr.train.training_data import DataConfig
 
 T = TypeVar("T")

@@ -14,116 +14,43 @@ Legend: B images in the global batch, b on this rank, F features, D dimension.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from namr import checks, collectives, hashing
+from namr import collectives, hashing
 from namr.errors import ConfigError, NamrError
-from namr.model import whitening
+from namr.model import low_rank
 from namr.model.losses import JointLoss, LossTerms
-from namr.model.model import BatchNormPolicy, ModelConfig, NamrModel, set_batchnorm_policy
-from namr.train import pieces
-
-Precision = Literal["float32", "bf16"]
+from namr.model.model import NamrModel, set_batchnorm_policy
+from namr.train import optimiser, pieces, recipe
+from namr.train.recipe import Precision, TrainingConfig
+from namr.train.stopping import Standing
+from namr.train.stopwatch import Stopwatch
 
 
 class NotFinite(NamrError):
     """The loss or its gradient is NaN or infinite; on every rank alike, and again if the step is repeated."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How long, how fast and with what rules a model is trained."""
-
-    num_steps: int
-    """Steps of the optimiser; one step is one global batch of P x K images."""
-    learning_rate: float = 3e-4
-    """Peak rate of the two heads (AdamW)."""
-    backbone_learning_rate: float = 1e-4
-    """Peak rate of the backbone; 0 freezes it."""
-    proxy_learning_rate: float = 1e-2
-    """Peak rate of what the loss itself learns (the proxies of proxy_anchor)."""
-    weight_decay: float = 1e-5
-    """AdamW's decoupled weight decay, for all parameters but the loss's own."""
-    warmup_steps: int = 0
-    """Steps over which the rates rise linearly from 0 to their peaks."""
-    schedule: Literal["constant", "cosine", "stairs"] = "constant"
-    """What the rates do after the warm-up: stay, fall along a half cosine to 0, or fall to a fifth after 4/9,
-    6/9 and 8/9 of all steps (NASA's)."""
-    batchnorm: Literal["auto", "frozen", "sync", "local"] = "auto"
-    """The backbone's BatchNorm. auto: frozen on a pre-trained backbone, local on one from scratch.
-    sync needs GPUs; local statistics depend on the number of workers."""
-    structure_batchnorm: Literal["local", "frozen"] = "local"
-    """The structure head's, which sees the global batch on every rank; frozen from the first step on is
-    NASA's habit."""
-    precision: Precision = "float32"
-    """Arithmetic of the backbone; heads and losses always use float32."""
-    images_per_pass: int | None = None
-    """Images of a worker that its backbone takes at a time, where the global batch is larger than memory:
-    each goes through it twice then, and heads and losses see the whole batch as ever. None: all at once."""
-    max_gradient_norm: float = 10.0
-    """Gradients with a longer norm are shortened to this."""
-    whitening_power: float | None = whitening.POWER
-    """The sample head starts from the backbone's features, each axis divided by its variance to this power:
-    0 is PCA, 0.5 makes all axes alike. None starts at random, as a backbone from scratch does anyway."""
-    augment: bool = True
-    """Random crops, flips and colours. Without it and with a frozen backbone, features are computed once."""
-    evaluation_interval: int = 200
-    """Steps between two evaluations on the validation classes; the last step is always evaluated."""
-    checkpoint_interval: int = 200
-    """Steps between two checkpoints; every evaluation makes one too."""
-
-    def __post_init__(self) -> None:
-        steps = ("num_steps", "evaluation_interval", "checkpoint_interval", "images_per_pass")
-        checks.in_range(self, *steps, at_least=1, place="training")
-        rates = ("learning_rate", "proxy_learning_rate", "max_gradient_norm")
-        checks.in_range(self, *rates, above=0, place="training")
-        may_be_0 = ("backbone_learning_rate", "weight_decay", "warmup_steps")
-        checks.in_range(self, *may_be_0, at_least=0, place="training")
-        checks.in_range(self, "whitening_power", at_least=0, at_most=1, place="training")
-
-    @property
-    def frozen_backbone(self) -> bool:
-        """True if only the heads are trained."""
-        return self.backbone_learning_rate == 0
-
-    @property
-    def cached_features(self) -> bool:
-        """True if an image's features never change, so that they are computed once."""
-        return self.frozen_backbone and not self.augment
-
-
-def batchnorm_policy(config: TrainingConfig, model: ModelConfig) -> BatchNormPolicy:
-    """The backbone's policy with `auto` resolved; a frozen backbone's statistics are frozen too."""
-    if config.frozen_backbone:
-        return "frozen"
-    if config.batchnorm == "auto":
-        return "local" if model.weights == "none" else "frozen"
-    return config.batchnorm
-
-
-def rate_factor(config: TrainingConfig, step: int) -> float:
-    """What the peak rates are multiplied by in 0-based `step`, in (0, 1]: warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return 1.0
-    if config.schedule == "stairs":
-        return float(0.2 ** sum(9 * step >= ninths * config.num_steps for ninths in (4, 6, 8)))
-    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 class ModelWithLoss(nn.Module):
     """Backbone, heads and loss as one forward pass from a rank's images to the global batch's loss."""
 
-    def __init__(self, model: NamrModel, loss: JointLoss, *, seed: int, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: NamrModel,
+        loss: JointLoss,
+        *,
+        seed: int,
+        precision: Precision,
+        watch: Stopwatch | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.loss = model, loss
+        self.watch = watch or Stopwatch(torch.device("cpu"))
         self.seed, self.precision = seed, precision
 
     def forward(self, inputs: Tensor, labels: Tensor, step: int) -> LossTerms:
@@ -132,10 +59,11 @@ class ModelWithLoss(nn.Module):
 
     def losses(self, features: Tensor, labels: Tensor, step: int) -> LossTerms:
         """Of the global batch, by this rank's features (b, F) and labels (b,)."""
-        embedding, structure = self.model.heads(collectives.gather(features))
-        return cast(
-            LossTerms, self.loss(embedding, structure, collectives.gather(labels), seed=self.seed, step=step)
-        )
+        self.watch.begin("sync")
+        of_all, labels = collectives.gather(features), collectives.gather(labels)
+        self.watch.begin("loss")
+        embedding, structure = self.model.heads(of_all)
+        return cast(LossTerms, self.loss(embedding, structure, labels, seed=self.seed, step=step))
 
     def features(self, inputs: Tensor) -> Tensor:
         """(b, F) float32; features pass through as they are."""
@@ -179,54 +107,66 @@ class Trainer:
     def __init__(
         self, model: NamrModel, loss: JointLoss, config: TrainingConfig, *, seed: int, device: torch.device
     ) -> None:
-        policy = batchnorm_policy(config, model.config)
+        policy = recipe.batchnorm_policy(config, model.config)
         if policy == "sync" and device.type == "cpu":
             raise ConfigError('training.batchnorm is "sync", which needs GPUs; on CPUs use frozen or local')
-        self._in_pieces = config.images_per_pass is not None and not config.frozen_backbone
-        if self._in_pieces and policy != "frozen":
+        if config.images_per_pass is not None and not config.frozen_backbone and policy != "frozen":
             raise ConfigError(
                 f"training.images_per_pass is {config.images_per_pass}, and the backbone's BatchNorm is "
                 f"{policy}: its statistics would be those of pieces; set training.batchnorm to frozen"
             )
         set_batchnorm_policy(model, policy, of_structure=config.structure_batchnorm)
-        model.backbone.requires_grad_(not config.frozen_backbone)
+        model.backbone.requires_grad_(False)
+        self._of_backbone = (
+            [] if config.frozen_backbone else optimiser.choose(model.backbone, config.backbone, seed=seed)
+        )
         self.config, self.seed, self.device = config, seed, device
-        self.whole = ModelWithLoss(model, loss, seed=seed, precision=config.precision).to(device)
+        self.watch = Stopwatch(device)
+        self.whole = ModelWithLoss(model, loss, seed=seed, precision=config.precision, watch=self.watch).to(
+            device
+        )
+        self.optimiser = optimiser.make(model, loss, config)
+        self._average: AveragedModel | None = None
+        if config.average_decay is not None:
+            mean: Any = get_ema_multi_avg_fn(config.average_decay)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
         self.next_step = 0
         self.start: Start | None = None
-        self._peaks = {
-            "backbone": config.backbone_learning_rate,
-            "heads": config.learning_rate,
-            "loss": config.proxy_learning_rate,
-        }
-        self.optimiser = torch.optim.AdamW(self._groups())
-        self._parallel: nn.Module = self.whole
-        self._is_settled = collectives.world_size() == 1 or self._in_pieces
-        if not self._is_settled:
-            self._parallel = DistributedDataParallel(
-                self.whole,
-                device_ids=[device] if device.type == "cuda" else None,
-                forward_sync_buffers=policy == "local",
-                gradient_as_bucket_view=True,
-            )
+        self.standing = Standing()
+        self._policy = policy
+        self._parallel: nn.Module | None = None  # made by the first step, and anew where the backbone thaws
+        self._trains_backbone = self._in_pieces = self._is_settled = False
 
     @property
     def model(self) -> NamrModel:
         """The model that is trained."""
         return self.whole.model
 
+    @property
+    def examined(self) -> NamrModel:
+        """The model that is examined and published: the average of those so far, where that is asked."""
+        if self._average is None or self.next_step == 0:
+            return self.model
+        return cast(NamrModel, self._average.module)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are done, or patience is at its end."""
+        return self.next_step >= self.config.num_steps or self.standing.is_over(self.config.patience)
+
     def step(self, inputs: Tensor, labels: Tensor) -> StepResult:
         """One step on this rank's slice of the global batch; NotFinite if loss or gradient is not finite."""
         config, step = self.config, self.next_step
-        factor = rate_factor(config, step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._peaks[group["name"]] * factor
+        factor = recipe.rate_factor(config, step)
+        optimiser.set_rates(self.optimiser, factor)
         inputs = inputs.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
+        self._enter_stage()
         self.whole.train()
         if not self._is_settled:
             self._settle(inputs, labels)
         terms = self._gradients(inputs, labels)
+        self.watch.begin("update")
         trained = [p for p in self.whole.parameters() if p.requires_grad]
         norm = nn.utils.clip_grad_norm_(trained, config.max_gradient_norm)
         # One wait for the GPU.
@@ -235,40 +175,86 @@ class Trainer:
         result = StepResult(step, total, metric, ranking, mean_distance, gradient_norm, factor)
         _check_finite(result)
         self.optimiser.step()
+        if self._average is not None:
+            self._average.update_parameters(self.model)
         self.next_step += 1
+        self.watch.end_step()
         return result
 
+    def times(self) -> dict[str, float]:
+        """Seconds a step of each part of it since they were asked for last (`stopwatch`)."""
+        return self.watch.read(self._parallel)
+
     def run(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[StepResult]:
-        """Steps over (inputs, labels) until the configured number is done; NamrError if batches run out."""
-        if self.next_step >= self.config.num_steps:
+        """Steps over (inputs, labels) until the run is over; NamrError if batches run out before."""
+        if self.is_over:
             return
         for inputs, labels in batches:
             yield self.step(inputs, labels)
-            if self.next_step >= self.config.num_steps:
+            if self.is_over:
                 return
         raise NamrError(f"the batches ended after {self.next_step} of {self.config.num_steps} steps")
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, on the CPU; `load_state` takes it back."""
-        return {
+        """All that a resumed run needs, on the CPU; `load_state` takes it back.
+
+        `model` is what a plain model loads; beside it what is trained, where that is another.
+        """
+        trained = _on_cpu(self.model)
+        examined = trained if self.examined is self.model else _on_cpu(self.examined)
+        state: dict[str, Any] = {
             "step": self.next_step,
             "start": self.start and self.start._asdict(),
-            "model": {name: value.cpu() for name, value in self.model.state_dict().items()},
-            "loss": {name: value.cpu() for name, value in self.whole.loss.state_dict().items()},
-            "optimiser": self.optimiser.state_dict(),
+            "standing": self.standing._asdict(),
+            "model": low_rank.plain_state(self.examined, examined),
+            "loss": _on_cpu(self.whole.loss),
+            "optimiser": optimiser.state_of(self.optimiser, self._named()),
         }
+        if state["model"].keys() != trained.keys() or examined is not trained:
+            state |= {"trained": trained, "examined": examined}  # stored once where they are the same tensors
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a `state()`; the next step is the one after it."""
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state.get("trained", state["model"]))
         self.whole.loss.load_state_dict(state["loss"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        optimiser.load_state(self.optimiser, state["optimiser"], self._named())
         self.next_step = int(state["step"])
         self.start = Start(**state["start"]) if state.get("start") else None
+        self.standing = Standing(**state.get("standing", {}))
+        if self._average is not None:
+            self._average.module.load_state_dict(state.get("examined", state["model"]))
+            self._average.n_averaged.fill_(self.next_step)
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """What is trained at any time, by name."""
+        there = {id(parameter) for group in self.optimiser.param_groups for parameter in group["params"]}
+        return {name: each for name, each in self.whole.named_parameters() if id(each) in there}
+
+    def _enter_stage(self) -> None:
+        """Freeze or thaw the backbone as the recipe says of the next step, and wrap what is trained now."""
+        trains = self.config.trains_backbone(self.next_step)
+        if self._parallel is not None and trains == self._trains_backbone:
+            return
+        self._trains_backbone = trains
+        for parameter in self._of_backbone:
+            parameter.requires_grad_(trains)
+        self.model.batchnorm = self._policy if trains else "frozen"
+        self._in_pieces = trains and self.config.images_per_pass is not None
+        self._parallel = self.whole
+        self._is_settled = collectives.world_size() == 1 or self._in_pieces
+        if not self._is_settled:
+            self._parallel = DistributedDataParallel(
+                self.whole,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                forward_sync_buffers=self.model.batchnorm == "local",
+                gradient_as_bucket_view=True,
+            )
 
     def _gradients(self, inputs: Tensor, labels: Tensor) -> LossTerms:
         seed = hashing.mix_of(self.seed, self.next_step, collectives.rank()) >> 1
         self.optimiser.zero_grad(set_to_none=True)
+        self.watch.begin("forward")
         if self._in_pieces and not inputs.is_floating_point():
             return pieces.gradients(
                 inputs,
@@ -277,9 +263,12 @@ class Trainer:
                 images_per_pass=self.config.images_per_pass or len(inputs),
                 seed=seed,
                 parameters=self.whole.parameters(),
+                begin=self.watch.begin,
             )
         torch.manual_seed(seed)
+        assert self._parallel is not None
         terms: LossTerms = self._parallel(inputs, labels, self.next_step)
+        self.watch.begin("backward")
         terms.total.backward()  # type: ignore[no-untyped-call]
         return terms
 
@@ -295,19 +284,9 @@ class Trainer:
             buffer.copy_(before)
         self._is_settled = True
 
-    def _groups(self) -> list[dict[str, Any]]:
-        parts: dict[str, nn.Module] = {
-            "backbone": self.model.backbone, "heads": self.model.heads, "loss": self.whole.loss
-        }  # fmt: skip
-        groups = []
-        for name, part in parts.items():
-            params = [p for p in part.parameters() if p.requires_grad]
-            decay = 0.0 if name == "loss" else self.config.weight_decay
-            if params:
-                groups.append(
-                    {"name": name, "params": params, "lr": self._peaks[name], "weight_decay": decay}
-                )
-        return groups
+
+def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in module.state_dict().items()}
 
 
 def _check_finite(result: StepResult) -> None:

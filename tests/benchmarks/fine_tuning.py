@@ -33,7 +33,8 @@ from namr.measure.evaluation import Entry, compare
 from namr.model import model, whitening
 from namr.model.losses import JointLoss, search_metric_of
 from namr.model.model import ModelConfig, SearchDefaults
-from namr.train.step import Trainer, TrainingConfig
+from namr.train.recipe import TrainingConfig
+from namr.train.step import Trainer
 from tests.benchmarks import method
 from tests.benchmarks.method import BASES, POWER, Labelled, Setting
 

@@ -40,7 +40,8 @@ from namr.measure.metrics import RetrievalMetrics
 from namr.model import model, whitening
 from namr.model.losses import JointLoss, LossConfig, search_metric_of
 from namr.model.model import ModelConfig, NamrModel, SearchDefaults
-from namr.train.step import Trainer, TrainingConfig
+from namr.train.recipe import TrainingConfig
+from namr.train.step import Trainer
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("NAMR_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -21,7 +21,8 @@ from torch import Tensor
 from namr.model import model
 from namr.model.losses import JointLoss, LossConfig
 from namr.model.model import ModelConfig
-from namr.train.step import Trainer, TrainingConfig
+from namr.train.recipe import TrainingConfig
+from namr.train.step import Trainer
 
 CLASSES, SAMPLES = 24, 4
 TRAINING = TrainingConfig(num_steps=1, learning_rate=1e-3, backbone_learning_rate=3e-4, augment=False)

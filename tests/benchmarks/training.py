@@ -39,8 +39,8 @@ from namr.store import manifests, tables
 from namr.train import job as train_job
 from namr.train import loop
 from namr.train.ray_group import WorkersConfig
+from namr.train.recipe import TrainingConfig
 from namr.train.run import TrainJobConfig
-from namr.train.step import TrainingConfig
 from namr.train.training_data import DataConfig, TrainingData
 
 UNSTEADY_STEPS = 5

@@ -1,7 +1,6 @@
 """The ranking loss against loops and NASA's formula, its numerics, and the base losses on their distances."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from pytorch_metric_learning import distances as pml_distances
 from pytorch_metric_learning import losses as pml_losses
-from pytorch_metric_learning import miners as pml_miners
 from torch import Tensor
 
 from namr.errors import ConfigError, ShapeError
@@ -17,7 +15,6 @@ from namr.model import distances, losses
 from namr.model.losses import (
     JointLoss,
     LossConfig,
-    distance_weighted_triplets,
     multi_cluster_ranking,
     search_metric_of,
 )
@@ -364,58 +361,6 @@ def test_mining_is_a_function_of_seed_and_step_alone() -> None:
         assert not all(map(torch.equal, first, other))
 
 
-def test_triplets_are_triplets() -> None:
-    x, _ = batch()
-    anchors, positives, negatives = distance_weighted_triplets(torch.nn.functional.normalize(x), LABELS)
-    assert len(anchors) == 24 * 4
-    assert (LABELS[anchors] == LABELS[positives]).all() and (anchors != positives).all()
-    assert (LABELS[anchors] != LABELS[negatives]).all()
-
-
-def test_negatives_follow_one_over_the_density() -> None:
-    """An anchor with negatives at three distances in D = 4, where 1 / q(d) = d^-2 (1 - d^2/4)^(-1/2)."""
-    cosines = torch.tensor([1.0, 0.99, 0.95, 0.5, 0.2], dtype=torch.float64)
-    x = torch.zeros(5, 4, dtype=torch.float64)
-    x[:, 0], x[:, 1] = cosines, (1 - cosines**2).sqrt()
-    labels = torch.tensor([0, 0, 1, 2, 3])
-    apart = (2 - 2 * cosines[2:]).sqrt().clamp(min=0.5)
-    weights = apart**-2 * (1 - apart**2 / 4) ** -0.5
-    torch.manual_seed(0)
-    drawn: Counter[int] = Counter()
-    for _ in range(3000):
-        anchors, _, negatives = distance_weighted_triplets(x, labels)
-        drawn.update(negatives[anchors == 0].tolist())
-    shares = torch.tensor([drawn[place] for place in (2, 3, 4)]) / sum(drawn.values())
-    torch.testing.assert_close(shares.double(), weights / weights.sum(), atol=0.03, rtol=0)
-
-
-def test_an_anchor_without_weights_draws_uniformly() -> None:
-    """All negatives beyond 1.4: the miner of pytorch-metric-learning has nothing to say, and drops them."""
-    x = torch.zeros(9, 3, dtype=torch.float64)
-    x[:2] = torch.tensor([1.0, 0.0, 0.0])
-    x[2:] = torch.tensor([-1.0, 0.0, 0.0])
-    x[2:, 1] = torch.linspace(0, 0.3, 7)
-    x = torch.nn.functional.normalize(x)
-    labels = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7])
-    torch.manual_seed(0)
-    assert 0 not in pml_miners.DistanceWeightedMiner()(x, labels)[0].tolist()
-    drawn: Counter[int] = Counter()
-    for _ in range(700):
-        anchors, _, negatives = distance_weighted_triplets(x, labels)
-        assert set(anchors.tolist()) == {0, 1}
-        drawn.update(negatives.tolist())
-    assert set(drawn) == set(range(2, 9))
-    assert all(300 < count < 500 for count in drawn.values())  # 400 each
-
-
-def test_high_dimensions_lose_no_anchor() -> None:
-    """At D = 512 the weights span hundreds of orders of magnitude and most rows vanish in float32."""
-    x, _ = batch(64, 512, dtype=torch.float32)
-    labels = torch.arange(16).repeat_interleave(4)
-    anchors, _, _ = distance_weighted_triplets(torch.nn.functional.normalize(x.detach()), labels)
-    assert set(anchors.tolist()) == set(range(64))
-
-
 # Proxies, errors
 
 
@@ -467,3 +412,60 @@ def test_each_base_loss_has_a_weight_of_its_own_unless_one_is_said() -> None:
     assert weights["multi_similarity"] < weights["margin"] < weights["triplet"] == 1.0
     assert LossConfig(base="triplet", ranking_weight=0).weight == 0
     assert LossConfig(base="multi_similarity", ranking_weight=2).weight == 2
+
+
+# Cross-batch memory
+
+
+def remembering(base: str, **settings: object) -> JointLoss:
+    return joint(base, memory_size=32, ranking_weight=0.0, **settings).double()
+
+
+@pytest.mark.parametrize("base", ["contrastive", "margin", "multi_similarity", "triplet"])
+def test_the_batch_is_compared_with_the_batches_before(base: str) -> None:
+    loss, (x, s), (earlier, _) = remembering(base), batch(), batch(seed=1)
+    first = loss(earlier, s, LABELS, seed=0, step=0).metric
+    assert torch.equal(first, joint(base, ranking_weight=0.0)(earlier, s, LABELS, seed=0, step=0).metric)
+    terms = loss(x, s, LABELS, seed=0, step=1)
+    alone = joint(base, ranking_weight=0.0)(x, s, LABELS, seed=0, step=1).metric
+    assert terms.metric > alone
+    terms.total.backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    assert earlier.grad is None
+
+
+def test_contrastive_adds_all_pairs_of_batch_and_memory() -> None:
+    """By hand: a positive pair at distance d costs d, a negative one 1 - d below 1, each kind's mean of
+    those that cost something."""
+    loss, (x, s), (earlier, _) = remembering("contrastive"), batch(8), batch(8, seed=1)
+    labels = torch.arange(4).repeat_interleave(2)
+    loss(earlier, s, labels, seed=0, step=0)
+    metric = loss(x, s, labels, seed=0, step=1).metric
+    alone = joint("contrastive", ranking_weight=0.0)(x, s, labels, seed=0, step=1).metric
+    ours, theirs = (torch.nn.functional.normalize(each.detach()) for each in (x, earlier))
+    costs: dict[bool, list[float]] = {True: [], False: []}
+    for i in range(8):
+        for j in range(8):
+            apart = math.dist(ours[i].tolist(), theirs[j].tolist())
+            same = bool(labels[i] == labels[j])
+            costs[same].append(apart if same else max(0.0, 1 - apart))
+    expected = sum(sum(each) / max(1, sum(cost > 0 for cost in each)) for each in costs.values())
+    assert (metric - alone).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_memory_counts_from_its_step_on_and_fills_before() -> None:
+    loss = remembering("contrastive", memory_from_step=2)
+    plain = joint("contrastive", ranking_weight=0.0)
+    differs = []
+    for step in range(4):
+        x, s = batch(seed=step)
+        with_memory = loss(x, s, LABELS, seed=0, step=step).metric
+        differs.append(bool(with_memory != plain(x, s, LABELS, seed=0, step=step).metric))
+    assert differs == [False, False, True, True]
+
+
+def test_a_memory_is_refused_where_it_has_nothing_to_do() -> None:
+    with pytest.raises(ConfigError, match="memory_size is 8, but proxy_anchor has proxies"):
+        LossConfig(base="proxy_anchor", memory_size=8)
+    with pytest.raises(ConfigError, match=r"loss.memory_size is 0"):
+        LossConfig(base="triplet", memory_size=0)

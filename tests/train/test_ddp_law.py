@@ -40,12 +40,12 @@ class Outcome(NamedTuple):
 class HeadsAndLoss(nn.Module):
     """What runs on the global batch, behind one layer that runs on a rank's slice alone."""
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, **settings: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.backbone = nn.Linear(FEATURES, FEATURES)
         self.heads = TwinHeads(FEATURES, DIM, hidden_dim=6, structure_range=0.5)
-        config = LossConfig(base=base, num_clusters=3)  # type: ignore[arg-type]
+        config = LossConfig(base=base, num_clusters=3, **settings)  # type: ignore[arg-type]
         self.loss = JointLoss(config, num_classes=NUM_CLASSES, embedding_dim=DIM)
         self.double()
 
@@ -111,13 +111,30 @@ def whole_model() -> dict[str, Outcome]:
     return outcomes
 
 
+def with_memory() -> list[Outcome]:
+    """Three steps in float64, the later ones against what the earlier ones embedded."""
+    mine = slice_of_rank(len(LABELS), rank=collectives.rank(), world_size=collectives.world_size())
+    module = HeadsAndLoss("contrastive", memory_size=20)
+    parallel = wrapped(module)
+    outcomes = []
+    for step in range(3):
+        module.zero_grad()
+        total = parallel(given_features()[mine] + step, LABELS[mine], None)
+        total.backward()
+        buffers = {name: buffer.clone() for name, buffer in module.loss.named_buffers()}
+        gradients = {name: gradient.clone() for name, gradient in gradients_of(module).items()}
+        outcomes.append(Outcome(total.detach(), gradients, torch.empty(0), buffers))
+    return outcomes
+
+
 class Laws(NamedTuple):
     in_float64: dict[str, Outcome]
+    with_memory: list[Outcome]
     whole_model: dict[str, Outcome]
 
 
 def laws(indices: dict[str, Mined]) -> Laws:
-    return Laws(in_float64(indices), whole_model())
+    return Laws(in_float64(indices), with_memory(), whole_model())
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +184,16 @@ def test_the_whole_model_agrees_in_float32(alone: Laws, together: Results, base:
             assert outcome.gradients.keys() == expected.gradients.keys()
             theirs = torch.cat([outcome.gradients[name].flatten() for name in expected.gradients])
             assert ((theirs - whole).norm() / whole.norm()).item() < 1e-5
+
+
+def test_a_memory_is_the_same_on_every_rank_and_so_is_what_it_does(alone: Laws, together: Results) -> None:
+    assert alone.with_memory[0].total < alone.with_memory[1].total
+    for ranks in together.values():
+        for of_rank in ranks:
+            for expected, outcome in zip(alone.with_memory, of_rank.with_memory, strict=True):
+                assert abs(outcome.total - expected.total) < 1e-9
+                assert expected.buffers["memory.num_kept"] == outcome.buffers["memory.num_kept"] > 0
+                for part in ("gradients", "buffers"):
+                    torch.testing.assert_close(
+                        getattr(outcome, part), getattr(expected, part), rtol=1e-9, atol=1e-9
+                    )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import sqlite3
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from namr.store.lease import Lease
 from namr.train import job
 from namr.train.examination import Examination
 from namr.train.ray_group import Worker, WorkersConfig
+from namr.train.recipe import BackboneRecipe
 from namr.train.run import FitResult, TrainJobConfig
 from tests.small_training import make_dataset, make_job
 
@@ -238,8 +240,12 @@ def test_a_second_job_under_one_name_is_told_who_trains_it_and_touches_nothing(
 @pytest.mark.ray
 def test_one_worker_comes_to_what_two_come_to(whole: tuple[TrainJobConfig, FitResult], make: Make) -> None:
     two = whole[1]
-    one = job.fit(make(workers=WorkersConfig(num_workers=1)))
+    config = make(workers=WorkersConfig(num_workers=1, system_metrics_s=0.1))
+    one = job.fit(config)
     assert one.best_step == two.best_step
+    told = registry.connect(config.tracking_uri)._client.get_run(one.mlflow_run_id).data.metrics
+    assert 0 < told[f"system/{socket.gethostname()}/system_memory_usage_percentage"] <= 100
+    assert {f"train/{part}_s" for part in ("data", "forward", "loss", "backward", "update")} <= told.keys()
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
     alone, together = (
         model.embed(model.load(Path(result.model_uri)), pixels, batch_size=4, device="cpu")
@@ -260,6 +266,24 @@ def test_heads_on_a_frozen_backbone_are_trained_on_cached_features(make: Make, t
     fresh = model.build(config.model, seed=config.seed).backbone.state_dict()
     learnt = model.load(Path(result.model_uri)).backbone.state_dict()
     assert all(torch.equal(fresh[name], learnt[name]) for name in fresh)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_what_is_averaged_and_adapted_in_low_ranks_is_published_as_a_plain_model(
+    make: Make,
+) -> None:
+    recipe = {"average_decay": 0.5, "patience": 1, "backbone": BackboneRecipe(low_rank=2)}
+    config = make(training={"num_steps": 3, "evaluation_interval": 1, "learning_rate": 1e-2, **recipe})
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, backbone="test_vit"),
+        workers=WorkersConfig(num_workers=1),
+    )
+    result = job.fit(config)
+    assert result.num_steps == min(3, result.best_step + 1)
+    published = model.load(Path(result.model_uri))
+    assert set(published.state_dict()) == set(model.build(config.model, seed=0).state_dict())
 
 
 @pytest.mark.ray

@@ -142,6 +142,36 @@ def test_a_run_that_goes_on_keeps_its_start_and_does_not_begin_anew(config: Trai
     assert [each.step for each in again.kept] == [3]
 
 
+def with_scores(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
+    """Examinations that find these scores, by step, and nothing else."""
+    real = loop._examine
+    monkeypatch.setattr(
+        loop, "_examine", lambda trainer, data: replace(real(trainer, data), score=scores[trainer.next_step])
+    )
+
+
+def test_training_ends_when_patience_does_and_does_not_go_on_when_it_is_resumed(
+    config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_scores(monkeypatch, {0: 0.5, 1: 0.4, 2: 0.6, 3: 0.6, 4: 0.3, 5: 0.9})
+    patient = replace(
+        config, training=replace(config.training, num_steps=5, patience=2, evaluation_interval=1)
+    )
+    ran = run(patient)
+    assert [each.step for each in ran.kept] == [0, 1, 2, 3, 4]
+    assert ran.trained.num_steps == 4
+    again = run(patient, state=ran.trainer.state())
+    assert again.kept == [] and again.trained.num_steps == 4
+
+
+def test_patience_counts_on_over_a_resume(config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_scores(monkeypatch, {0: 0.5, 1: 0.4, 2: 0.4, 3: 0.4, 4: 0.4})
+    training = replace(config.training, num_steps=4, evaluation_interval=1)
+    cut = run(replace(config, training=replace(training, num_steps=1, patience=3)))
+    whole = run(replace(config, training=replace(training, patience=3)), state=cut.trainer.state())
+    assert [each.step for each in whole.kept] == [2, 3]
+
+
 def test_features_that_are_no_numbers_end_the_run_before_its_first_step(
     config: TrainJobConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,8 @@ from namr.errors import ConfigError
 from namr.model import model
 from namr.model.losses import JointLoss, LossConfig
 from namr.model.model import ModelConfig
-from namr.train.step import StepResult, Trainer, TrainingConfig
+from namr.train.recipe import TrainingConfig
+from namr.train.step import StepResult, Trainer
 from tests.ranks import Results, on_ranks
 
 NUM_IMAGES = 13  # ragged over ranks, and over pieces

@@ -11,9 +11,9 @@ from namr.model.losses import LossConfig
 from namr.model.model import ModelConfig
 from namr.train import settings
 from namr.train.ray_group import WorkersConfig
+from namr.train.recipe import TrainingConfig
 from namr.train.run import TrainJobConfig
 from namr.train.settings import Setting, SweepConfig
-from namr.train.step import TrainingConfig
 from namr.train.training_data import DataConfig
 
 

@@ -16,9 +16,9 @@ from namr.registry import registry
 from namr.store.lease import Lease
 from namr.train import sweep
 from namr.train.ray_group import WorkersConfig
+from namr.train.recipe import TrainingConfig
 from namr.train.run import TrainJobConfig
 from namr.train.settings import SweepConfig
-from namr.train.step import TrainingConfig
 from namr.train.sweep_run import SweepResult
 from tests.small_training import make_dataset, make_job
 
