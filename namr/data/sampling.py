@@ -101,10 +101,13 @@ def check_drawable(index: ClassIndex, config: PKConfig) -> None:
     """ConfigError unless the index has P classes with at least 2 samples."""
     num_drawn = len(index.drawn_classes)
     if num_drawn < config.classes_per_batch:
+        advice = f"set it to {num_drawn} or less, or add images"
+        if num_drawn < 2:
+            advice = "add images of more classes: a batch needs two, beside those that validation holds out"
         raise ConfigError(
             f"classes_per_batch is {config.classes_per_batch}, but only {num_drawn} of {index.num_classes} "
             f"classes have at least 2 samples ({index.num_excluded} have fewer): "
-            f"set it to {num_drawn} or less, or add images"
+            f"{advice}"
         )
 
 

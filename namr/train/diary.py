@@ -3,7 +3,8 @@
 Numbers are sent by a thread, in order, so a server that is slow or away never holds up a step. What was not
 taken yet is tried again, travels with each checkpoint, and goes on from there in whoever resumes the run. An
 entry keeps the time at which it was written: MLflow takes the same number of the same time once, so one whose
-answer was lost, or that is sent again after a resume, is not there twice.
+answer was lost is not there twice. Steps that are done again, after workers were lost, are not told again:
+what MLflow has of a step before the first entry is sent, it keeps.
 
 Not covered: numbers of the other ranks (they are the same).
 """
@@ -53,6 +54,7 @@ class Diary:
         self._retry_s, self._wait_s = retry_s, wait_s
         self._unsent = deque(unsent)
         self._num_dropped = 0
+        self._told: dict[str, int] = {}
         self._fault: StorageError | None = None
         self._changed = threading.Condition()
         self._closing, self._given_up = threading.Event(), threading.Event()
@@ -114,7 +116,10 @@ class Diary:
     def _send(self) -> None:
         while (entry := self._next()) is not None:
             try:
-                self._runs.log_metrics(self._run_id, entry.numbers, step=entry.step, time_ms=entry.time_ms)
+                if entry.step > self._last_told(next(iter(entry.numbers))):
+                    self._runs.log_metrics(
+                        self._run_id, entry.numbers, step=entry.step, time_ms=entry.time_ms
+                    )
             except StorageError as error:
                 with self._changed:
                     self._fault = error
@@ -126,6 +131,16 @@ class Diary:
                 self._fault = None
                 self._unsent.popleft()
                 self._changed.notify_all()
+
+    def _last_told(self, name: str) -> int:
+        """The last step of which MLflow had this number before this diary sent any; -1 where it had none.
+
+        The numbers of one step are sent together, so one of them stands for all.
+        """
+        if name not in self._told:
+            steps = [step for step, _ in self._runs.history(self._run_id, name)]
+            self._told[name] = max(steps, default=-1)
+        return self._told[name]
 
     def _next(self) -> Entry | None:
         """The oldest entry, when there is one; None when there is no more to do."""

@@ -79,7 +79,7 @@ class DryRun:
     def evaluation_s(self) -> float:
         """An evaluation: its images through the backbone, without the search."""
         per_image = (self.times["forward"] + self.read_s) / self.shapes[0][0]
-        return per_image * self.num_examined / self.config.workers.num_workers
+        return per_image * self.num_examined / self.config.workers.most
 
     @property
     def expected_s(self) -> float:
@@ -99,7 +99,7 @@ def look(config: TrainJobConfig) -> DryRun:
     alone = replace(config.loader, num_workers=0)
     data = TrainingData(
         train, unseen, data=config.data, batch=config.batch, loader=alone, seed=config.seed,
-        world_size=config.workers.num_workers,
+        world_size=config.workers.most,
     )  # fmt: skip
     device = torch.device("cuda" if config.workers.use_gpu and torch.cuda.is_available() else "cpu")
     # With augmentation features are not cached, which would be the whole dataset's.
@@ -165,7 +165,7 @@ def _num_requests(config: TrainJobConfig, train: Dataset, data: TrainingData) ->
             shard_of(ids).tolist(), index.offsets(places).tolist(), index.sizes(places).tolist(), strict=True
         )
     ]
-    shares = np.array_split(np.arange(len(wanted)), config.workers.num_workers)
+    shares = np.array_split(np.arange(len(wanted)), config.workers.most)
     return sum(len(ranges.join([wanted[place] for place in share])[0]) for share in shares)
 
 
@@ -182,7 +182,7 @@ def _lines(told: DryRun) -> Iterator[str]:
     )
     yield (
         f"batch     {batch.num_samples:,} images of {batch.classes_per_batch:,} classes on "
-        f"{workers.num_workers} worker(s); a worker's pixels {pixels}, features {features}, embeddings "
+        f"{workers.most} worker(s); a worker's pixels {pixels}, features {features}, embeddings "
         f"{embeddings}"
     )
     yield f"learns    {told.num_learnt:,} of {told.num_weights:,} weights"

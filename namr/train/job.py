@@ -6,8 +6,7 @@ checkpoint, with the data version and the MLflow run it began with; a finished o
 One driver at a time holds a run's lease. One that lost it (it was stopped for long, or cut off from storage)
 ends at its next checkpoint and publishes nothing.
 
-Not covered: how a run is stored (`run`); elastic training (the number of workers is fixed while a run lasts,
-and may differ when it goes on).
+Not covered: how a run is stored (`run`); how many workers there are, and what of lost ones (`ray_group`).
 """
 
 import socket
@@ -21,7 +20,7 @@ import torch
 from namr import collectives, ray_connection
 from namr import config as configuration
 from namr.data.datasets import Dataset
-from namr.errors import Conflict, NamrError, ShapeError, StorageError
+from namr.errors import Conflict, ManifestError, ModelMismatch, NamrError, ShapeError, StorageError
 from namr.measure import report, validation
 from namr.model import model
 from namr.model.losses import search_metric_of
@@ -29,7 +28,7 @@ from namr.registry import registry, system_metrics
 from namr.registry.registry import Registry
 from namr.store import lease, scratch, storage
 from namr.store.lease import Lease
-from namr.train import diary, loop, machines, ray_group
+from namr.train import culprits, diary, loop, machines, ray_group, sources
 from namr.train import run as run_store
 from namr.train.diary import Diary
 from namr.train.examination import Examination
@@ -71,7 +70,7 @@ def _train(config: TrainJobConfig, held: Lease) -> FitResult:
     try:
         outcome = ray_group.run(
             _work,
-            Given(config, run, held.fence),
+            Given(config, run, held.fence, sources.digest()),
             name=config.run_name,
             storage_uri=config.storage_uri,
             num_steps=config.training.num_steps,
@@ -100,11 +99,15 @@ class Given(NamedTuple):
     run: TrainingRun
     fence: int
     """Of the lease that the driver held when it started the workers."""
+    sources: str
+    """Digest of the driver's program."""
 
 
 def _work(given: Given, worker: Worker) -> Trained | NamrError:
     """What each worker runs. Returns what came of it, or why no repetition would help."""
-    config, run, _ = given
+    config, run, *_ = given
+    if other := sources.difference(given.sources):
+        return other
     train, unseen = run_store.open_datasets(config, run)
     data = TrainingData(
         train,
@@ -123,22 +126,33 @@ def _work(given: Given, worker: Worker) -> Trained | NamrError:
     unsent: list[diary.Entry] = []
     with worker.last_checkpoint() as folder:
         if folder:
-            trainer.load_state(loop.read_state(folder))
+            try:
+                loop.go_on(trainer, folder)
+            except (ManifestError, ModelMismatch) as error:
+                return type(error)(f"run {config.run_name!r}: {error}")
             unsent = diary.read_unsent(folder)
     try:
         with (
             _machine(given, worker),
             _diary(given, worker, unsent) if worker.rank == 0 else nullcontext() as told,
         ):
-            return loop.train(
+            trained = loop.train(
                 trainer,
                 data,
                 augment=config.augment,
                 num_images=config.batch.num_samples,
                 diary=told,
                 checkpoint=_fenced(worker.checkpoint, given, writes=worker.rank == 0),
+                is_warned=worker.is_warned,
             )
-    except (NotFinite, ShapeError) as error:
+            if trained is None:
+                worker.leave()
+            return trained
+    except NotFinite as error:
+        augment = config.augment if config.training.augment else None
+        images = culprits.named(trainer, data, augment=augment)
+        return NamrError(f"run {config.run_name!r}, {error}. Of this step {images}")
+    except ShapeError as error:
         return NamrError(f"run {config.run_name!r}, {error}")
     except Conflict as error:
         return error

@@ -6,6 +6,7 @@ diary of rank 0. All functions are collective where there are several ranks.
 Not covered: one step (`step`), where batches come from and what an examination measures (`training_data`).
 """
 
+import pickle
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 
 from namr import collectives
 from namr.data.images import AugmentConfig
+from namr.errors import ManifestError, ModelMismatch
 from namr.measure import validation
 from namr.model import model, whitening
 from namr.model.losses import JointLoss, LossConfig, search_metric_of
@@ -23,6 +25,7 @@ from namr.model.model import ModelConfig
 from namr.model.whitening import Whitening
 from namr.train.diary import Diary
 from namr.train.examination import Examination
+from namr.train.notice import Notice
 from namr.train.recipe import TrainingConfig
 from namr.train.step import Start, StepResult, Trainer
 from namr.train.training_data import TrainingData
@@ -100,9 +103,11 @@ def train(
     num_images: int,
     diary: Diary | None,
     checkpoint: Checkpoint,
-) -> Trained:
+    is_warned: Callable[[], bool] | None = None,
+) -> Trained | None:
     """Train to the last step. num_images: of a global batch.
 
+    is_warned: whether to leave before (all ranks are told the same); then None, after a checkpoint.
     NotFinite, from `Trainer.step`, leaves the last checkpoint as the good one.
     """
     config = trainer.config
@@ -115,6 +120,7 @@ def train(
         augment=augment if config.augment else None,
     )
     speed = _Speed(num_images)
+    notice = Notice(is_warned) if is_warned else None
     for result in trainer.run(batches):
         speed.step()
         done, is_last = trainer.next_step, trainer.next_step == config.num_steps
@@ -124,7 +130,8 @@ def train(
                 diary.say(done, f"loss {result.total:.4f}, {speed.images_per_s:.0f} images/s")
                 diary.write(_told(result, speed, times), step=done)
         examines = done % config.evaluation_interval == 0 or is_last
-        if examines or done % config.checkpoint_interval == 0:
+        leaves = notice is not None and notice.is_given() and not is_last
+        if examines or leaves or done % config.checkpoint_interval == 0:
             examination = Examination(step=done, mean_distance=result.mean_distance)
             if examines:
                 examination = _examine(trainer, data)
@@ -137,6 +144,8 @@ def train(
             trainer.watch.pause()
             if diary and trainer.is_over and not is_last:
                 diary.say(done, f"ends: {config.patience} evaluations brought nothing better")
+        if leaves and not trainer.is_over:
+            return None
     return Trained(speed.images_per_s, trainer.start, trainer.next_step)
 
 
@@ -147,15 +156,32 @@ def write_checkpoint(trainer: Trainer, diary: Diary, folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What the checkpoint in this folder holds for `Trainer.load_state`."""
-    state: dict[str, Any] = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
+    """What the checkpoint in this folder holds for `Trainer.load_state`; else ManifestError."""
+    try:
+        state: dict[str, Any] = torch.load(folder / _STATE_FILE, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ManifestError(f"the checkpoint's {_STATE_FILE} can't be read: {error}") from error
     return state
+
+
+def go_on(trainer: Trainer, folder: Path) -> None:
+    """From the checkpoint in this folder; ModelMismatch where it is of another model, loss or optimiser."""
+    state = read_state(folder)
+    try:
+        trainer.load_state(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reasons = [line.strip() for line in str(error).splitlines()]
+        raise ModelMismatch(
+            f"the checkpoint of step {state.get('step')} is not of the model that is trained here "
+            f"({' '.join(reasons[:3])}); choose another run_name, or go on with the versions it began with"
+        ) from error
 
 
 def _told(result: StepResult, speed: _Speed, times: dict[str, float]) -> dict[str, float]:
     numbers = {f"train/{name}": value for name, value in result._asdict().items() if name != "step"}
     seconds = {f"train/{part}_s": value for part, value in times.items()}
-    return numbers | seconds | {"train/images_per_s": speed.images_per_s}
+    others = {"train/images_per_s": speed.images_per_s, "train/num_workers": collectives.world_size()}
+    return numbers | seconds | others
 
 
 def _begin(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpoint: Checkpoint) -> None:

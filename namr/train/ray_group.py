@@ -1,18 +1,21 @@
 """A group of processes under Ray Train: reserve them, run a function in each, keep its checkpoints.
 
 The function is told which `Worker` of the group it runs in. Lost workers are replaced and begin again with
-the last checkpoint; the best by score and the last are kept in storage, under the run's name.
+the last checkpoint; the best by score and the last are kept in storage, under the run's name. An elastic
+group goes on with the workers that there is room for, and begins again with more where there is more room.
 
-Not covered: what the function does (`job`); groups that change their size while they run.
+Checkpoints are uploaded by Ray Train while the function goes on, one at a time, and count when they are
+complete. Not covered: what the function does (`job`).
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ray
 import ray.train
@@ -32,20 +35,32 @@ _train: Any = ray.train  # its annotations are those of the API before V2
 
 _MOST_WORKERS = 4096
 """More is a slip of the hand, and Ray would be asked to reserve all of them."""
+_STALE_S = 20.0
+"""For so long Ray may count a lost node's resources, and an elastic group waits in vain for them."""
+_FAILED_STARTS = {"fixed": 2, "elastic": 100}
+"""How often a group may find no room or no way between its workers; an elastic one does at each lost node."""
+_COMMITTED = _train.CheckpointConsistencyMode.COMMITTED
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig:
     """The processes that train, and what each of them gets."""
 
-    num_workers: int = 1
-    """Processes; the global batch is split over them and the result does not depend on it."""
+    num_workers: int | tuple[int, int] = 1
+    """Processes; the global batch is split over them and the result does not depend on it. Two numbers are
+    the fewest and the most of an elastic group: it goes on without lost nodes, and grows with new ones."""
     cpus_per_worker: int = 1
     """Cores, and threads of torch, for each."""
     use_gpu: bool = False
     """One GPU for each."""
     max_failures: int = 2
     """How often lost workers are replaced, from the last checkpoint, before the run fails."""
+    max_preemption_failures: int | None = None
+    """How often the workers may leave a node that Ray announces to be taken away. None: always. That doesn't
+    count as a failure."""
+    resize_interval_s: float = 60.0
+    """How often an elastic group looks whether there is room for more; growing goes back to the last
+    checkpoint."""
     wait_s: float = 120.0
     """How long to wait for a cluster to have the resources free."""
     system_metrics_s: float | None = None
@@ -53,10 +68,27 @@ class WorkersConfig:
     is installed) GPUs, which go to the run's metrics in MLflow; 10 is usual. None: they aren't measured."""
 
     def __post_init__(self) -> None:
-        checks.in_range(self, "num_workers", at_least=1, at_most=_MOST_WORKERS, place="workers")
+        if isinstance(self.num_workers, int):
+            checks.in_range(self, "num_workers", at_least=1, at_most=_MOST_WORKERS, place="workers")
+        elif not 1 <= self.fewest <= self.most <= _MOST_WORKERS:
+            raise ConfigError(
+                f"workers.num_workers is {self.fewest} to {self.most}; expected the fewest and the most, "
+                f"1 to {_MOST_WORKERS}"
+            )
         checks.in_range(self, "cpus_per_worker", at_least=1, place="workers")
-        checks.in_range(self, "max_failures", "wait_s", at_least=0, place="workers")
-        checks.in_range(self, "system_metrics_s", above=0, place="workers")
+        at_least_0 = ("max_failures", "max_preemption_failures", "wait_s")
+        checks.in_range(self, *at_least_0, at_least=0, place="workers")
+        checks.in_range(self, "resize_interval_s", "system_metrics_s", above=0, place="workers")
+
+    @property
+    def fewest(self) -> int:
+        """The group trains with no fewer than these."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """The group trains with no more than these."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def each(self) -> dict[str, float]:
@@ -73,6 +105,8 @@ class Worker(NamedTuple):
     local_rank: int
     """Among the workers of its machine."""
     device: torch.device
+    folder: Path
+    """On this machine, for checkpoints on their way."""
     say: Callable[[int, str], object]
     """How many steps are done, and a few words; shown by the driver."""
 
@@ -89,18 +123,39 @@ class Worker(NamedTuple):
     def checkpoint(self, write: Callable[[Path], None] | None, examination: Examination) -> None:
         """Store what `write` puts into a folder, and the numbers of the examination with it.
 
-        Collective; one rank writes and the others pass None.
+        Collective; one rank writes and the others pass None. Returns before it is stored, but not before the
+        one before it is.
         """
-        with scratch.folder("checkpoint-") as folder:
-            checkpoint = None
-            if write is not None:
-                write(Path(folder))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(
-                examination.to_flat(),
-                checkpoint=checkpoint,
-                checkpoint_dir_name=f"step-{examination.step:08d}",
-            )
+        name = f"step-{examination.step:08d}"
+        checkpoint = None
+        if write is not None:
+            self.wait_until_stored()  # or a slow store would fill this machine's disk
+            folder = self.folder / name
+            folder.mkdir()
+            write(folder)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        _train.report(
+            examination.to_flat(),
+            checkpoint=checkpoint,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=_train.CheckpointUploadMode.ASYNC,  # which removes the folder afterwards
+        )
+
+    def wait_until_stored(self) -> None:
+        """Until every checkpoint of this group is stored, and counts."""
+        _train.get_all_reported_checkpoints(_COMMITTED)
+
+    def is_warned(self) -> bool:
+        """Whether a node of the group is announced to be taken away; collective, with one answer for all."""
+        return _train.get_preemption_info() is not None
+
+    def leave(self) -> NoReturn:
+        """End this worker, after `is_warned`, so that the group begins elsewhere with what is stored.
+
+        Ray Train counts workers that end by themselves as failures, but not those that their node's end took.
+        """
+        self.wait_until_stored()
+        raise ray.exceptions.RayActorError(error_msg="left a node that is taken away", preempted=True)
 
 
 class Outcome(NamedTuple):
@@ -118,18 +173,18 @@ Work = Callable[[Any, Worker], Any]
 
 
 def check_resources(workers: WorkersConfig) -> None:
-    """ConfigError unless the workers fit within `wait_s`: Ray Train itself would wait without end.
+    """ConfigError unless the fewest workers fit within `wait_s`: Ray Train itself would wait without end.
 
     Asking also makes a cluster grow that can.
     """
-    group = placement_group([workers.each] * workers.num_workers)
+    group = placement_group([workers.each] * workers.fewest)
     try:
         if group.wait(workers.wait_s):
             return
     finally:
         remove_placement_group(group)
     raise ConfigError(
-        f"{workers.num_workers} workers with {workers.each} each found no room within {workers.wait_s:g} s; "
+        f"{workers.fewest} workers with {workers.each} each found no room within {workers.wait_s:g} s; "
         f"Ray has {ray_connection.total_cpus()} cores and {ray_connection.total_gpus()} GPUs in all. "
         "Take fewer workers, or start more nodes"
     )
@@ -150,6 +205,9 @@ def run(
     `work` returns where repeating it wouldn't help.
     """
     filesystem, path = storage.arrow_filesystem(storage_uri)
+    is_elastic = workers.fewest < workers.most
+    room_s = _STALE_S if is_elastic else max(_STALE_S, workers.wait_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(room_s)
     with _shown(name, num_steps) as said:
         trainer = _train.torch.TorchTrainer(
             _work,
@@ -159,14 +217,19 @@ def run(
                 backend="cpu:gloo,cuda:nccl" if workers.use_gpu else "gloo"
             ),
             scaling_config=_train.ScalingConfig(
-                num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.each
+                num_workers=(workers.fewest, workers.most) if is_elastic else workers.most,
+                use_gpu=workers.use_gpu,
+                resources_per_worker=workers.each,
+                elastic_resize_monitor_interval_s=workers.resize_interval_s,
             ),
             run_config=_train.RunConfig(
                 name=name,
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=_train.FailureConfig(
-                    max_failures=workers.max_failures, controller_failure_limit=2
+                    max_failures=workers.max_failures,
+                    max_preemption_failures=_or_without_end(workers.max_preemption_failures),
+                    controller_failure_limit=_FAILED_STARTS["elastic" if is_elastic else "fixed"],
                 ),
                 checkpoint_config=_train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
                 logging_config=_train.LoggingConfig(log_level="WARNING"),
@@ -189,14 +252,23 @@ def _work(config: dict[str, Any]) -> Any:
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells each checkpoint with all its numbers
     context = ray.train.get_context()
     torch.set_num_threads(config["workers"].cpus_per_worker)
-    worker = Worker(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        local_rank=context.get_local_rank(),
-        device=ray.train.torch.get_device(),
-        say=lambda done, words: config["said"].put_nowait((done, words)),
-    )
-    return config["work"](config["given"], worker)
+    with scratch.folder("checkpoints-") as folder:
+        worker = Worker(
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            local_rank=context.get_local_rank(),
+            device=ray.train.torch.get_device(),
+            folder=folder,
+            say=lambda done, words: config["said"].put_nowait((done, words)),
+        )
+        value = config["work"](config["given"], worker)
+        worker.wait_until_stored()  # Ray Train itself waits only after the folder is gone
+        return value
+
+
+def _or_without_end(most: int | None) -> int:
+    """As Ray Train counts: -1 where there is no limit."""
+    return -1 if most is None else most
 
 
 def _explained(name: str, error: Any) -> NamrError:

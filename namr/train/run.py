@@ -87,9 +87,9 @@ class TrainJobConfig:
                 f"{self.batch.samples_per_class}, a batch of {self.batch.num_samples} images; expected "
                 f"{_MOST_IMAGES} or fewer"
             )
-        if self.batch.num_samples < self.workers.num_workers:
+        if self.batch.num_samples < self.workers.most:
             raise ConfigError(
-                f"workers.num_workers is {self.workers.num_workers} and a batch has {self.batch.num_samples} "
+                f"workers.num_workers is {self.workers.most} and a batch has {self.batch.num_samples} "
                 "images; expected at least one for each worker"
             )
 

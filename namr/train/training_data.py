@@ -28,6 +28,7 @@ from namr.data.images import AugmentConfig
 from namr.data.loading import LoaderConfig
 from namr.data.sample_index import SampleIndex
 from namr.data.sampling import PKConfig, slice_of_rank
+from namr.data.shards import row_of, shard_of
 from namr.errors import ConfigError
 from namr.measure import validation
 from namr.measure.protocols import Split
@@ -204,7 +205,7 @@ class TrainingData:
         if self._train.features is not None:
             mine = slice_of_rank(self._batch.num_samples, rank=self._rank, world_size=self._world_size)
             for step in range(first_step, first_step + num_steps):
-                ids = sampling.global_batch(self.classes, self._batch, seed=self._seed, step=step)[mine]
+                ids = self.ids_of(step)[mine]
                 labels = torch.from_numpy(self._train.classes_of(ids))
                 yield self._train.features_of(ids), self._numbers[labels]
             return
@@ -223,6 +224,17 @@ class TrainingData:
         )
         for batch in loader:
             yield batch.pixels, self._numbers[batch.labels]
+
+    def ids_of(self, step: int) -> Ints:
+        """(B,) of the global batch of a step."""
+        return sampling.global_batch(self.classes, self._batch, seed=self._seed, step=step)
+
+    def keys_of(self, ids: Ints) -> list[str]:
+        """The user's own names of images to train on."""
+        dataset, shards = self._train.dataset, set(shard_of(ids).tolist())
+        tables = {entry.number: dataset.samples(entry) for entry in dataset.shards if entry.number in shards}
+        rows = zip(shard_of(ids).tolist(), row_of(ids).tolist(), strict=True)
+        return [tables[shard].keys[row] for shard, row in rows]
 
     def examine(self, model: NamrModel, ways: Sequence[SearchDefaults]) -> Examined:
         """Each unseen image queries all that are searched, in each way. Collective; leaves eval mode on."""

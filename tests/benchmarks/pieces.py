@@ -17,7 +17,8 @@ import torch
 from namr.model import model
 from namr.model.losses import JointLoss, LossConfig
 from namr.model.model import ModelConfig
-from namr.train.step import Trainer, TrainingConfig
+from namr.train.recipe import TrainingConfig
+from namr.train.step import Trainer
 from tests.measured import Process
 
 IMAGES_PER_CLASS = 4

@@ -32,6 +32,12 @@ class Away:
         self.got: Sent = []
         self.times_ms: list[int | None] = []
 
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        self.asked.set()
+        if not self.is_back:
+            raise StorageError(f"run {run_id}: nobody answers")
+        return [(step, numbers[metric]) for step, numbers in self.got if metric in numbers]
+
     def log_metrics(
         self, run_id: str, numbers: dict[str, float], *, step: int, time_ms: int | None = None
     ) -> None:
@@ -45,9 +51,10 @@ class Away:
 class Stuck(Away):
     """A server that takes a request and never answers it."""
 
-    def log_metrics(self, *_: object, **__: object) -> None:
+    def history(self, *_: object) -> list[tuple[int, float]]:
         self.asked.set()
         threading.Event().wait()
+        return []
 
 
 def diary_of(server: Away, said: list[tuple[int, str]] | None = None, **options: float) -> Diary:
@@ -113,6 +120,24 @@ def test_what_was_not_sent_goes_on_from_the_checkpoint_with_its_own_time(tmp_pat
         telling.write({"loss": 1.0}, step=30)
     assert [step for step, _ in back.got] == [10, 20, 30]
     assert back.times_ms[:2] == [entry.time_ms for entry in unsent]
+
+
+def test_steps_that_are_done_again_are_not_told_again() -> None:
+    server = Away()
+    server.is_back = True
+    with diary_of(server) as telling:
+        for step in (10, 20, 30):
+            telling.write({"loss": 1.0, "norm": 2.0}, step=step)
+        telling.write({"recall": 0.5}, step=20)
+    with diary_of(server) as telling:  # of a group that goes on from step 15
+        for step in (20, 30, 40):
+            telling.write({"loss": 9.0, "norm": 9.0}, step=step)
+            telling.write({"recall": 0.9}, step=step)
+    told = {
+        "loss": [(step, 1.0) for step in (10, 20, 30)] + [(40, 9.0)],
+        "recall": [(20, 0.5), (30, 0.9), (40, 0.9)],
+    }
+    assert {name: server.history("r", name) for name in told} == told
 
 
 def test_a_checkpoint_of_before_there_was_a_diary_in_it_has_nothing_unsent(tmp_path: Path) -> None:

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.train.v2._internal.execution import storage as storage_of_ray
 
-from namr.errors import Conflict, NamrError, ObjectMissing, StorageError
+from namr.errors import Conflict, ManifestError, NamrError, ObjectMissing, StorageError
 from namr.measure import validation
 from namr.model import model
 from namr.registry import registry
 from namr.store import storage
 from namr.store.lease import Lease
-from namr.train import job
+from namr.train import job, loop
 from namr.train.examination import Examination
 from namr.train.ray_group import Worker, WorkersConfig
 from namr.train.recipe import BackboneRecipe
@@ -100,16 +101,17 @@ def test_a_finished_run_answers_with_its_result(whole: tuple[TrainJobConfig, Fit
 
 
 @pytest.mark.ray
-def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
+def test_a_run_that_was_killed_in_an_upload_goes_on_and_ends_as_if_it_had_not_been(
     whole: tuple[TrainJobConfig, FitResult], make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make()
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_work", _killed_at_step_3)
+        patch.setattr(job, "_work", _killed_in_upload_of_step_3)
         with pytest.raises(NamrError, match="failed"):
             job.fit(config)
     assert not (tmp_path / "runs" / "run" / "result.json").exists()
-    assert (tmp_path / "runs" / "run" / "step-00000003").is_dir()
+    with pytest.raises(ManifestError, match="can't be read"):
+        loop.read_state(tmp_path / "runs" / "run" / "step-00000003")
     resumed, uninterrupted = job.fit(config), whole[1]
 
     assert resumed.best_step == uninterrupted.best_step
@@ -117,10 +119,28 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
     expected, weights = weights_of(uninterrupted), weights_of(resumed)
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
     assert statuses(tmp_path) == ["FINISHED"]
+    runs = registry.connect(config.tracking_uri)
+    logged = runs._client.get_metric_history(resumed.mlflow_run_id, "validation/recall_at_1/cosine")
+    assert [entry.step for entry in logged] == [0, 2, 4, 6]
+
+
+def _killed_in_upload_of_step_3(given: job.Given, worker: Worker) -> Any:
+    """Killed when half of the checkpoint's file is in storage."""
+    copy = storage_of_ray._pyarrow_fs_copy_files
+
+    def copy_half(source: str, destination: str, **filesystems: Any) -> None:
+        if not destination.endswith("step-00000003"):
+            return copy(source, destination, **filesystems)
+        state = Path(source, "state.pt").read_bytes()
+        Path(destination, "state.pt").write_bytes(state[: len(state) // 2])
+        os._exit(1)
+
+    storage_of_ray._pyarrow_fs_copy_files = copy_half
+    return job._work(given, worker)
 
 
 def _at_step_3(given: job.Given, worker: Worker, happens: Callable[[job.Given], None]) -> Any:
-    """The real work, in which something happens after the checkpoint of step 3 was stored."""
+    """The real work, in which something happens once the checkpoint of step 3 is on its way."""
 
     def checkpoint(write: Any, examination: Examination) -> None:
         worker.checkpoint(write, examination)
@@ -128,10 +148,6 @@ def _at_step_3(given: job.Given, worker: Worker, happens: Callable[[job.Given], 
             happens(given)
 
     return job._work(given, _WorkerWith(worker, checkpoint))  # type: ignore[arg-type]
-
-
-def _killed_at_step_3(given: job.Given, worker: Worker) -> Any:
-    return _at_step_3(given, worker, lambda _: os._exit(1))
 
 
 def _replaced_at_step_3(given: job.Given, worker: Worker) -> Any:
@@ -290,7 +306,7 @@ def test_what_is_averaged_and_adapted_in_low_ranks_is_published_as_a_plain_model
 @pytest.mark.usefixtures("ray_local")
 def test_a_loss_that_is_not_finite_fails_at_once_and_keeps_the_checkpoint(make: Make, tmp_path: Path) -> None:
     config = make(training={"learning_rate": 1e30, "max_gradient_norm": 1e30})
-    with pytest.raises(NamrError, match=r"run 'run', step \d is not finite: total"):
+    with pytest.raises(NamrError, match=r"run 'run', step \d is not finite: total.*Of this step .*'\d-\d'"):
         job.fit(config)
     assert list((tmp_path / "runs" / "run").glob("step-*"))
     assert statuses(tmp_path) == ["FAILED"]

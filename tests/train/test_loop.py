@@ -1,6 +1,7 @@
 """The loop around the steps: where a run starts from, what it keeps of that, and what counts as speed."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 
 from namr.data import datasets
 from namr.data.images import AugmentConfig
-from namr.errors import ShapeError
+from namr.errors import ManifestError, ModelMismatch, ShapeError
 from namr.measure import validation
 from namr.model import model, whitening
+from namr.model.losses import LossConfig
 from namr.train import loop
 from namr.train.examination import Examination
 from namr.train.loop import Trained
+from namr.train.recipe import TrainingConfig
 from namr.train.run import TrainJobConfig
 from namr.train.step import Trainer
 from namr.train.training_data import TrainingData
@@ -170,6 +173,99 @@ def test_patience_counts_on_over_a_resume(config: TrainJobConfig, monkeypatch: p
     cut = run(replace(config, training=replace(training, num_steps=1, patience=3)))
     whole = run(replace(config, training=replace(training, patience=3)), state=cut.trainer.state())
     assert [each.step for each in whole.kept] == [2, 3]
+
+
+class Killed(Exception):
+    """What a test ends a run with, anywhere."""
+
+
+@pytest.mark.slow
+def test_killed_at_whatever_step_or_in_an_upload_a_run_ends_with_the_weights_of_one_that_was_not(
+    config: TrainJobConfig, tmp_path: Path
+) -> None:
+    """All is trained, augmented and mined; every step is a checkpoint, and every other one examined."""
+    training = TrainingConfig(num_steps=4, evaluation_interval=2, checkpoint_interval=1, batchnorm="frozen")
+    whole = replace(config, training=training, loss=LossConfig(base="margin"))
+    data = data_of(whole)
+    undisturbed = trained_from(whole, data, tmp_path / "undisturbed").state()
+    for step in range(5):
+        for in_upload in (False, True):
+            folder = tmp_path / f"{step}-{in_upload}"
+            with pytest.raises(Killed):
+                trained_from(whole, data, folder, killed_at=step, in_upload=in_upload)
+            again = trained_from(whole, data, folder).state()
+            assert (again["step"], again["start"]) == (4, undisturbed["start"])
+            for part in ("model", "loss"):
+                for name, value in undisturbed[part].items():
+                    assert torch.equal(again[part][name], value), (step, in_upload, name)
+
+
+def trained_from(
+    config: TrainJobConfig,
+    data: TrainingData,
+    folder: Path,
+    *,
+    killed_at: int | None = None,
+    in_upload: bool = False,
+) -> Trainer:
+    """From the newest whole checkpoint there; killed when the one of a step is there, or half of it."""
+    trainer = trainer_of(config, data)
+    if stored := sorted(folder.glob("step-*")):
+        loop.go_on(trainer, stored[-1])
+
+    def checkpoint(_: loop.Write, examination: Examination) -> None:
+        coming = folder / f"coming-{examination.step}"
+        coming.mkdir(parents=True, exist_ok=True)
+        torch.save(trainer.state(), coming / "state.pt")
+        if examination.step == killed_at and in_upload:
+            raise Killed
+        coming.rename(folder / f"step-{examination.step}")
+        if examination.step == killed_at:
+            raise Killed
+
+    loop.train(trainer, data, augment=config.augment, num_images=8, diary=None, checkpoint=checkpoint)
+    return trainer
+
+
+def test_who_is_warned_leaves_after_a_checkpoint_of_that_step(config: TrainJobConfig) -> None:
+    data = data_of(config)
+    trainer = trainer_of(config, data)
+    kept: list[int] = []
+    trained = loop.train(
+        trainer,
+        data,
+        augment=AugmentConfig(),
+        num_images=8,
+        diary=None,
+        checkpoint=lambda _, examination: kept.append(examination.step),
+        is_warned=lambda: True,
+    )
+    assert trained is None
+    assert kept == [0, 1] and trainer.next_step == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_what_differs(
+    config: TrainJobConfig, tmp_path: Path
+) -> None:
+    data = data_of(config)
+    torch.save(trainer_of(config, data).state(), tmp_path / "state.pt")
+    for change, said in (
+        ({"embedding_dim": 4}, r"checkpoint of step 0 is not of the model .*size mismatch for heads"),
+        ({"backbone": "test_resnet", "weights": "none"}, r"is not of the model .*(Missing|Unexpected) key"),
+    ):
+        other = replace(config, model=replace(config.model, **change))  # type: ignore[arg-type]
+        with pytest.raises(ModelMismatch, match=said):
+            loop.go_on(trainer_of(other, data_of(other)), tmp_path)
+
+
+def test_a_checkpoint_that_is_cut_off_is_refused(config: TrainJobConfig, tmp_path: Path) -> None:
+    data = data_of(config)
+    trainer = trainer_of(config, data)
+    torch.save(trainer.state(), tmp_path / "state.pt")
+    whole = (tmp_path / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ManifestError, match=r"the checkpoint's state.pt can't be read"):
+        loop.go_on(trainer, tmp_path)
 
 
 def test_features_that_are_no_numbers_end_the_run_before_its_first_step(

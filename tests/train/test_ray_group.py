@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from namr.errors import ConfigError, NamrError, StorageError
 from namr.train import ray_group
@@ -82,6 +84,31 @@ def test_what_a_worker_said_is_what_is_told(tmp_path: Path) -> None:
 def test_an_error_that_is_returned_is_raised_and_not_tried_again(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"^the same again$"):
         group(gives_up, tmp_path, max_failures=5)
+
+
+def warned_once(_: None, worker: Worker) -> list[int]:
+    """The first group is told of the end of a node after its second checkpoint, the next one trains on."""
+    with worker.last_checkpoint() as folder:
+        first = int((folder / "step").read_text()) if folder else 0
+    for step in range(first + 1, len(SCORES) + 1):
+
+        def write(folder: Path, step: int = step) -> None:
+            (folder / "step").write_text(str(step))
+
+        if step == 3 and first == 0:
+            announced = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a node": [1]})
+            get_train_context().preemption_context.preemption_info = announced
+        worker.checkpoint(
+            write if worker.rank == 0 else None, Examination(step=step, mean_distance=1.5, score=0.5)
+        )
+        if worker.is_warned():
+            worker.leave()
+    return [first, worker.world_size]
+
+
+def test_a_group_that_is_warned_leaves_with_a_checkpoint_and_that_is_no_failure(tmp_path: Path) -> None:
+    outcome = group(warned_once, tmp_path, num_workers=2, max_failures=0, max_preemption_failures=1)
+    assert outcome.value == [3, 2]
 
 
 def test_more_workers_than_cores_is_an_error_and_no_wait_without_end() -> None:

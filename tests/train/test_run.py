@@ -71,7 +71,20 @@ def test_numbers_of_workers_that_are_a_slip_are_refused_by_name(make: Make) -> N
     with pytest.raises(ConfigError, match=r"^loader.num_workers is 1000000; expected 0 to"):
         LoaderConfig(num_workers=10**6)
     with pytest.raises(ConfigError, match="num_workers is 9 and a batch has 8"):
-        make(workers=WorkersConfig(num_workers=9))
+        make(workers=WorkersConfig(num_workers=(1, 9)))
+    for few, many in ((0, 2), (3, 2), (1, 10**6)):
+        with pytest.raises(ConfigError, match=rf"num_workers is {few} to {many}; expected the fewest and"):
+            WorkersConfig(num_workers=(few, many))
+
+
+def test_an_elastic_group_is_two_numbers_in_files_and_flags(tmp_path: Path) -> None:
+    file = ROOT / "jobs" / "configs" / "train.toml"
+    flags = ["--config", str(file), *FLAGS, "--workers.num-workers", "2", "4"]
+    job = configuration.load(TrainJobConfig, flags)
+    assert (job.workers.fewest, job.workers.most) == job.workers.num_workers == (2, 4)
+    stored = tmp_path / "job.toml"
+    stored.write_text(configuration.to_toml(job))
+    assert configuration.load(TrainJobConfig, ["--config", str(stored)]) == job
 
 
 @pytest.mark.parametrize("old", ["batch.seed", "training.seed"])

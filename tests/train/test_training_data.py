@@ -111,6 +111,16 @@ def test_fewer_classes_than_a_batch_wants_is_an_error(make: Make) -> None:
         data_of(make(batch=PKConfig(classes_per_batch=7, samples_per_class=2)))
 
 
+@pytest.mark.parametrize(("num_classes", "left"), [(1, "0 of 0"), (2, "0 of 0"), (3, "1 of 1")])
+def test_so_few_classes_that_none_are_left_to_train_on_are_told(
+    num_classes: int, left: str, tmp_path: Path
+) -> None:
+    uri = make_dataset(tmp_path / "few", num_classes=num_classes)
+    said = rf"classes_per_batch is 2, but only {left} .*add images of more classes: a batch needs two, beside"
+    with pytest.raises(ConfigError, match=said):
+        data_of(make_job(uri, tmp_path, batch=PKConfig(classes_per_batch=2, samples_per_class=2)))
+
+
 def test_the_one_seed_decides_held_out_classes_batches_and_augmentation(make: Make) -> None:
     built = model.build(make().model, seed=0)
 
