@@ -5,6 +5,7 @@
     <dataset>/shards/shard-000017-<d>.tar     images, and beside them the sample index as .parquet; immutable,
                                               <d> begins the file's own SHA-256
     <dataset>/packing/<digest>.json           receipts of packing (`pack_shard`)
+    <dataset>/erasing.json                    who erases from it (`erasing`)
 
 A night's new images are new shards and a new version; nothing that a version lists is changed, until somebody
 erases images (`erasing`): a shard without them takes the place of theirs, under its number, in the next

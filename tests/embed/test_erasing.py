@@ -31,24 +31,29 @@ def test_every_models_embeddings_are_what_extraction_makes_of_what_is_left(
     old, new = str(tmp_path / "old"), str(tmp_path / "new")
     vectors = {}
     for digest, net in nets.items():
+        files = []
         for entry in dataset.shards:
-            table = extraction.embed_shard(net, dataset, entry, CONFIG).table
-            embeddings.write(old, digest, entry, table)
+            file, table = embeddings.write(
+                old, digest, entry, extraction.embed_shard(net, dataset, entry, CONFIG).table
+            )
+            files.append(file)
             vectors |= {
                 f"{each} by {digest[0]}": table.embeddings[row].tobytes()
                 for row, each in enumerate(table.ids.tolist())
             }
+        embeddings.publish_set(old, digest, dataset, files)
     now = empty(empty(dataset, "k3", "k12"), "k4", "k6", erasure_id="e2")
     for digest, net in nets.items():
         for entry in now.shards:
             embeddings.write(new, digest, entry, extraction.embed_shard(net, now, entry, CONFIG).table)
     for _ in range(2):
         erasing.erase(old, now, now.version.emptied)
-        names = storage.list_names(old)
+        names = [name for name in storage.list_names(old) if name.endswith(".parquet")]
         assert names == storage.list_names(new)
         assert all(storage.read(f"{old}/{name}") == storage.read(f"{new}/{name}") for name in names)
     gone = {f"{id_of(number)} by {model}" for number in (3, 4, 6, 12) for model in (1, 2)}
     assert set(searched.traces(tmp_path / "old", vectors)) == set(vectors) - gone
+    assert {*embeddings.known_files(old, digest, now)} == {5}, "only what was emptied is looked at again"
     sha256 = now.shards[0].tar.sha256
     assert sorted(erasing.of_shards(old, [sha256])) == [f"{digest}/{sha256}.parquet" for digest in nets]
 
