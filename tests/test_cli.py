@@ -12,7 +12,7 @@ from namr.errors import ConfigError, ManifestError
 from namr.model import model
 from namr.model.model import ModelConfig
 from namr.registry import registry
-from namr.release import listing, publication, releases, takedowns
+from namr.release import listing, old_embeddings, publication, releases, takedowns
 from tests import small_release
 from tests.nightly.test_description import released
 from tests.small_release import Recipe
@@ -97,6 +97,7 @@ def test_images_are_erased_by_key_with_a_receipt(tmp_path: Path, capsys: pytest.
     uri = str(tmp_path / "releases")
     words = ["erase", "--dataset-uri", manifest.dataset_uri, "--releases-uri", uri]
     words += ["--embeddings-uri", str(tmp_path / "embeddings")]
+    old_embeddings.use(str(tmp_path / "embeddings"), uri)
     cli.run([*words, "--keys", "digit/3", "digit/7", "--collection.keep", "2"])
     said = capsys.readouterr().out.splitlines()
     assert (

@@ -173,6 +173,15 @@ class Head:
     pointer: Pointer | None
 
     @property
+    def existing(self) -> Dataset:
+        """The dataset; ManifestError where there was none."""
+        if self.dataset is None:
+            raise ManifestError(
+                f"{self.uri} is no dataset: it has no current.json; check the URI, or pack one (jobs/pack.py)"
+            )
+        return self.dataset
+
+    @property
     def next_shard_number(self) -> int:
         """The first number that was never given."""
         return self.dataset.version.next_shard_number if self.dataset else 0
@@ -184,11 +193,7 @@ def open_version(dataset_uri: str, version: int | None = None) -> Dataset:
     Raises ManifestError where there is no dataset or it is damaged, and for a version that was never the
     current one: a change that lost the race, or died before it published, left it behind.
     """
-    current = head(dataset_uri).dataset
-    if current is None:
-        raise ManifestError(
-            f"{dataset_uri} is no dataset: it has no current.json; check the URI, or pack one (jobs/pack.py)"
-        )
+    current = head(dataset_uri).existing
     return current if version in (None, current.version.version) else open_earlier(current, version or 0)
 
 
@@ -289,11 +294,9 @@ def tombstone(dataset_uri: str, keys: Sequence[str], *, now: datetime) -> Datase
     Raises ConfigError if a key is not in the dataset, and nothing is changed then.
     """
     before = head(dataset_uri)
-    if before.dataset is None:
-        raise ManifestError(f"{dataset_uri} is no dataset: it has no current.json; check the URI")
-    ids = set(itertools.chain.from_iterable(before.dataset.find_all(keys).values()))
-    if ids <= set(before.dataset.version.tombstones):
-        return before.dataset
+    ids = set(itertools.chain.from_iterable(before.existing.find_all(keys).values()))
+    if ids <= set(before.existing.version.tombstones):
+        return before.existing
     return publish_version(before, [], now=now, tombstones=ids)
 
 
@@ -339,8 +342,7 @@ def _open(dataset_uri: str, name: str) -> Dataset:
     dead = version.tombstones
     if dead and not (dead[0] >= 0 and dead[-1] < 2**63 and dead == tuple(sorted(set(dead)))):
         raise ManifestError(f"{uri} is damaged: its tombstones are no ascending ids; restore it")
-    digest = storage.sha256(data)
-    uri = storage.absolute(dataset_uri)
+    uri, digest = storage.absolute(dataset_uri), storage.sha256(data)
     return Dataset(uri=uri, version=version, digest=digest, published_digest=digest)
 
 

@@ -33,6 +33,7 @@ from namr.store.lease import Lease
 
 _BLOCK_BYTES = 512
 _NUM_READERS = 16
+_LEFT_OVER_AFTER_S = 24 * 3600.0
 
 
 def alone(dataset_uri: str) -> Lease:
@@ -60,9 +61,7 @@ def empty(dataset_uri: str, ids: Collection[int], *, erasure_id: str, now: datet
     meanwhile; nothing is changed then.
     """
     before = datasets.head(dataset_uri)
-    if before.dataset is None:
-        raise ManifestError(f"{dataset_uri} is no dataset: it has no current.json; check the URI")
-    dataset, old = before.dataset, before.dataset.version
+    dataset, old = before.existing, before.existing.version
     rows = _rows_by_shard(set(ids) - records.ids_of(old.emptied, {id >> 32 for id in ids}))
     if not rows:
         return dataset
@@ -97,6 +96,7 @@ def delete_old(dataset: Dataset, emptied: Iterable[Emptied], keys: Collection[st
     for name in [*sorted(old - listed), *_receipts(dataset, keys, old)]:
         held.check()
         storage.delete(storage.join(dataset.uri, name))
+    storage.clear_leftovers(dataset.uri, before=storage.now(dataset.uri) - _LEFT_OVER_AFTER_S)
 
 
 class _Done(NamedTuple):

@@ -94,21 +94,25 @@ class Erased(NamedTuple):
 def erase(config: EraseConfig, *, clock: Callable[[], datetime] = publication.utc_now) -> list[Erased]:
     """Erase images, or finish doing so; the receipts of all erasures that they were part of.
 
-    Raises ConfigError for a key that the dataset doesn't have (nothing is changed then) and for an image in a
-    foreign shard (it is taken down), Conflict while somebody else is at work on one of the roots or changed
-    the dataset meanwhile (the images are down, and the same call again goes on).
+    Raises ConfigError for a key that the dataset doesn't have and for places where nothing is (nothing is
+    changed then), and for an image in a foreign shard (it is taken down); Conflict while somebody else is at
+    work on one of the roots, or changed the dataset meanwhile (the images are down, and the same call again
+    goes on).
     """
     keys, now = _keys(config), clock()
     dataset_uri, embeddings_uri = (
         storage.absolute(config.dataset_uri),
         storage.absolute(config.embeddings_uri),
     )
-    found = datasets.open_version(dataset_uri).find_all(keys)
-    ids = set(itertools.chain.from_iterable(found.values()))
+    before = datasets.head(dataset_uri)
+    ids = set(itertools.chain.from_iterable(before.existing.find_all(keys).values()))
     roots = _roots(config)
+    for uri in (dataset_uri, embeddings_uri, *roots):
+        storage.check_writable(uri)
     for root in roots:
         takedowns.take_down(root, dataset_uri, ids)
-    takedowns.take_out(config.releases_uri, dataset_uri, keys, now=now)
+    if not ids <= set(before.existing.version.tombstones):
+        datasets.publish_version(before, [], now=now, tombstones=ids)
     with ExitStack() as leases:
         for root in roots:
             leases.enter_context(users.write_alone(root, what="an erasure"))
@@ -132,7 +136,7 @@ def _keys(config: EraseConfig) -> list[str]:
     keys = list(config.keys)
     if config.keys_file:
         try:
-            keys += filter(None, config.keys_file.read_text().splitlines())
+            keys += filter(None, config.keys_file.read_text("utf-8").split("\n"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"keys_file {config.keys_file} can't be read: {error}") from error
     if not keys:
@@ -141,10 +145,22 @@ def _keys(config: EraseConfig) -> list[str]:
 
 
 def _roots(config: EraseConfig) -> list[str]:
-    """All roots of releases that may have such an image; of those that others named, what is there."""
+    """All roots of releases that may have such an image; ConfigError for a URI that is a slip.
+
+    Nothing would be found there, and nothing said.
+    """
     root = storage.absolute(config.releases_uri)
-    others = [each for each in old_embeddings.users_of(config.embeddings_uri) if each != root]
-    return [root, *(each for each in others if users.is_at_home(each) or releases.read_pointer(each))]
+    users_of_it = old_embeddings.users_of(config.embeddings_uri)
+    there = [
+        each
+        for each in {root: None, **dict.fromkeys(users_of_it)}
+        if releases.read_pointer(each) or users.is_at_home(each)
+    ]
+    if root not in there:
+        raise ConfigError(f"{root} has no releases, nor had a night; check releases_uri; nothing was changed")
+    if not storage.list_names(storage.absolute(config.embeddings_uri)):
+        raise ConfigError(f"{config.embeddings_uri} is empty; check embeddings_uri; nothing was changed")
+    return there
 
 
 def _received(

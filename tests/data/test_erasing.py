@@ -15,7 +15,7 @@ from namr.data.offered import Offered, SourceImage
 from namr.data.pack_shard import Receipt
 from namr.data.shards import Sample
 from namr.errors import ConfigError, Conflict, ManifestError
-from namr.store import manifests, storage
+from namr.store import manifests, scratch, storage
 from tests import small_dataset
 from tests.small_dataset import NOW, id_of, image
 
@@ -206,9 +206,13 @@ def test_what_killed_runs_and_receipts_of_packing_tell_of_it_goes_too(dataset: D
     }
     for name, receipt in receipts.items():
         manifests.write_manifest(storage.join(root, "packing", f"{name}.json"), receipt)
+    with scratch.beside(Path(root, "shards", "x.tar")) as path:
+        half = path.name
+    Path(root, "shards", half).write_bytes(image(3))
     killed = [pack_shard.store_file(root, number, image(3) + bytes([number]), "tar") for number in (3, 5, 6)]
     erase(dataset, "k3")
     assert storage.list_names(storage.join(root, "packing")) == ["other.json"]
+    assert not Path(root, "shards", half).exists()
     left = [storage.exists(storage.join(root, each.name)) for each in killed]
     assert left == [False, False, True], "a run that is under way may publish the last"
 

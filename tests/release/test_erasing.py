@@ -76,14 +76,8 @@ def as_made(root: Path) -> Path:
 
 
 def erase(root: Path, *keys: str, **more: Any) -> list[Erased]:
-    config = EraseConfig(
-        dataset_uri=str(root / "dataset"),
-        embeddings_uri=str(root / "embeddings"),
-        releases_uri=str(root / "releases"),
-        keys=keys,
-        **more,
-    )
-    return erasing.erase(config, clock=lambda: NOW)
+    places = {f"{name}_uri": str(root / name) for name in ("dataset", "embeddings", "releases")}
+    return erasing.erase(EraseConfig(keys=keys, **(places | more)), clock=lambda: NOW)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -187,6 +181,11 @@ def test_a_key_that_nobody_knows_changes_nothing(root: Path, tmp_path: Path) -> 
     for more, said in (({}, "keys and keys_file are empty"), ({"keys_file": empty}, "one key a line")):
         with pytest.raises(ConfigError, match=said):
             erase(root, **more)
+    for slip in ("embeddings_uri", "releases_uri"):
+        with pytest.raises(
+            ConfigError, match=rf"slip (is empty|has no releases).* check {slip}; nothing was"
+        ):
+            erase(root, "digit/15", **{slip: str(root / "slip")})
     with pytest.raises(ConfigError, match=r"keys_file .*nowhere can't be read"):
         erase(root, keys_file=Path("nowhere"))
     names = [str(path.relative_to(root)) for path in root.rglob("*") if not path.name.startswith(".")]
