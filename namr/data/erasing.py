@@ -93,7 +93,8 @@ def delete_old(dataset: Dataset, emptied: Iterable[Emptied], keys: Collection[st
         number = pack_shard.number_of(name)
         if number is not None and number < dataset.version.next_shard_number:
             old.add(name)
-    for name in [*sorted(old - listed), *_receipts(dataset, keys, old)]:
+    old -= listed
+    for name in [*sorted(old), *_receipts(dataset, keys, old)]:
         held.check()
         storage.delete(storage.join(dataset.uri, name))
     storage.clear_leftovers(dataset.uri, before=storage.now(dataset.uri) - _LEFT_OVER_AFTER_S)

@@ -4,9 +4,9 @@
     <releases>/erasures/<erasure id>-gone.json    written by the collection after which nothing here holds it
 
 A release is never changed, and those from before an erasure are kept for a while to be rolled back to: they
-show nothing of what was erased, since it was taken down, and have it in their files. Whatever else may have
-it is older than the receipt: objects that a killed build left, and its work. Work that was under way
-meanwhile counts for as long as nothing is deleted of it.
+show nothing of what was erased, since it was taken down, and have it in their files. What else may have it
+is objects that no release lists and work of builds, from before the receipt or so soon after it that a
+collection would not yet delete it: then it may be of a build that was under way.
 
 A root of releases has receipts of its own. Not covered: erasing (`erasing`), and copies elsewhere: caches on
 machines, exports, earlier versions of objects that a bucket keeps, backups, and what a model has learnt.

@@ -198,7 +198,7 @@ def test_it_is_neither_trained_on_nor_packed_again(dataset: Dataset, tmp_path: P
 def test_what_killed_runs_and_receipts_of_packing_tell_of_it_goes_too(dataset: Dataset) -> None:
     root, old = dataset.uri, dataset.shards[0]
     refused = [RefusedImage(key=key, location=f"photos/{key}.png", reason="cut") for key in ("k3", "k5")]
-    entry = dataset.shards[1]
+    entry = erase(dataset, "k9", erasure_id="e0").shards[1]
     receipts = {
         "key": Receipt(entry=entry, refused=tuple(refused[:1])),
         "shard": Receipt(entry=old, refused=()),
