@@ -196,6 +196,7 @@ def _receipt(
         embeddings=tuple(
             of_embeddings.of_shards(embeddings_uri, (entries[each.number].tar.sha256 for each in emptied))
         ),
+        work_uri=storage.absolute(config.work_uri) if config.work_uri else None,
         holding=tuple(_holding(root, dataset, emptied, config)),
     )
 

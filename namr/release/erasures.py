@@ -60,6 +60,8 @@ class Receipt:
     embeddings_uri: str
     embeddings: tuple[str, ...]
     """files of embeddings of these shards, as they were written without the images"""
+    work_uri: str | None
+    """where builds worked, if not in the root"""
     holding: tuple[Holding, ...]
     """what had them still when this was written"""
 
@@ -152,7 +154,13 @@ def close(releases_uri: str, *, min_age_s: float, work_uri: str | None, now: flo
         for name in of_embeddings.of_shards(receipt.embeddings_uri, receipt.old_tars):
             storage.delete(storage.join(receipt.embeddings_uri, name))
         until = at + min_age_s
-        still = left(root, receipt.dataset_uri, receipt.emptied, written_before=until, work_uri=work_uri)
+        still = left(
+            root,
+            receipt.dataset_uri,
+            receipt.emptied,
+            written_before=until,
+            work_uri=work_uri or receipt.work_uri,
+        )
         if now >= until and not any(still):
             since = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
             gone = Gone(erasure_id=erasure_id, since=since)

@@ -39,6 +39,7 @@ class Place:
             emptied=now.version.emptied,
             embeddings_uri=str(folder / "embeddings"),
             embeddings=(),
+            work_uri=str(folder / "work"),
             holding=(),
         )
         manifests.write_manifest(erasures.uri_of(uri, "e"), self.receipt)
@@ -112,11 +113,11 @@ def test_work_elsewhere_counts_where_it_is_known(
     storage.write(storage.join(work, "a folder of somebody", "part-0.faiss"), b"part")
     assert place.left(work_uri=work).num_work == 1
     later(25)
-    assert collect(place.uri, work_uri=work, min_age_hours=24).gone == (), (
-        "no work of ours, and perhaps of it"
-    )
+    by_night, by_hand = {"work_uri": work}, {}
+    for more in (by_night, by_hand):
+        assert collect(place.uri, min_age_hours=24, **more).gone == (), "no work of ours, and perhaps of it"
     storage.delete(storage.join(work, "a folder of somebody", "part-0.faiss"))
-    assert collect(place.uri, work_uri=work, min_age_hours=24).gone == ("e",)
+    assert collect(place.uri, min_age_hours=24).gone == ("e",)
 
 
 def test_what_an_extraction_that_was_under_way_wrote_since_is_deleted(place: Place) -> None:
