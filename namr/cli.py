@@ -9,6 +9,7 @@ namr releases collect           delete what no release needs any more
 namr releases pin|unpin         keep the current release current; let the night publish again
 namr plan --num-vectors 1e9 ... what an index will take: type, memory, disk, time, cost of a query
 namr takedown                   take images out of all answers, now and for every release
+namr erase                      erase images for good, with a receipt of what has them still and when it goes
 namr promote                    make a model version the champion
 namr rollback                   make an earlier release current again, and pin it
 """
@@ -31,6 +32,7 @@ from namr.plan import calibration, constants, estimate, wording
 from namr.plan.estimate import PlanConfig
 from namr.registry import registry
 from namr.release import (
+    erasing,
     export,
     garbage,
     listing,
@@ -41,6 +43,7 @@ from namr.release import (
     takedowns,
     users,
 )
+from namr.release.erasing import EraseConfig
 from namr.release.garbage import CollectionConfig
 from namr.release.prepared import SwitchConfig
 from namr.store.manifests import Pin
@@ -317,6 +320,11 @@ def _takedown(command: TakedownCommand) -> None:
     print(f"{len(ids)} images of {dataset_uri} are taken out, of every release too")
 
 
+def _erase(command: EraseConfig) -> None:
+    for erased in erasing.erase(command):
+        print(erased.in_words)
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
 
@@ -333,6 +341,7 @@ _COMMANDS = (
     _Command(("releases", "unpin"), UnpinCommand, _unpin),
     _Command(("plan",), PlanConfig, _plan),
     _Command(("takedown",), TakedownCommand, _takedown),
+    _Command(("erase",), EraseConfig, _erase),
     _Command(("promote",), PromoteCommand, _promote),
     _Command(("rollback",), RollbackCommand, _rollback),
 )

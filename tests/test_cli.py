@@ -12,7 +12,7 @@ from namr.errors import ConfigError, ManifestError
 from namr.model import model
 from namr.model.model import ModelConfig
 from namr.registry import registry
-from namr.release import listing, publication, releases, takedowns
+from namr.release import listing, old_embeddings, publication, releases, takedowns
 from tests import small_release
 from tests.nightly.test_description import released
 from tests.small_release import Recipe
@@ -92,6 +92,23 @@ def test_images_are_taken_down_by_key(tmp_path: Path, capsys: pytest.CaptureFixt
     assert takedowns.taken_down(uri, manifest.dataset_uri).tolist() == [3, 7]
 
 
+def test_images_are_erased_by_key_with_a_receipt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = small_release.publish(tmp_path, Recipe(num_shards=1)).manifest
+    uri = str(tmp_path / "releases")
+    words = ["erase", "--dataset-uri", manifest.dataset_uri, "--releases-uri", uri]
+    words += ["--embeddings-uri", str(tmp_path / "embeddings")]
+    old_embeddings.use(str(tmp_path / "embeddings"), uri)
+    cli.run([*words, "--keys", "digit/3", "digit/7", "--collection.keep", "2"])
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        "emptied 2 rows of " in said[0]
+        and said[1] == "  in the files of release first: goes when 2 more are published"
+    )
+    assert Path(said[-1].removeprefix("  the receipt is ")).is_file()
+    with pytest.raises(ConfigError, match="keys and keys_file are empty"):
+        cli.run(words)
+
+
 def test_a_release_is_shown_and_held_against_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +167,11 @@ def test_the_candidate_is_promoted(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("words", "error", "expected"),
     [
-        (["relases"], ConfigError, "'relases' is no command of namr; expected one of: demo, plan, promote"),
+        (
+            ["relases"],
+            ConfigError,
+            "'relases' is no command of namr; expected one of: demo, erase, plan, promote",
+        ),
         (
             ["releases"],
             ConfigError,

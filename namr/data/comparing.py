@@ -5,15 +5,17 @@
 
 By size, other bytes of the same number go unnoticed, and all other bytes where the size would take a request
 (a table of URIs). Of images that a library holds in memory, whose bytes are of our own making, the label
-alone is compared. Fields alone make no image another. A key that was taken out is left alone, whatever is
-offered.
+alone is compared. Fields alone make no image another. A key that was taken out or erased is left alone,
+whatever is offered.
 """
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from namr import ray_connection
-from namr.data import reading
+from namr.data import reading, records
 from namr.data.datasets import Dataset, ShardEntry
 from namr.data.offered import Offered, SourceImage
 from namr.errors import ObjectMissing
@@ -35,8 +37,13 @@ class _Pairs(NamedTuple):
 
 def keep_new(offered: Offered, dataset: Dataset, compare: Compare) -> int:
     """Leave in `offered` what is new or changed; how many were taken out of it."""
+    erased: set[str] = set()
     for table in dataset.all_samples():
         offered.meet(table, live=dataset.live(table.ids))
+        erased.update(table.keys[row] for row in np.flatnonzero(table.sizes == 0))
+    if erased:
+        salt = dataset.version.dataset_id
+        offered.set_taken_out(lambda key: records.key_of_erased(salt, key) in erased)
     if compare == "bytes":
         ray_connection.connect()
         for _, keys in ray_connection.map_tasks(_changed, _pairs(offered, dataset)):

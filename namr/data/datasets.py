@@ -5,19 +5,21 @@
     <dataset>/shards/shard-000017-<d>.tar     images, and beside them the sample index as .parquet; immutable,
                                               <d> begins the file's own SHA-256
     <dataset>/packing/<digest>.json           receipts of packing (`pack_shard`)
+    <dataset>/erasing.json                    who erases from it (`erasing`)
 
-A night's new images are new shards and a new version; nothing that a version lists is ever changed. A
-change is published by swapping the pointer as it was read when the change began, so that of two changes at
-once one wins and the other is told. What the loser wrote keeps its number, and can't be opened by it: a
-version lists in `history` which ones were current before it. Tars that lie elsewhere (foreign shards) are
-listed by absolute URI and only their index is ours.
+A night's new images are new shards and a new version; nothing that a version lists is changed, until somebody
+erases images (`erasing`): a shard without them takes the place of theirs, under its number, in the next
+version and whenever an earlier one is opened. A change is published by swapping the pointer as it was read
+when the change began, so that of two changes at once one wins and the other is told. What the loser wrote
+keeps its number, and can't be opened by it: a version lists in `history` which ones were current before it.
+Tars that lie elsewhere (foreign shards) are listed by absolute URI and only their index is ours.
 
 A tombstone takes a sample out of all later versions: its id is never read again. Its key stays known. Where
 no sample of a key is live, the image was taken out, and packing the same source again doesn't bring it back;
 a changed image is a new sample of its key, with another id, and the one before has a tombstone. So of a key
 at most one sample is live, the last.
 
-Not covered: erasing bytes, and collecting what killed jobs left behind.
+Not covered: collecting what killed jobs left behind.
 """
 
 import functools
@@ -31,10 +33,12 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from namr.data import records
+from namr.data.records import Emptied, SourceRecord
 from namr.data.shards import MAX_SHARD_NUMBER, among, make_id
 from namr.errors import ConfigError, ManifestError, ObjectMissing
 from namr.store import manifests, read_ahead, storage, tables
-from namr.store.manifests import Pointer, StoredObject
+from namr.store.manifests import Pointer, StoredObject, Upgrade
 from namr.store.tables import SampleTable
 
 _NUM_READERS = 8
@@ -52,21 +56,10 @@ class ShardEntry:
     """the sample index, named relative to the dataset"""
     num_samples: int
 
-
-@dataclass(frozen=True, kw_only=True)
-class SourceRecord:
-    """What one packing run brought."""
-
-    source: str
-    num_found: int
-    """images that the source had"""
-    num_known: int
-    """of these, keys that the dataset had already (tombstoned ones too): left alone"""
-    num_refused: int
-    num_packed: int
-    first_shard_number: int
-    num_replaced: int = 0
-    """of those packed, images that the dataset had otherwise"""
+    @property
+    def is_foreign(self) -> bool:
+        """Whether somebody else wrote the tar and keeps it."""
+        return "://" in self.tar.name or self.tar.name.startswith("/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +67,8 @@ class DatasetVersion:
     """One version of a dataset, as stored."""
 
     FORMAT: ClassVar[str] = "namr-dataset"
-    FORMAT_VERSION: ClassVar[int] = 1
+    FORMAT_VERSION: ClassVar[int] = 2
+    EARLIER: ClassVar[dict[int, Upgrade]] = {1: dict}  # whoever knows of no erasure would pack it again
 
     dataset_id: str
     version: int
@@ -90,6 +84,8 @@ class DatasetVersion:
     history: tuple[int, ...] | None = None
     """numbers of the versions that were current before this one, ascending; None where an older namr wrote
     it: then every number below its own counts"""
+    emptied: tuple[Emptied, ...] = ()
+    """what was erased, oldest first"""
 
     @property
     def earlier(self) -> Sequence[int]:
@@ -104,6 +100,8 @@ class Dataset:
     uri: str
     version: DatasetVersion
     digest: str
+    """SHA-256 of the version's manifest; where images were erased since, of that and what is left"""
+    published_digest: str
     """SHA-256 of the version's manifest"""
 
     @property
@@ -127,8 +125,7 @@ class Dataset:
 
     def shard_uri(self, entry: ShardEntry) -> str:
         """Where the tar lies."""
-        name = entry.tar.name
-        return name if "://" in name or name.startswith("/") else storage.join(self.uri, name)
+        return entry.tar.name if entry.is_foreign else storage.join(self.uri, entry.tar.name)
 
     def samples(self, entry: ShardEntry) -> SampleTable:
         """The verified sample index of a shard, tombstoned rows included; else ManifestError."""
@@ -139,12 +136,17 @@ class Dataset:
         return read_samples(self.uri, self.shards)
 
     def find(self, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """All ids, ascending, of each of those keys that the dataset has: no other than the last is live."""
-        wanted = set(keys)
+        """All ids, ascending, of each of those keys that the dataset has: no other than the last is live.
+
+        Erased ones are found too.
+        """
+        asked = {key: key for key in keys}
+        if self.version.emptied:
+            asked |= {records.key_of_erased(self.version.dataset_id, key): key for key in asked}
         found: dict[str, tuple[int, ...]] = {}
-        for table in self.all_samples() if wanted else ():
-            for row, key in enumerate(table.keys):
-                if key in wanted:
+        for table in self.all_samples() if asked else ():
+            for row, stored in enumerate(table.keys):
+                if (key := asked.get(stored)) is not None:
                     found[key] = (*found.get(key, ()), int(table.ids[row]))
         return found
 
@@ -171,6 +173,15 @@ class Head:
     pointer: Pointer | None
 
     @property
+    def existing(self) -> Dataset:
+        """The dataset; ManifestError where there was none."""
+        if self.dataset is None:
+            raise ManifestError(
+                f"{self.uri} is no dataset: it has no current.json; check the URI, or pack one (jobs/pack.py)"
+            )
+        return self.dataset
+
+    @property
     def next_shard_number(self) -> int:
         """The first number that was never given."""
         return self.dataset.version.next_shard_number if self.dataset else 0
@@ -182,23 +193,34 @@ def open_version(dataset_uri: str, version: int | None = None) -> Dataset:
     Raises ManifestError where there is no dataset or it is damaged, and for a version that was never the
     current one: a change that lost the race, or died before it published, left it behind.
     """
-    current = head(dataset_uri).dataset
-    if current is None:
-        raise ManifestError(
-            f"{dataset_uri} is no dataset: it has no current.json; check the URI, or pack one (jobs/pack.py)"
-        )
+    current = head(dataset_uri).existing
     return current if version in (None, current.version.version) else open_earlier(current, version or 0)
 
 
 def open_earlier(dataset: Dataset, version: int) -> Dataset:
-    """A version that was current before this one of the same dataset; else ManifestError."""
+    """A version that was current before this one of the same dataset; else ManifestError.
+
+    Shards that this one has otherwise, since images were erased from them, are what is left of them.
+    """
     if version not in dataset.version.earlier:
         known = [*dataset.version.earlier[-5:], dataset.version.version]
         raise ManifestError(
             f"{dataset.uri} has no such version as {version}, or it was never current; the newest that were "
             f"are {', '.join(map(str, known))}: name one of these, or none for the current one"
         )
-    return _open(dataset.uri, f"versions/{version}.json")
+    return _as_left(_open(dataset.uri, f"versions/{version}.json"), dataset)
+
+
+def _as_left(old: Dataset, now: Dataset) -> Dataset:
+    entries = {entry.number: entry for entry in now.shards}
+    shards = tuple(entries.get(entry.number, entry) for entry in old.shards)
+    changed = {new.number: new.tar.sha256 for new, was in zip(shards, old.shards, strict=True) if new != was}
+    if not changed:
+        return old
+    gone = records.ids_of(now.version.emptied, changed)
+    tombstones = tuple(sorted(gone.union(old.version.tombstones)))
+    version = replace(old.version, shards=shards, tombstones=tombstones, emptied=now.version.emptied)
+    return replace(old, version=version, digest=storage.sha256(f"{old.digest} {changed}".encode()))
 
 
 def head(dataset_uri: str) -> Head:
@@ -253,7 +275,13 @@ def publish_version(
         tombstones=tuple(sorted(dead.union(old.tombstones if old else ()))),
         sources=(old.sources if old else ()) + ((source,) if source else ()),
         history=(*old.earlier, old.version) if old else (),
+        emptied=old.emptied if old else (),
     )
+    return publish(before, version)
+
+
+def publish(before: Head, version: DatasetVersion) -> Dataset:
+    """Write a version that was made of what was there `before`, and make it current; Conflict as above."""
     version = _write_under_next_number(before.uri, version)
     target = f"versions/{version.version}.json"
     manifests.swap_pointer(_pointer_uri(before.uri), target, expected=before.pointer, token=uuid.uuid4().hex)
@@ -266,11 +294,9 @@ def tombstone(dataset_uri: str, keys: Sequence[str], *, now: datetime) -> Datase
     Raises ConfigError if a key is not in the dataset, and nothing is changed then.
     """
     before = head(dataset_uri)
-    if before.dataset is None:
-        raise ManifestError(f"{dataset_uri} is no dataset: it has no current.json; check the URI")
-    ids = set(itertools.chain.from_iterable(before.dataset.find_all(keys).values()))
-    if ids <= set(before.dataset.version.tombstones):
-        return before.dataset
+    ids = set(itertools.chain.from_iterable(before.existing.find_all(keys).values()))
+    if ids <= set(before.existing.version.tombstones):
+        return before.existing
     return publish_version(before, [], now=now, tombstones=ids)
 
 
@@ -280,8 +306,7 @@ def _read_samples(dataset_uri: str, entry: ShardEntry) -> SampleTable:
         table = tables.decode_samples(manifests.read_object(dataset_uri, entry.index))
     except ObjectMissing as error:
         raise ManifestError(
-            f"shard {entry.number} has no index: {uri} is missing, and a version of the dataset lists it; "
-            "restore it, or pack the dataset anew"
+            f"shard {entry.number} has no index: {uri} is missing: {why_gone(dataset_uri, entry.index)}"
         ) from error
     if not np.array_equal(table.ids, make_id(entry.number, 0) + np.arange(entry.num_samples)):
         raise ManifestError(
@@ -289,6 +314,13 @@ def _read_samples(dataset_uri: str, entry: ShardEntry) -> SampleTable:
             f"{len(table)} rows; restore it, or pack the dataset anew"
         )
     return table
+
+
+def why_gone(dataset_uri: str, stored: StoredObject) -> str:
+    """Why the tar or the index of a shard is not there, and what to do."""
+    current = head(dataset_uri).dataset
+    why = records.why_gone(current.version.emptied, stored) if current else None
+    return why or "a version of the dataset lists it; restore it, or pack the dataset anew"
 
 
 def _write_under_next_number(dataset_uri: str, version: DatasetVersion) -> DatasetVersion:
@@ -310,7 +342,8 @@ def _open(dataset_uri: str, name: str) -> Dataset:
     dead = version.tombstones
     if dead and not (dead[0] >= 0 and dead[-1] < 2**63 and dead == tuple(sorted(set(dead)))):
         raise ManifestError(f"{uri} is damaged: its tombstones are no ascending ids; restore it")
-    return Dataset(uri=storage.absolute(dataset_uri), version=version, digest=storage.sha256(data))
+    uri, digest = storage.absolute(dataset_uri), storage.sha256(data)
+    return Dataset(uri=uri, version=version, digest=digest, published_digest=digest)
 
 
 def _pointer_uri(dataset_uri: str) -> str:

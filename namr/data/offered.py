@@ -9,7 +9,7 @@ Not covered: where images come from (`sources`), and the bytes of those that lie
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -125,6 +125,11 @@ class Offered:
                 self._db.execute(_MET_LIVE, row)
             else:
                 self._db.execute(_MET_DEAD, (row[2],))
+
+    def set_taken_out(self, is_taken_out: Callable[[str], bool]) -> None:
+        """Note that the dataset had those with such a key, which it no longer tells."""
+        self._db.create_function("is_taken_out", 1, is_taken_out, deterministic=True)
+        self._db.execute("update image set was_there = 1 where is_taken_out(key)")
 
     def same_in(self, shard_number: int) -> Iterator[SourceImage]:
         """Images in files that seem to be as that shard has them, by ascending key."""

@@ -9,6 +9,7 @@ Not covered: which plans there are, and running them in parallel (`packing`).
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from namr.store.manifests import StoredObject
 from namr.store.tables import SampleTable
 
 _NUM_READERS = 16
+_STORED_NAME = re.compile(r"shards/shard-(\d{6,})-")
 _GONE = "gone"
 
 
@@ -103,7 +105,7 @@ def _made(plan: ShardPlan) -> Receipt:
         tar, table = _write_own(plan, refused, states)
     entry = None
     if len(table):
-        index = _write_named(plan, tables.encode_samples(table), "parquet")
+        index = store_file(plan.dataset_uri, plan.number, tables.encode_samples(table), "parquet")
         entry = ShardEntry(number=plan.number, tar=tar, index=index, num_samples=len(table))
     return Receipt(entry=entry, refused=tuple(refused), passed_over=passed_over, sources=_digest_of(states))
 
@@ -118,15 +120,19 @@ def _write_own(
     with scratch.folder("packing-") as folder:
         path = Path(folder) / "shard.tar"
         table = shards.write_shard(path, _accepted(plan.images, refused, states), number=plan.number)
-        return _write_named(plan, path, "tar"), table
+        return store_file(plan.dataset_uri, plan.number, path, "tar"), table
 
 
-def _write_named(plan: ShardPlan, data: bytes | Path, suffix: str) -> StoredObject:
+def store_file(dataset_uri: str, number: int, data: bytes | Path, suffix: str) -> StoredObject:
     """Under a name that its own digest makes unique, so that no attempt is ever in another's way."""
     digest = manifests.describe_object("", data).sha256
-    return manifests.write_object(
-        plan.dataset_uri, f"shards/shard-{plan.number:06d}-{digest[:12]}.{suffix}", data
-    )
+    return manifests.write_object(dataset_uri, f"shards/shard-{number:06d}-{digest[:12]}.{suffix}", data)
+
+
+def number_of(name: str) -> int | None:
+    """The shard whose tar or index `store_file` gave this name; None for other names."""
+    found = _STORED_NAME.match(name)
+    return int(found[1]) if found else None
 
 
 def _accepted(

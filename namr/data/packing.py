@@ -31,10 +31,11 @@ import numpy as np
 from namr import checks, progress, ray_connection
 from namr.data import comparing, datasets, foreign
 from namr.data.comparing import Compare
-from namr.data.datasets import Head, ShardEntry, SourceRecord
+from namr.data.datasets import Head, ShardEntry
 from namr.data.leftovers import PassedOver, RefusedImage, Tally
 from namr.data.offered import Offered, Order, SourceImage
 from namr.data.pack_shard import Receipt, ShardPlan, run_plan
+from namr.data.records import SourceRecord
 from namr.data.shards import among
 from namr.data.sources import Classes, open_source
 from namr.errors import ConfigError, ImageRefused, ManifestError, ObjectMissing

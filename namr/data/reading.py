@@ -5,6 +5,9 @@ anywhere: `SampleReader` takes a whole batch at once, and fills a bounded cache 
 in the background while it answers from the object store. Where the dataset is larger than the cache, the
 shards that fit are cached and the others stay remote. `Pictures` is for showing what was found.
 
+A shard that an erasure emptied meanwhile has every other image where it was: who reads goes on with what took
+its place.
+
 Not covered: which images are read together (`loading`).
 """
 
@@ -14,16 +17,17 @@ import queue
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from namr.data import datasets
+from namr.data import datasets, records
 from namr.data.datasets import Dataset, ShardEntry
-from namr.data.shards import shard_of
-from namr.errors import ManifestError, NamrError
+from namr.data.shards import among, shard_of
+from namr.errors import ManifestError, NamrError, ObjectMissing
 from namr.store import ranges, storage
 from namr.store.cache import Cache
 
@@ -44,13 +48,13 @@ class StreamedSample(NamedTuple):
 def stream(dataset: Dataset, entry: ShardEntry) -> Iterator[StreamedSample]:
     """The live samples of a shard, in row order, the tar read once from front to back.
 
-    What came counts only when the stream has ended: ManifestError is raised where the tar is shorter than
-    its index says, and at the end if its digest is not the manifest's.
+    What came counts only when the stream has ended: ManifestError is raised where the tar is gone or shorter
+    than its index says, and at the end if its digest is not the manifest's.
     """
     table, uri = dataset.samples(entry), dataset.shard_uri(entry)
     live = dataset.live(table.ids) & (table.sizes > 0)
     digest = hashlib.sha256()
-    with storage.open_stream(uri) as file:
+    with _opened(dataset, entry) as file:
         for row, (offset, size) in enumerate(zip(table.offsets, table.sizes, strict=True)):
             _pass_over(file, int(offset), digest, uri)
             image = _take(file, int(size), digest, uri)
@@ -63,6 +67,14 @@ def stream(dataset: Dataset, entry: ShardEntry) -> Iterator[StreamedSample]:
             f"{uri} is damaged: its SHA-256 is {digest.hexdigest()}, version {dataset.version.version} of "
             f"{dataset.uri} says {entry.tar.sha256}; restore it"
         )
+
+
+def _opened(dataset: Dataset, entry: ShardEntry) -> BinaryIO:
+    uri = dataset.shard_uri(entry)
+    try:
+        return storage.open_stream(uri)
+    except ObjectMissing as error:
+        raise ManifestError(f"{uri} is missing: {datasets.why_gone(dataset.uri, entry.tar)}") from error
 
 
 def _pass_over(file: BinaryIO, offset: int, digest: "hashlib._Hash", uri: str) -> None:
@@ -88,12 +100,37 @@ class SampleReader:
     """
 
     def __init__(self, dataset: Dataset, *, cache: Cache | None) -> None:
-        self.dataset, self.cache = dataset, cache
-        self._entries = {entry.number: entry for entry in dataset.shards}
+        self.cache = cache
         self._filler: _Filler | None = None
+        self._open(dataset)
+
+    def _open(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self._entries = {entry.number: entry for entry in dataset.shards}
+        erased = records.ids_of(dataset.version.emptied, self._entries)
+        self._erased = np.array(sorted(erased), np.int64)
 
     def read(self, ids: Ints, offsets: Ints, sizes: Ints) -> list[bytes]:
-        """The images' bytes, in the order asked; (b,) each. A sample may be asked for twice."""
+        """The images' bytes, in the order asked; (b,) each. A sample may be asked for twice.
+
+        Raises ManifestError for an image that was erased since the caller learnt where it lies.
+        """
+        try:
+            return self._read(ids, offsets, sizes)
+        except ObjectMissing:
+            before = self.dataset
+            self._open(datasets.open_version(before.uri, before.version.version))
+            if self.dataset.shards == before.shards:
+                raise
+            return self._read(ids, offsets, sizes)
+
+    def _read(self, ids: Ints, offsets: Ints, sizes: Ints) -> list[bytes]:
+        erased = ids[among(ids, self._erased)]
+        if len(erased):
+            raise ManifestError(
+                f"image {erased[0]} of {self.dataset.uri} was erased since this run began; run the same "
+                "command again, which goes on without it"
+            )
         numbers = shard_of(ids).tolist()
         places = {number: self._place(number) for number in set(numbers)}  # cached ones stay while these live
         uris = {number: str(place) for number, place in places.items()}
@@ -177,7 +214,8 @@ class _Filler:
                 uri = self._dataset.shard_uri(entry)
                 if storage.is_local(uri):
                     continue
-                if self._cache.path_if_room(uri, sha256=entry.tar.sha256) is None:
-                    break  # the rest is somebody else's, who uses it
+                with suppress(ObjectMissing):  # emptied since: read where it is
+                    if self._cache.path_if_room(uri, sha256=entry.tar.sha256) is None:
+                        break  # the rest is somebody else's, who uses it
         except (NamrError, OSError) as error:
             self._failures.put(error)

@@ -169,7 +169,8 @@ def known_files(root_uri: str, model_digest: str, dataset: Dataset) -> dict[int,
     for version in [None, *reversed(dataset.version.earlier[-_EARLIER_VERSIONS:])]:
         try:
             listed = dataset if version is None else datasets.open_earlier(dataset, version)
-            files = open_set(root_uri, model_digest, listed).files
+            as_published = replace(listed, digest=listed.published_digest)
+            files = open_set(root_uri, model_digest, as_published).files
         except ManifestError:
             continue
         return {file.number: file for file in files if name_of.get(file.number) == file.stored.name}

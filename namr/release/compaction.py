@@ -44,8 +44,14 @@ def build(
     what `build.build` raises, and ManifestError where the embeddings aren't those of the release.
     """
     manifest = release.manifest
+    dataset = datasets.open_version(manifest.dataset_uri, manifest.dataset_version)
+    if dataset.digest != manifest.dataset_digest:
+        raise ManifestError(
+            f"release {manifest.release_id} can't be made one segment: images that it has were erased; the "
+            "next night builds the release whole"
+        )
     built = whole.build(
-        datasets.open_version(manifest.dataset_uri, manifest.dataset_version),
+        dataset,
         embeddings_uri,
         release.releases_uri,
         BuildConfig(index_key=manifest.index_key, num_parts=num_parts, work_uri=work_uri),

@@ -17,7 +17,9 @@ as it is: nobody knows what that release lists.
 
 Who publishes at the same moment is safe by the order that `doomed` speaks of: look, doom, look again, and
 delete what both looks found. Manifests are deleted before objects, so a kill leaves whole releases and some
-garbage for the next time. Not covered: embeddings (`old_embeddings`), datasets, releases of other roots.
+garbage for the next time. Last it finds out what nothing is left of that was erased (`erasures`).
+
+Not covered: embeddings (`old_embeddings`), datasets, releases of other roots.
 """
 
 import re
@@ -29,7 +31,7 @@ from typing import NamedTuple
 
 from namr import checks
 from namr.errors import ManifestError
-from namr.release import doomed, releases, users
+from namr.release import doomed, erasures, releases, users
 from namr.release.releases import ReleaseManifest
 from namr.store import storage
 from namr.store.lease import Lease
@@ -70,6 +72,8 @@ class CollectionReport:
     kept: tuple[str, ...]
     """releases, by id"""
     freed: tuple[Freed, ...]
+    gone: tuple[str, ...] = ()
+    """erasures of which nothing is left in this root, since now"""
     is_dry_run: bool = False
 
     def with_more(self, *freed: Freed) -> "CollectionReport":
@@ -86,15 +90,18 @@ class CollectionReport:
         """All of it, in one line."""
         verb = "would free" if self.is_dry_run else "freed"
         found = [f"{each.what} {each.num} ({each.num_bytes} bytes)" for each in self.freed if each.num]
+        gone = f"; nothing is left of erasure {', '.join(self.gone)}" if self.gone else ""
         return (
-            f"{verb} {self.num_bytes} bytes: {', '.join(found) or 'nothing'}; keeps {len(self.kept)} releases"
+            f"{verb} {self.num_bytes} bytes: {', '.join(found) or 'nothing'}; keeps {len(self.kept)} "
+            f"releases{gone}"
         )
 
 
 class _Garbage(NamedTuple):
     """What one look found to be of no use to anybody."""
 
-    kept: tuple[str, ...]
+    kept: dict[str, str]
+    """by the id of a release, when it goes"""
     releases: list[Entry]
     """their manifests"""
     objects: list[Entry]
@@ -127,6 +134,7 @@ def collect(
     elsewhere = storage.absolute(work_uri) if work_uri else None
     other_work = looking.old_work(storage.list_entries(elsewhere)) if elsewhere else []
     num_left = 0
+    gone: tuple[str, ...] = ()
     if not is_dry_run:
         if found.names:
             held.check()
@@ -139,8 +147,9 @@ def collect(
         ):
             _delete(uri, entries, held)
         num_left = storage.clear_leftovers(root, before=looking.now - looking.min_age_s)
+        gone = erasures.close(root, min_age_s=looking.min_age_s, work_uri=elsewhere, now=looking.now)
     return CollectionReport(
-        kept=found.kept,
+        kept=tuple(sorted(found.kept)),
         freed=(
             _freed("releases", found.releases),
             _freed("objects", found.objects),
@@ -148,8 +157,14 @@ def collect(
             _freed("holds of readers that are gone", found.readers),
             Freed("things left by killed writers", num_left, 0),
         ),
+        gone=gone,
         is_dry_run=is_dry_run,
     )
+
+
+def when_they_go(releases_uri: str, config: CollectionConfig) -> dict[str, str]:
+    """By the id of each release that a collection would leave now: when a later one takes it, in words."""
+    return _Looking(storage.absolute(releases_uri), config).look().kept
 
 
 class _Looking:
@@ -183,7 +198,7 @@ class _Looking:
         objects = [entry for entry in entries if entry.name.startswith("objects/")]
         work = [entry for entry in entries if entry.name.startswith("building/")]
         return _Garbage(
-            kept=tuple(sorted(kept)),
+            kept=kept,
             releases=[manifests[name] for name in manifests if name not in kept],
             objects=[each for each in objects if self._is_old(each) and each.name not in listed],
             readers=gone,
@@ -208,9 +223,9 @@ class _Looking:
         manifests: dict[str, Entry],
         pointer: Pointer | None,
         held: frozenset[str],
-    ) -> set[str]:
+    ) -> dict[str, str]:
         if pointer is None:
-            return set(manifests)
+            return dict.fromkeys(manifests, "not before one is current")
         if pointer.target not in manifests:
             raise ManifestError(
                 f"{self.root} has no manifest of its current release {pointer.target}; restore it, or roll "
@@ -219,21 +234,26 @@ class _Looking:
         by_id = {each.release_id: each for each in known}
         were_current = [each for each in known if each.release_id in _were_current(known, pointer)]
         were_current.sort(key=lambda each: (each.created, each.release_id))
-        kept = {each.release_id for each in were_current[-self.config.keep :]} | (held & by_id.keys())
+        later = [_when_more_are(num + 1) for num in reversed(range(self.config.keep))]
+        newest_first = [each.release_id for each in reversed(were_current)]
+        kept = dict(zip(newest_first, later, strict=False))
         at: str | None = pointer.target
-        for _ in range(self.config.keep):
+        for when in later:
             if at in by_id:
-                kept.add(at)
+                kept.setdefault(at, when)
                 at = by_id[at].previous
         is_full = len(were_current) >= self.config.keep
-        kept |= _prepared(known, since=were_current[-self.config.keep].created if is_full else "")
+        for name in _prepared(known, since=were_current[-self.config.keep].created if is_full else ""):
+            kept.setdefault(name, f"{later[0]}, for it is prepared")
         for each in known:
             if not self._is_old(manifests[each.release_id]):
-                kept.update(by_id.keys() & {each.release_id, each.previous})
+                for name in by_id.keys() & {each.release_id, each.previous}:
+                    kept.setdefault(name, f"{self.config.min_age_hours:g} hours after it was current")
             may_win = each.previous == pointer.target or pointer.pin is not None
             if each not in were_current and may_win:
-                kept.add(each.release_id)
-        return kept
+                kept.setdefault(each.release_id, "when it can't be current any more")
+        kept |= {name: "when no service has it open" for name in held & by_id.keys()}
+        return kept | ({pointer.target: "not while it is pinned"} if pointer.pin else {})
 
     def _read(self, release_id: str) -> ReleaseManifest:
         if release_id not in self._manifests:
@@ -248,6 +268,10 @@ class _Looking:
 
     def _is_old(self, entry: Entry) -> bool:
         return self.now - entry.modified >= self.min_age_s
+
+
+def _when_more_are(num: int) -> str:
+    return f"when {num} more {'is' if num == 1 else 'are'} published"
 
 
 def _were_current(known: Iterable[ReleaseManifest], pointer: Pointer) -> set[str | None]:

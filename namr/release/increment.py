@@ -61,6 +61,8 @@ def changes(dataset: Dataset, current: Release) -> Changes | str:
         before = datasets.open_version(dataset.uri, then.dataset_version)
     except ManifestError as error:
         return f"the dataset version of the current release can't be read: {error}"
+    if before.digest != before.published_digest:
+        return f"images of version {then.dataset_version}, which the current release has, were erased"
     if before.digest != then.dataset_digest or before.version.version > dataset.version.version:
         return f"version {then.dataset_version} of the dataset is no earlier one of this"
     kept = len(before.shards)

@@ -54,6 +54,13 @@ def use(embeddings_uri: str, releases_uri: str) -> None:
     manifests.write_manifest(uri, _User(releases_uri=root))
 
 
+def users_of(embeddings_uri: str) -> list[str]:
+    """Roots of releases that said so."""
+    root = storage.absolute(embeddings_uri)
+    names = storage.list_names(storage.join(root, _USERS))
+    return sorted(_roots(root, (f"{_USERS}/{name}" for name in names)))
+
+
 def collect(
     embeddings_uri: str,
     releases_uri: str,

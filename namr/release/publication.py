@@ -49,7 +49,12 @@ def forced(reason: str, objections: str) -> Forced:
     """That whoever runs this process overrules objections. ConfigError for an empty reason."""
     if not reason.strip():
         raise ConfigError("force is empty; say why the gate is overruled, for those who find the release")
-    return Forced(by=f"{getpass.getuser()} on {socket.gethostname()}", reason=reason, objections=objections)
+    return Forced(by=operator(), reason=reason, objections=objections)
+
+
+def operator() -> str:
+    """Who runs this process, for those who find what it did."""
+    return f"{getpass.getuser()} on {socket.gethostname()}"
 
 
 def publish(releases_uri: str, manifest: ReleaseManifest, *, expected: Pointer | None) -> Release:

@@ -9,6 +9,7 @@
     <releases>/lease.json, compaction.json        who writes, see `users`
     <releases>/readers/                           who reads what
     <releases>/doomed.json                        what a collection deletes, see `doomed`
+    <releases>/erasures/                          receipts of what was erased, see `erasures`
 
 Objects are named by their digest, so a release that keeps most of the last one's parts lists them again
 and writes nothing. Everything that is opened is verified by its digest, wherever it lies.
@@ -39,7 +40,7 @@ from namr.store.item_files import ItemFile
 from namr.store.manifests import Pointer, StoredObject, Upgrade
 
 _NUM_DOWNLOADS = 8
-_NO_IDS = ("building", "objects", "readers")
+_NO_IDS = ("building", "erasures", "objects", "readers")
 
 
 @dataclass(frozen=True, kw_only=True)

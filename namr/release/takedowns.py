@@ -5,7 +5,7 @@ earlier one still holds what was taken out since; services read this list again 
 gone within their poll interval and stays gone after a roll-back. It is changed by conditional put, and ids
 are only ever added.
 
-Not covered: erasing bytes, and the same image in another dataset, where it has another id.
+Not covered: erasing bytes (`erasing`), and the same image in another dataset, where it has another id.
 """
 
 import itertools

@@ -45,12 +45,21 @@ class _Held:
 
 def write_alone(releases_uri: str, *, what: str) -> Lease:
     """The lease of all who build, publish or collect; Conflict, which says who has it, if somebody does."""
-    return Lease.take(storage.join(storage.absolute(releases_uri), "lease.json"), what=what)
+    return Lease.take(_lease_uri(releases_uri), what=what)
+
+
+def is_at_home(releases_uri: str) -> bool:
+    """Whether somebody has ever written alone there, and the root was not deleted since."""
+    return storage.exists(_lease_uri(releases_uri))
 
 
 def compact_alone(releases_uri: str) -> Lease:
     """The lease of those who compact; Conflict, which says who does, if somebody does."""
     return Lease.take(storage.join(storage.absolute(releases_uri), "compaction.json"), what="a compaction")
+
+
+def _lease_uri(releases_uri: str) -> str:
+    return storage.join(storage.absolute(releases_uri), "lease.json")
 
 
 class Hold:

@@ -208,7 +208,7 @@ def _publish(
         "job": configuration.to_toml(config),
         "data_uri": train.uri,
         "data_version": str(train.version.version),
-        "data_digest": train.digest,
+        "data_digest": train.published_digest,
     }
     with scratch.folder("model-") as temporary:
         model.save(best, Path(temporary), extra=extra)
@@ -218,7 +218,7 @@ def _publish(
             Path(temporary),
             name=config.model_name,
             run_id=run.mlflow_run_id,
-            tags={"data_digest": train.digest, "run_name": config.run_name},
+            tags={"data_digest": train.published_digest, "run_name": config.run_name},
         )
     return FitResult(
         run_name=config.run_name,

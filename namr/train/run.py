@@ -189,7 +189,7 @@ def begin(config: TrainJobConfig, runs: Registry, train: Dataset, unseen: Datase
         _RUN_TAG: tag,
         "data_uri": train.uri,
         "data_version": str(train.version.version),
-        "data_digest": train.digest,
+        "data_digest": train.published_digest,
         "validation_uri": unseen.uri if unseen else "held-out classes of data_uri",
     }
     run_id = runs.create_run(
@@ -201,9 +201,9 @@ def begin(config: TrainJobConfig, runs: Registry, train: Dataset, unseen: Datase
         mlflow_run_id=run_id,
         config=texts(config),
         data_version=train.version.version,
-        data_digest=train.digest,
+        data_digest=train.published_digest,
         validation_version=unseen.version.version if unseen else None,
-        validation_digest=unseen.digest if unseen else None,
+        validation_digest=unseen.published_digest if unseen else None,
     )
     manifests.write_manifest(storage.join(config.run_uri, "run.json"), run)
     return run
@@ -254,7 +254,7 @@ def open_datasets(config: TrainJobConfig, run: TrainingRun | None) -> tuple[Data
     unseen = None
     if config.data.validation_uri:
         unseen = datasets.open_version(config.data.validation_uri, run.validation_version if run else None)
-    digests = (train.digest, unseen.digest if unseen else None)
+    digests = (train.published_digest, unseen.published_digest if unseen else None)
     if run and digests != (run.data_digest, run.validation_digest):
         raise ManifestError(
             f"{config.data.dataset_uri} is not the dataset that run {config.run_name!r} began with: the "

@@ -154,7 +154,7 @@ def begin(config: SweepConfig, runs: Registry, train: Dataset, unseen: Dataset |
         _TAG: _tag(config),
         "data_uri": train.uri,
         "data_version": str(train.version.version),
-        "data_digest": train.digest,
+        "data_digest": train.published_digest,
         "validation_uri": unseen.uri if unseen else "held-out classes of data_uri",
     }
     for left in runs.running(config.experiment, tag=_TAG, value=_tag(config)):  # killed before sweep.json
@@ -168,9 +168,9 @@ def begin(config: SweepConfig, runs: Registry, train: Dataset, unseen: Dataset |
         mlflow_run_id=run_id,
         config=run_store.texts(config),
         data_version=train.version.version,
-        data_digest=train.digest,
+        data_digest=train.published_digest,
         validation_version=unseen.version.version if unseen else None,
-        validation_digest=unseen.digest if unseen else None,
+        validation_digest=unseen.published_digest if unseen else None,
     )
     manifests.write_manifest(storage.join(config.sweep_uri, "sweep.json"), run)
     return run

@@ -156,6 +156,20 @@ def test_what_was_current_until_just_now_stays(
     assert collect(uri, min_age_hours=24).kept == ("b", "c")
 
 
+def test_of_each_release_that_stays_it_is_known_when_it_goes(fresh: tuple[str, ReleaseManifest]) -> None:
+    uri, manifest = fresh
+    for name in ("a", "b", "c", "d"):
+        publish(uri, manifest, name)
+    users.Hold(uri).renew("a")
+    few = CollectionConfig(keep=2, min_age_hours=0)
+    held, last = {"a": "when no service has it open"}, {"c": "when 1 more is published"}
+    assert garbage.when_they_go(uri, few) == held | last | {"d": "when 2 more are published"}
+    publication.pin(uri, reason="an audit", now=NOW)
+    assert garbage.when_they_go(uri, few) == held | last | {"d": "not while it is pinned"}
+    young = garbage.when_they_go(uri, CollectionConfig(keep=2))
+    assert young["b"] == "24 hours after it was current" and tuple(sorted(young)) == ("a", "b", "c", "d")
+
+
 def test_a_dry_run_tells_the_same_and_deletes_nothing(fresh: tuple[str, ReleaseManifest]) -> None:
     uri, manifest = fresh
     for name in ("a", "b"):

@@ -2,21 +2,26 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from namr import config as configuration
+from namr.data import erasing
 from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
-from namr.errors import ConfigError, NamrError
+from namr.errors import ConfigError, ManifestError, NamrError
 from namr.registry import registry
 from namr.store import manifests
 from namr.train import run
 from namr.train.ray_group import WorkersConfig
 from namr.train.run import TrainingRun, TrainJobConfig
+from namr.train.training_data import DataConfig
+from tests.small_release import NOW
 from tests.small_training import make_dataset, make_job
 
 Make = Callable[..., TrainJobConfig]
@@ -141,6 +146,17 @@ def test_of_a_run_that_was_killed_while_it_began_no_mlflow_run_is_left_running(
         other: "RUNNING", left: "KILLED", begun.mlflow_run_id: "RUNNING"
     }  # fmt: skip
     assert run.begun(config) == begun
+
+
+def test_a_run_goes_on_with_its_version_after_images_of_it_were_erased(make: Make, tmp_path: Path) -> None:
+    config = make(data=DataConfig(dataset_uri=make_dataset(tmp_path / "set", num_classes=2)))
+    train, _ = run.open_datasets(config, None)
+    begun = replace(store(config), data_digest=train.digest)
+    erasing.empty(train.uri, [3], erasure_id="e", now=NOW)
+    left, _ = run.open_datasets(config, begun)
+    assert left.version.version == 1 and left.live(np.array([2, 3])).tolist() == [True, False]
+    with pytest.raises(ManifestError, match=r"is not the dataset that run .* began with"):
+        run.open_datasets(config, replace(begun, data_digest="0" * 64))
 
 
 def _killed(*_: Any) -> None:
