@@ -85,8 +85,8 @@ class LossConfig:
     memory_size: int | None = None
     """The base loss also compares the batch with the last so many images, as they were embedded then (XBM):
     negatives that a batch which fits the machine has too few of; some thousands. None: with itself alone."""
-    memory_from_step: int = 0
-    """The memory counts from this step on: what the first steps embed is out of date soon."""
+    memory_from_step: int | None = None
+    """The memory counts from this step on: what the first steps embed is out of date soon. None: at once."""
 
     def __post_init__(self) -> None:
         checks.in_range(self, "ranking_weight", "margin", at_least=0, place="loss")
@@ -96,8 +96,8 @@ class LossConfig:
         checks.in_range(self, "memory_from_step", at_least=0, place="loss")
         if self.memory_size is not None and self.base == "proxy_anchor":
             raise ConfigError(
-                f"loss.memory_size is {self.memory_size}, but proxy_anchor has proxies to compare "
-                "with: leave it out"
+                f"loss.memory_size is {self.memory_size}, but proxy_anchor has proxies to compare with: "
+                "leave it out"
             )
         if self.margin is not None and self.base == "multi_similarity":
             raise ConfigError(
@@ -214,7 +214,7 @@ class JointLoss(nn.Module):
                 mined = self.mine(embedding, labels, seed=seed, step=step)
             metric = self.base(x, labels, mined)
             if self.memory is not None:
-                if step >= self.config.memory_from_step:
+                if step >= (self.config.memory_from_step or 0):
                     metric = metric + self._against_memory(self.memory, x, labels, view, seed=seed, step=step)
                 self.memory.keep(embedding, labels)
             if self.config.weight == 0:

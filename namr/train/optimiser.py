@@ -80,7 +80,7 @@ def load_state(optimiser: torch.optim.Optimizer, state: Mapping[str, Any], named
     names = {id(parameter): name for name, parameter in named.items()}
     order = [names[id(each)] for each in _parameters(optimiser)]
     if "param_groups" in state:  # one group each of backbone, heads and loss, so in the order of all
-        trained = [name for name in named if name in set(order)]
+        trained = list(named)
         state = {trained[place]: of_one for place, of_one in state["state"].items()}
     places = {name: place for place, name in enumerate(order)}
     optimiser.load_state_dict(

@@ -115,6 +115,13 @@ def test_a_run_refuses_another_configuration_but_for_what_may_change(make: Make)
     assert run.begun(run.absolute(make(workers=WorkersConfig(num_workers=1)))) == stored
 
 
+def test_settings_that_are_off_are_no_part_of_what_is_stored_so_that_older_runs_go_on(make: Make) -> None:
+    new = {"loss.memory", "training.average", "training.patience", "training.backbone.", "workers.system"}
+    stored = run.texts(make())
+    assert [name for name in stored if name.startswith(tuple(new))] == []
+    assert run.changes({name: stored[name] for name in stored if name != "dry_run"}, stored) == ""
+
+
 def test_a_run_that_began_with_two_seeds_of_one_number_goes_on(make: Make) -> None:
     before: dict[str, Any] = {"seed": None, "batch.seed": "1", "training.seed": "1"}
     assert run.begun(run.absolute(make())) is None
