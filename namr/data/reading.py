@@ -84,13 +84,15 @@ class SampleReader:
 
     With a cache, shards of a remote dataset are copied to local disk in the background, as many as fit, and
     read from there as soon as they are whole. If that fails (a full disk, a damaged shard), the next read
-    raises what went wrong. Every process makes its own reader; it can be pickled to get there.
+    raises what went wrong. Many threads may read at once. Every process makes its own reader; it can be
+    pickled to get there.
     """
 
     def __init__(self, dataset: Dataset, *, cache: Cache | None) -> None:
         self.dataset, self.cache = dataset, cache
         self._entries = {entry.number: entry for entry in dataset.shards}
         self._filler: _Filler | None = None
+        self._beginning = threading.Lock()
 
     def read(self, ids: Ints, offsets: Ints, sizes: Ints) -> list[bytes]:
         """The images' bytes, in the order asked; (b,) each. A sample may be asked for twice."""
@@ -115,10 +117,11 @@ class SampleReader:
         return cached or self.dataset.shard_uri(entry)
 
     def _fill(self, uris: dict[int, str]) -> None:
-        if self._filler:
-            self._filler.check()
-        elif self.cache and not all(storage.is_local(uri) for uri in uris.values()):
-            self._filler = _Filler(self.dataset, self.cache)
+        with self._beginning:
+            if self._filler:
+                self._filler.check()
+            elif self.cache and not all(storage.is_local(uri) for uri in uris.values()):
+                self._filler = _Filler(self.dataset, self.cache)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reader, (self.dataset, self.cache)

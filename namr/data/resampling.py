@@ -62,11 +62,10 @@ def render(
 def _pixels(picture: Image.Image) -> Bytes:
     """(H, W, 4) uint8: where they lie, unless they are so many that they lie in pieces."""
     try:
-        flat = pa.array(picture).flatten().to_numpy()
+        lying = pa.array(picture).values
     except ValueError:
         return np.asarray(picture.convert("RGBA"))
-    pixels: Bytes = flat.reshape(picture.height, picture.width, 4)
-    return pixels
+    return np.frombuffer(lying.buffers()[1], np.uint8).reshape(picture.height, picture.width, 4)
 
 
 def _inlined(function: F) -> F:
