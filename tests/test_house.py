@@ -67,7 +67,7 @@ FREE_LIBRARIES = {"numpy", "torch"}
 WITHOUT_ARRAYS = {
     *("checks", "cli", "config", "errors", "progress", "secrets", "sides"),
     *("search.answers", "serve.client", "serve.guard", "serve.limits", "serve.server"),
-    *("store.buckets", "store.cache", "store.folders", "store.lease", "store.scratch"),
+    *("store.buckets", "store.cache", "store.folders", "store.lease", "store.ranged_gets", "store.scratch"),
 }
 """Modules that even the free libraries are closed to."""
 CLOSED = {
