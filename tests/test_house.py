@@ -38,10 +38,10 @@ DOORS: dict[str, set[str]] = {
     "tomli_w": {"config"},
     "fsspec": {"store.buckets"},
     "s3fs": {"store.buckets"},
-    "pyarrow": {"store.tables", "store.item_files", "store.storage"},
+    "pyarrow": {"data.resampling", "store.tables", "store.item_files", "store.storage"},
     "torch.distributed": {"collectives"},
     "torchvision": {"data.sources"},
-    "PIL": {"data.images", "demo.photographs"},
+    "PIL": {"data.images", "data.resampling", "demo.photographs"},
     "pydantic": {"store.manifests"},
     "timm": {"model.backbones"},
     "safetensors": {"model.backbones", "model.model"},
@@ -49,8 +49,8 @@ DOORS: dict[str, set[str]] = {
     "sklearn": {"measure.metrics", "data.sources"},
     "scipy": {"data.benchmarks", "measure.metrics"},
     "faiss": {"index.ivf", "index.index_files"},
-    "numba": {"search.kernel"},
-    "llvmlite": {"search.kernel"},
+    "numba": {"data.resampling", "search.kernel"},
+    "llvmlite": {"data.resampling", "search.kernel"},
     "webdataset": {"data.shards"},
     "jinja2": {"measure.report"},
     "matplotlib": {"measure.report"},
@@ -67,7 +67,7 @@ FREE_LIBRARIES = {"numpy", "torch"}
 WITHOUT_ARRAYS = {
     *("checks", "cli", "config", "errors", "progress", "secrets", "sides"),
     *("search.answers", "serve.client", "serve.guard", "serve.limits", "serve.server"),
-    *("store.buckets", "store.cache", "store.folders", "store.lease", "store.scratch"),
+    *("store.buckets", "store.cache", "store.folders", "store.lease", "store.ranged_gets", "store.scratch"),
 }
 """Modules that even the free libraries are closed to."""
 CLOSED = {

@@ -27,6 +27,8 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from namr import checks
+from namr.data import resampling
+from namr.data.resampling import Box, Colours
 from namr.errors import ConfigError, ImageRefused, ShapeError
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -68,7 +70,6 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _PROFILE_SPACE = {"RGB": "RGB", "RGBA": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 # What Pillow's decoders raise on damaged bytes (besides UnidentifiedImageError, which is an OSError).
 _DAMAGED = (
@@ -97,7 +98,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         checks.in_range(self, "size_px", at_least=1, at_most=4096)
         checks.in_range(self, "draft_factor", at_least=1, at_most=16)
-        if self.interpolation not in _RESAMPLE:
+        if self.interpolation not in ("bilinear", "bicubic"):
             raise ConfigError(f"interpolation is {self.interpolation!r}; expected bilinear or bicubic")
         if self.fit not in ("squash", "crop"):
             raise ConfigError(f"fit is {self.fit!r}; expected squash or crop")
@@ -158,8 +159,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side_px: int | None
     return _upright(_to_rgb(image), image)
 
 
-def prepare(data: bytes, prep: Preprocessing) -> np.ndarray:
-    """Decode and resize: uint8 (3, size, size); raises `ImageRefused`."""
+def prepare(data: bytes, prep: Preprocessing, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode and resize: uint8 (3, size, size), written into `out` if there is one; raises `ImageRefused`."""
     image = decode(data, min_side_px=math.ceil(prep.draft_factor * prep.size_px))
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
@@ -167,11 +168,13 @@ def prepare(data: bytes, prep: Preprocessing) -> np.ndarray:
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
-    return _channels_first(_resize(image, prep, box))
+    return _rendered(image, prep, box, out)
 
 
-def augment(data: bytes, prep: Preprocessing, config: AugmentConfig, *, seed: int) -> np.ndarray:
-    """Decode, then random resized crop, flip and colour jitter: uint8 (3, size, size).
+def augment(
+    data: bytes, prep: Preprocessing, config: AugmentConfig, *, seed: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Decode, then random resized crop, flip and colour jitter: uint8 (3, size, size), in `out` if given.
 
     The same bytes and seed give the same pixels, wherever they are drawn. The crop's area is uniform in
     min_area .. 1 of the image, its aspect log-uniform in 3/4 .. 4/3 of what `prep.fit` shows in search: of
@@ -187,13 +190,12 @@ def augment(data: bytes, prep: Preprocessing, config: AugmentConfig, *, seed: in
     crop_width = min(width, base_width * math.sqrt(area) * root_aspect)
     crop_height = min(height, base_height * math.sqrt(area) / root_aspect)
     left, top = (width - crop_width) * draw[2], (height - crop_height) * draw[3]
-    picture = _resize(image, prep, (left, top, left + crop_width, top + crop_height))
-    if config.horizontal_flip and draw[4] < 0.5:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    colours = None
     if config.color_jitter:
-        brightness, contrast, saturation = 1 + config.color_jitter * (2 * draw[5:8] - 1)
-        picture = _jitter(picture, brightness, contrast, saturation)
-    return _channels_first(picture)
+        colours = Colours(*(1 + config.color_jitter * (2 * draw[5:8] - 1)).tolist())
+    mirrored = bool(config.horizontal_flip and draw[4] < 0.5)
+    box = (left, top, left + crop_width, top + crop_height)
+    return _rendered(image, prep, box, out, mirrored=mirrored, colours=colours)
 
 
 def normalise(pixels: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
@@ -281,20 +283,17 @@ def _upright(picture: Image.Image, source: Image.Image) -> Image.Image:
     return picture.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else picture
 
 
-def _resize(image: Image.Image, prep: Preprocessing, box: tuple[float, float, float, float]) -> Image.Image:
-    return image.resize((prep.size_px, prep.size_px), _RESAMPLE[prep.interpolation], box=box)
-
-
-def _jitter(picture: Image.Image, brightness: float, contrast: float, saturation: float) -> Image.Image:
-    """Saturation, then contrast around the mean grey, then brightness, as one 3 x 4 colour matrix."""
-    grey = np.array([0.299, 0.587, 0.114])
-    mean_color = picture.resize((1, 1), Image.Resampling.BOX).tobytes()
-    mean_grey = float(np.frombuffer(mean_color, np.uint8) @ grey)
-    matrix = contrast * brightness * (saturation * np.eye(3) + (1 - saturation) * grey)
-    offset = brightness * (1 - contrast) * mean_grey
-    rows = np.hstack([matrix, np.full((3, 1), offset)])
-    return picture.convert("RGB", tuple(float(value) for value in rows.ravel()))
-
-
-def _channels_first(picture: Image.Image) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+def _rendered(
+    image: Image.Image,
+    prep: Preprocessing,
+    box: Box,
+    out: np.ndarray | None,
+    *,
+    mirrored: bool = False,
+    colours: Colours | None = None,
+) -> np.ndarray:
+    if out is None:
+        out = np.empty((3, prep.size_px, prep.size_px), np.uint8)
+    is_cubic = prep.interpolation == "bicubic"
+    resampling.render(image, box, out, is_cubic=is_cubic, mirrored=mirrored, colours=colours)
+    return out

@@ -1,10 +1,13 @@
 """The batches of training and evaluation: pixels, labels and places, loaded by processes of each rank.
 
-A batch is a function of (seed, step) alone: neither rank nor number of loader workers changes a pixel.
+A batch is a function of (seed, step) alone: neither rank nor number of loader workers changes a pixel. What a
+loader process will decode later it reads while it decodes, so an object store's latency costs no time of its.
 Not covered: shuffled passes over all samples, and reading without labels (`reading.stream` does).
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +28,9 @@ from namr.errors import ImageRefused
 from namr.store.cache import Cache
 
 Ints = npt.NDArray[np.int64]
+
+_BATCHES_AHEAD = 2
+"""that a loader process reads before it is asked for them"""
 
 
 class Batch(NamedTuple):
@@ -59,8 +65,16 @@ class LoaderConfig:
         checks.in_range(self, "cache_bytes", above=0)
 
 
+class Asked(NamedTuple):
+    """What a loader process is told to make."""
+
+    picks: Sequence[Pick]
+    soon: Sequence[Pick]
+    """What it will be asked for `_BATCHES_AHEAD` batches later, to be read meanwhile; none at the end."""
+
+
 class PKDataset(torch.utils.data.Dataset[Batch]):
-    """Whole batches for a list of picks; `torch.utils.data.DataLoader` asks for each batch at once."""
+    """Whole batches for lists of picks; `torch.utils.data.DataLoader` asks for each batch at once."""
 
     def __init__(
         self,
@@ -74,37 +88,73 @@ class PKDataset(torch.utils.data.Dataset[Batch]):
         """augment: None prepares images as search does. seed: of the augmentation, with step and position."""
         self._reader, self._index = reader, index
         self._prep, self._augment, self._seed = prep, augment, seed
+        self._threads: ThreadPoolExecutor | None = None  # made in the process that reads
+        self._under_way: dict[Pick, Future[list[bytes]]] = {}
 
-    def __getitems__(self, picks: Sequence[Pick]) -> Batch:
+    def __getitems__(self, asked: Asked) -> Batch:
         """One batch; ImageRefused, naming the id, for an image that does not decode."""
-        ids = np.array([pick.id for pick in picks], np.int64)
-        places = self._index.places(ids)
-        encoded = self._reader.read(ids, self._index.offsets(places), self._index.sizes(places))
+        picks = asked.picks
+        under_way = self._under_way.pop(picks[0], None)
+        if asked.soon:
+            self._threads = self._threads or ThreadPoolExecutor(
+                _BATCHES_AHEAD, thread_name_prefix="namr-read"
+            )
+            self._under_way[asked.soon[0]] = self._threads.submit(self._read, asked.soon)
+        encoded = under_way.result() if under_way else self._read(picks)
+        ids = _ids(picks)
+        positions = np.array([pick.position for pick in picks], np.int64)
+        seeds = sampling.augmentation_seeds(self._seed, picks[0].step, positions).tolist()
         pixels = np.empty((len(picks), 3, self._prep.size_px, self._prep.size_px), np.uint8)
-        for place, (pick, data) in enumerate(zip(picks, encoded, strict=True)):
+        for data, seed, out, id in zip(encoded, seeds, pixels, ids.tolist(), strict=True):
             try:
-                pixels[place] = self._pixels(data, pick)
+                if self._augment is None:
+                    images.prepare(data, self._prep, out)
+                else:
+                    images.augment(data, self._prep, self._augment, seed=seed, out=out)
             except ImageRefused as refusal:
                 uri = self._reader.dataset.uri
-                raise ImageRefused(f"{refusal.reason} (sample {pick.id} of {uri})") from refusal
+                raise ImageRefused(f"{refusal.reason} (sample {id} of {uri})") from refusal
         return Batch(
             pixels=torch.from_numpy(pixels),
-            labels=torch.from_numpy(self._index.classes(places)),
-            positions=torch.tensor([pick.position for pick in picks]),
+            labels=torch.from_numpy(self._index.classes(self._index.places(ids))),
+            positions=torch.from_numpy(positions),
             ids=torch.from_numpy(ids),
         )
 
-    def __getitem__(self, pick: Pick) -> Batch:
-        return self.__getitems__([pick])
+    def __getitem__(self, asked: Asked) -> Batch:
+        return self.__getitems__(asked)
 
-    def _pixels(self, data: bytes, pick: Pick) -> npt.NDArray[np.uint8]:
-        if self._augment is None:
-            return images.prepare(data, self._prep)
-        seed = sampling.augmentation_seed(self._seed, pick.step, pick.position)
-        return images.augment(data, self._prep, self._augment, seed=seed)
+    def _read(self, picks: Sequence[Pick]) -> list[bytes]:
+        ids = _ids(picks)
+        places = self._index.places(ids)
+        return self._reader.read(ids, self._index.offsets(places), self._index.sizes(places))
 
 
-class InOrder(torch.utils.data.Sampler[list[Pick]]):
+def _ids(picks: Sequence[Pick]) -> Ints:
+    return np.array([pick.id for pick in picks], np.int64)
+
+
+class _Asking(torch.utils.data.Sampler[Asked]):
+    """The batches of a sampler, each with what the process that gets it will be asked for later."""
+
+    def __init__(self, batches: "BatchSampler | InOrder", *, num_workers: int) -> None:
+        self._batches = batches
+        self._distance = _BATCHES_AHEAD * max(1, num_workers)  # the DataLoader asks its workers in turn
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Asked]:
+        held: deque[list[Pick]] = deque()
+        for picks in self._batches:
+            held.append(picks)
+            if len(held) > self._distance:
+                yield Asked(held.popleft(), picks)
+        while held:
+            yield Asked(held.popleft(), ())
+
+
+class InOrder:
     """A rank's part of some samples, each once, in the order given, in batches; the last may be smaller."""
 
     def __init__(self, ids: Ints, *, batch_size_per_worker: int, rank: int, world_size: int) -> None:
@@ -196,7 +246,7 @@ def _loader(
         }
     return torch.utils.data.DataLoader(
         PKDataset(reader, index, prep=prep, augment=augment, seed=seed),
-        batch_sampler=sampler,
+        batch_sampler=_Asking(sampler, num_workers=config.num_workers),  # type: ignore[arg-type]
         num_workers=config.num_workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),

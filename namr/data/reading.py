@@ -96,12 +96,14 @@ class SampleReader:
 
     With a cache, shards of a remote dataset are copied to local disk in the background, as many as fit, and
     read from there as soon as they are whole. If that fails (a full disk, a damaged shard), the next read
-    raises what went wrong. Every process makes its own reader; it can be pickled to get there.
+    raises what went wrong. Many threads may read at once. Every process makes its own reader; it can be
+    pickled to get there.
     """
 
     def __init__(self, dataset: Dataset, *, cache: Cache | None) -> None:
         self.cache = cache
         self._filler: _Filler | None = None
+        self._beginning = threading.Lock()
         self._open(dataset)
 
     def _open(self, dataset: Dataset) -> None:
@@ -115,10 +117,10 @@ class SampleReader:
 
         Raises ManifestError for an image that was erased since the caller learnt where it lies.
         """
+        before = self.dataset  # another thread may open it anew meanwhile
         try:
             return self._read(ids, offsets, sizes)
         except ObjectMissing:
-            before = self.dataset
             self._open(datasets.open_version(before.uri, before.version.version))
             if self.dataset.shards == before.shards:
                 raise
@@ -152,10 +154,11 @@ class SampleReader:
         return cached or self.dataset.shard_uri(entry)
 
     def _fill(self, uris: dict[int, str]) -> None:
-        if self._filler:
-            self._filler.check()
-        elif self.cache and not all(storage.is_local(uri) for uri in uris.values()):
-            self._filler = _Filler(self.dataset, self.cache)
+        with self._beginning:
+            if self._filler:
+                self._filler.check()
+            elif self.cache and not all(storage.is_local(uri) for uri in uris.values()):
+                self._filler = _Filler(self.dataset, self.cache)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reader, (self.dataset, self.cache)

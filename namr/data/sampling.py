@@ -176,9 +176,9 @@ class BatchSampler:
             yield [Pick(id, step, position) for position, id in enumerate(mine, start)]
 
 
-def augmentation_seed(seed: int, step: int, position: int) -> int:
-    """The seed of one sample's augmentation, 0 to 2^63 - 1: neither rank nor loader worker matters."""
-    return int(_hash(_AUGMENTATION, seed, step, np.array([position]))[0] >> np.uint64(1))
+def augmentation_seeds(seed: int, step: int, positions: Ints) -> Ints:
+    """The seeds of samples' augmentation (b,), 0 to 2^63 - 1: neither rank nor loader worker matters."""
+    return (_hash(_AUGMENTATION, seed, step, positions) >> np.uint64(1)).astype(np.int64)
 
 
 def _class_places(num: int, config: PKConfig, *, seed: int, step: int) -> Ints:

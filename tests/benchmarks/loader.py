@@ -4,20 +4,21 @@
 
 Synthetic JPEGs of 160 x 160 (or --source FOLDER of class folders) are packed once by class into a SeaweedFS
 that this starts. webdataset reads the shards from front to back through a shuffle buffer, as it is meant to
-be used; namr reads P classes x K samples from anywhere. Both decode and augment by `namr.images`, and every
-image of a first pass is checked to be the same, pixel for pixel, on both sides.
+be used, decodes by its own "pil" and augments by Pillow's resize, transpose and convert (torchvision's
+transforms of these names take half as long again); namr reads P classes x K samples from anywhere. Each image
+of a first pass is checked to be the same on both sides, pixel for pixel, with the same random numbers; photos
+so large that namr decodes them smaller may differ by half a level on average.
 
 cached: the shards lie on local disk, both read them there.
 cold:   nothing is cached; both read through a proxy that waits 30 ms before each S3 request. namr fills its
         shard cache meanwhile. Counted from the first batch on, over a pass as long as the data set.
-remote: the same, with a cache too small for any shard: ranged reads alone. Shown, and not in the ratio.
+remote: the same, with a cache too small for any shard: ranged reads alone, where webdataset streams.
 
-Rounds alternate between the two sides; each ratio is the median over rounds. The last line is the worse of
-cached and cold.
+Rounds alternate between the two sides; each ratio is the median over rounds. The last line is the worst of
+the three against its target.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -43,6 +44,10 @@ from namr.store import storage
 
 AUGMENT = AugmentConfig()
 SEED = 3
+TARGETS = {"cached": 1.3, "cold": 1.2, "remote": 0.8}
+GREY = np.array([0.299, 0.587, 0.114])
+MOST_DIFFERENCE = 0.5
+"""of 255, on average, where a JPEG is decoded smaller than it is stored"""
 
 
 class Setting(NamedTuple):
@@ -92,7 +97,7 @@ def run(options: Any, local: Dataset, remote: Dataset, folder: Path) -> None:
     )
     check_same_pixels(setting, folder)
     ratios = {}
-    for name in ("cached", "cold", "remote"):
+    for name in TARGETS:
         rates: dict[str, list[float]] = {"namr": [], "webdataset": []}
         for turn in range(options.rounds):
             here = setting._replace(dataset=local if name == "cached" else remote)
@@ -111,7 +116,8 @@ def run(options: Any, local: Dataset, remote: Dataset, folder: Path) -> None:
             f"{name}: images/s namr {shown['namr']}, webdataset {shown['webdataset']}: {ratios[name]:.2f}",
             flush=True,
         )
-    print(f"loader ratio {min(ratios['cached'], ratios['cold']):.2f} target 1.0")
+    worst = min(TARGETS, key=lambda name: ratios[name] / TARGETS[name])
+    print(f"loader ratio {ratios[worst]:.2f} target {TARGETS[worst]}")
 
 
 def parse() -> Any:
@@ -175,6 +181,7 @@ def webdataset_loader(setting: Setting) -> Iterator[torch.Tensor]:
         ),
         samples_of_shards,
         wds.shuffle(1000),
+        wds.decode("pil"),
         wds.map(partial(prepared, prep=setting.prep)),
         wds.batched(setting.batches.num_samples, collation_fn=collated),
     ).with_epoch(math.ceil(setting.num_batches / max(1, setting.num_workers)))  # of each worker
@@ -196,8 +203,26 @@ def samples_of_shards(sources: Iterator[dict[str, str]]) -> Iterator[dict[str, A
 
 def prepared(sample: dict[str, Any], prep: Preprocessing) -> tuple[torch.Tensor, str, int]:
     seed = hash_of(sample["__key__"])
-    pixels = images.augment(sample["jpg"], prep, AUGMENT, seed=seed)
-    return torch.from_numpy(pixels), json.loads(sample["json"])["__key__"], seed
+    return in_steps(sample["jpg"], prep, seed), sample["json"]["__key__"], seed
+
+
+def in_steps(image: Image.Image, prep: Preprocessing, seed: int) -> torch.Tensor:
+    """`images.augment` for "squash" as one would write it with Pillow: uint8 (3, size, size)."""
+    draw = np.random.default_rng(seed).random(8)
+    area, root_aspect = AUGMENT.min_area + (1 - AUGMENT.min_area) * draw[0], (4 / 3) ** (draw[1] - 0.5)
+    width = min(image.width, image.width * math.sqrt(area) * root_aspect)
+    height = min(image.height, image.height * math.sqrt(area) / root_aspect)
+    left, top = (image.width - width) * draw[2], (image.height - height) * draw[3]
+    box = (left, top, left + width, top + height)
+    made = image.resize((prep.size_px, prep.size_px), Image.Resampling.BILINEAR, box=box)
+    if draw[4] < 0.5:
+        made = made.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    brightness, contrast, saturation = 1 + AUGMENT.color_jitter * (2 * draw[5:8] - 1)
+    mean_grey = np.array(made.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))) @ GREY
+    matrix = contrast * brightness * (saturation * np.eye(3) + (1 - saturation) * GREY)
+    offset = np.full((3, 1), brightness * (1 - contrast) * mean_grey)
+    made = made.convert("RGB", tuple(np.hstack([matrix, offset]).ravel().tolist()))
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(made).transpose(2, 0, 1)))
 
 
 def hash_of(key: str) -> int:
@@ -229,16 +254,19 @@ def check_same_pixels(setting: Setting, folder: Path) -> None:
         for key, id in zip(table.keys, table.ids, strict=True)
     }
     sources = [{"url": setting.dataset.shard_uri(entry)} for entry in setting.dataset.shards]
-    num = 0
-    for sample in samples_of_shards(iter(sources)):
+    num, differs = 0, 0.0
+    for sample in wds.decode("pil")(samples_of_shards(iter(sources))):
         pixels, key, seed = prepared(sample, setting.prep)
         ids = np.array([id_of.pop(key)])
         places = index.places(ids)
         (data,) = reader.read(ids, index.offsets(places), index.sizes(places))
         ours = images.augment(data, setting.prep, AUGMENT, seed=seed)
-        assert np.array_equal(pixels.numpy(), ours), key
-        num += 1
+        difference = float(np.abs(pixels.numpy().astype(np.int16) - ours).mean())
+        is_small = images.decode(data, min_side_px=3 * setting.prep.size_px).size != sample["jpg"].size
+        assert difference == 0 or is_small, key
+        num, differs = num + 1, differs + difference
     assert not id_of, f"webdataset yielded {len(id_of)} samples fewer"
+    assert differs / num < MOST_DIFFERENCE, differs / num
     loader = loading.make_loader(
         setting.dataset,
         LoaderConfig(num_workers=0, cache_folder=folder / "cache"),
@@ -254,11 +282,11 @@ def check_same_pixels(setting: Setting, folder: Path) -> None:
     (batch,) = list(loader)
     places = index.places(batch.ids.numpy())
     found = reader.read(batch.ids.numpy(), index.offsets(places), index.sizes(places))
-    for place, data in enumerate(found):
-        seed = sampling.augmentation_seed(SEED, 7, place)
+    seeds = sampling.augmentation_seeds(SEED, 7, np.arange(len(found))).tolist()
+    for place, (data, seed) in enumerate(zip(found, seeds, strict=True)):
         ours = images.augment(data, setting.prep, AUGMENT, seed=seed)
         assert np.array_equal(batch.pixels[place].numpy(), ours), place
-    print(f"{num} images are the same on both sides, pixel for pixel", flush=True)
+    print(f"{num} images: both sides differ by {differs / num:.3f} of 255 on average", flush=True)
 
 
 if __name__ == "__main__":

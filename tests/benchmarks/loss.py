@@ -1,9 +1,14 @@
-"""The multi-cluster ranking loss against the same loss as a loop over anchors, forward and backward.
+"""The multi-cluster ranking loss against the same loss taken otherwise, forward and backward.
 
     python -m tests.benchmarks.loss
 
-Checks that value and gradients are equal, then times both side by side. The loop takes each anchor's
-gradient at once, so that it needs no more memory than one anchor does; it is not slowed by allocation.
+loop:    anchor by anchor.
+blocked: as many anchors at once as their differences to all others, (A, B, D), fit into 64 MB: the same
+         operations without a loop in Python.
+
+Both take each anchor's or block's gradient at once, so that they need no more memory than one does and are
+not slowed by allocation. Checks that values and gradients are equal, then times all three in turns. The last
+line is the worse of the two against its target.
 """
 
 import argparse
@@ -21,7 +26,8 @@ from torch import Tensor
 from namr.model.distances import mean_pairwise
 from namr.model.losses import multi_cluster_ranking
 
-TARGET = 20
+TARGETS = {"loop": 20.0, "blocked": 1.5}
+BLOCK_BYTES = 64 << 20
 CHECKED = 256  # images on which both sides are compared
 ALPHA, T = 10.0, 3.0
 SIDES: tuple[Literal["query", "both"], ...] = ("query", "both")
@@ -39,6 +45,28 @@ def as_products(x: Tensor, s: Tensor, *, num_clusters: int, side: Literal["query
     x, s = x.clone().requires_grad_(), s.clone().requires_grad_()
     loss = multi_cluster_ranking(x, s, num_clusters=num_clusters, structure_side=side, alpha=ALPHA, t=T)
     return Outcome(loss.detach(), *torch.autograd.grad(loss, (x, s)))
+
+
+def as_blocks(x: Tensor, s: Tensor, *, num_clusters: int, side: Literal["query", "both"]) -> Outcome:
+    num, dim = x.shape
+    size = max(1, BLOCK_BYTES // (num * dim * x.element_size()))
+    with torch.no_grad():
+        plain = torch.cat([(anchors[:, None] - x).square().sum(2).sqrt() for anchors in x.split(size)])
+        mean = plain.mean()
+        lowest = torch.maximum(0.2 * mean, mean - T * plain.std())
+        centres = mean + (lowest - mean) * torch.linspace(0, 1, num_clusters, dtype=x.dtype, device=x.device)
+    x, s = x.clone().requires_grad_(), s.clone().requires_grad_()
+    total = x.new_zeros(())
+    for anchors in torch.arange(num, device=x.device).split(size):
+        weights = s[anchors, None] if side == "query" else (s[anchors, None] + s) / 2
+        others = torch.arange(num, device=x.device) != anchors[:, None]
+        stretched = (weights * (x[anchors, None] - x).square()).sum(2)[others].sqrt()
+        gaps = (stretched - centres[:, None]).abs()
+        loss = (torch.softmax(-ALPHA * gaps, 0) * gaps).sum() / (num * (num - 1))
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    assert x.grad is not None and s.grad is not None
+    return Outcome(total, x.grad, s.grad)
 
 
 def as_loop(x: Tensor, s: Tensor, *, num_clusters: int, side: Literal["query", "both"]) -> Outcome:
@@ -62,15 +90,20 @@ def as_loop(x: Tensor, s: Tensor, *, num_clusters: int, side: Literal["query", "
     return Outcome(total, x.grad, s.grad)
 
 
+PEERS = {"loop": as_loop, "blocked": as_blocks}
+
+
 def check_equal(x: Tensor, s: Tensor, *, num_clusters: int, side: Literal["query", "both"]) -> None:
     """In float64: in float32 a distance that rounds to the other side of a centre pulls the other way."""
     x, s = x[:CHECKED].double(), s[:CHECKED].double()
-    one, other = (run(x, s, num_clusters=num_clusters, side=side) for run in (as_products, as_loop))
-    for name, a, b in zip(Outcome._fields, one, other, strict=True):
-        error = ((a - b).norm() / b.norm()).item()
-        print(f"  {name}: relative difference {error:.1e} in float64, {len(x)} images")
-        if not error < 1e-9:
-            sys.exit(f"{name} differs: both sides must compute the same thing before they are timed")
+    ours = as_products(x, s, num_clusters=num_clusters, side=side)
+    for peer, run in PEERS.items():
+        theirs = run(x, s, num_clusters=num_clusters, side=side)
+        for name, a, b in zip(Outcome._fields, ours, theirs, strict=True):
+            error = ((a - b).norm() / b.norm()).item()
+            print(f"  {peer}, {name}: relative difference {error:.1e} in float64, {len(x)} images")
+            if not error < 1e-9:
+                sys.exit(f"{name} differs: all must compute the same thing before they are timed")
 
 
 def seconds(run: Callable[[], Outcome], device: str, *, repeats: int) -> float:
@@ -110,11 +143,12 @@ def main() -> None:
     print(f"B = {num}, D = {dim}, C = {options.clusters}, float32, {where}, torch {torch.__version__}")
 
     as_products(x[:32], s[:32], num_clusters=options.clusters, side="both")  # threads and pools are up
-    ratios = []
+    ratios: dict[str, list[float]] = {peer: [] for peer in PEERS}
     for side in SIDES:
         print(f"structure_side {side}")
-        products, loop = (
-            partial(run, x, s, num_clusters=options.clusters, side=side) for run in (as_products, as_loop)
+        products, *peers = (
+            partial(run, x, s, num_clusters=options.clusters, side=side)
+            for run in (as_products, *PEERS.values())
         )
         if side == SIDES[0]:
             before = peak_bytes(device)
@@ -125,11 +159,13 @@ def main() -> None:
                 f"B x B x D would be {square * dim / 1e6:.0f} MB"
             )
         check_equal(x, s, num_clusters=options.clusters, side=side)
-        fast = seconds(products, device, repeats=3 * options.repeats)
-        slow = seconds(loop, device, repeats=options.repeats)
-        ratios.append(slow / fast)
-        print(f"  products {fast * 1e3:.0f} ms, loop {slow * 1e3:.0f} ms, ratio {slow / fast:.1f}")
-    print(f"loss ratio {min(ratios):.1f} target {TARGET}")
+        for name, peer in zip(PEERS, peers, strict=True):
+            fast = seconds(products, device, repeats=3 * options.repeats)
+            slow = seconds(peer, device, repeats=options.repeats)
+            ratios[name].append(slow / fast)
+            print(f"  products {fast * 1e3:.0f} ms, {name} {slow * 1e3:.0f} ms, ratio {slow / fast:.1f}")
+    worst = min(TARGETS, key=lambda name: min(ratios[name]) / TARGETS[name])
+    print(f"loss ratio {min(ratios[worst]):.1f} target {TARGETS[worst]:g}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from namr.data.sampling import (
     BatchSampler,
     ClassIndex,
     PKConfig,
-    augmentation_seed,
+    augmentation_seeds,
     global_batch,
     slice_of_rank,
 )
@@ -153,7 +153,7 @@ def test_the_batches_of_a_seed_never_change() -> None:
     index = ClassIndex.from_labels(np.repeat(np.arange(6), 3).astype(np.int32))
     batch = global_batch(index, config_of(3, 2), seed=7, step=4)
     assert batch.tolist() == [1, 2, 4, 3, 12, 14]
-    assert augmentation_seed(7, 4, 1) == 8646227997346147910
+    assert augmentation_seeds(7, 4, np.array([1])).tolist() == [8646227997346147910]
 
 
 def test_classes_meet_evenly_and_samples_are_drawn_evenly() -> None:
@@ -177,7 +177,10 @@ def test_classes_meet_evenly_and_samples_are_drawn_evenly() -> None:
 
 def test_augmentation_seeds_are_distinct_and_in_range() -> None:
     seeds = {
-        augmentation_seed(seed, step, place) for seed in range(3) for step in range(20) for place in range(30)
+        number
+        for seed in range(3)
+        for step in range(20)
+        for number in augmentation_seeds(seed, step, np.arange(30)).tolist()
     }
     assert len(seeds) == 1800
     assert all(0 <= seed < 2**63 for seed in seeds)
