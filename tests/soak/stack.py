@@ -6,9 +6,12 @@ drivers connect to the head, which has no cores, and tasks run on the other, whi
 
 import os
 import re
+import resource
 import signal
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from infra import services
@@ -19,6 +22,8 @@ from tests.soak.failing import Failing
 
 BUCKET = "crasher"
 _NODE = RayNode(num_cpus=2)
+_HARDLY_ANY_BYTES = 16 << 20
+_WITHOUT_MEMORY_S = 30.0
 
 
 class Stack:
@@ -27,6 +32,7 @@ class Stack:
     def __init__(self, folder: Path, *, seed: int, with_raylets: bool, exits: ExitStack) -> None:
         self._folder, self._exits = folder, exits
         self._ports = free_ports(services.NUM_STORE_PORTS)
+        self._interrupting = threading.Lock()
         self._of_store = exits.enter_context(ExitStack())
         self.store = self._store(None)
         self.store.create_bucket(BUCKET)
@@ -39,15 +45,28 @@ class Stack:
             services.ray_cluster(folder / "ray", nodes=[*head, _NODE], environment=self.environment)
         )
 
-    def kill_store(self) -> None:
-        """End the S3 server and all that it started, unasked; `start_store` starts it again."""
-        assert self.store.program is not None
-        self.store.program.kill()
+    def interrupt_store(self, *, away_s: float) -> bool:
+        """End the S3 server and all that it started, unasked, and start it again where it was.
 
-    def start_store(self) -> None:
-        """On the same folder and ports."""
-        self._of_store.close()
-        self.store = self._store(self.store)
+        False where somebody is at it already, or it has to stay.
+        """
+        if not self._interrupting.acquire(blocking=False):
+            return False
+        try:
+            assert self.store.program is not None
+            self.store.program.kill()
+            time.sleep(away_s)
+            self._of_store.close()
+            self.store = self._store(self.store)
+        finally:
+            self._interrupting.release()
+        return True
+
+    @contextmanager
+    def store_stays(self) -> Iterator[None]:
+        """While inside nobody interrupts the S3 server."""
+        with self._interrupting:
+            yield
 
     def kill_raylet(self) -> None:
         """End the raylet of the node that works, and start another node."""
@@ -75,6 +94,34 @@ def running(folder: Path, *, seed: int, with_raylets: bool) -> Iterator[Stack]:
     """All of it, until the block ends, and no request fails yet; everything lies below `folder`."""
     with ExitStack() as exits:
         yield Stack(folder, seed=seed, with_raylets=with_raylets, exits=exits)
+
+
+def strike(pid: int, what: str) -> bool:
+    """Kill a worker, or let it get hardly any more memory, or no more disk; False where it has just ended.
+
+    One without memory that lives on, waiting for threads that could not be started, is killed by the kernel
+    sooner or later, and so here after a while.
+    """
+    try:
+        if what == "worker":
+            os.kill(pid, signal.SIGKILL)
+        elif what == "worker's disk":
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
+        else:
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + _HARDLY_ANY_BYTES
+            resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+            timer = threading.Timer(_WITHOUT_MEMORY_S, _kill_if_there, [pid])
+            timer.daemon = True
+            timer.start()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return True
+
+
+def _kill_if_there(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _raylet(program: Program) -> int:
