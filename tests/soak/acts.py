@@ -151,11 +151,11 @@ class Runner:
             self.stopped.wait(self._draw.uniform(0.5, 3))
         raise Broken(f"{name} did not end well in {_MOST_ATTEMPTS} attempts; the last said {ended.output}")
 
-    def least_killed(self, words_of: Mapping[str, str]) -> str:
-        """The command with the stage in which fewest failed so far, of some by name and first words."""
+    def least_killed(self, names: Iterable[str]) -> str:
+        """The command with the stage in which fewest failed so far, of some."""
         fewest = {
-            name: min(self.told.tally.num_hits(name, stage) for stage in witness.stages_of([words]))
-            for name, words in words_of.items()
+            name: min(self.told.tally.num_hits(of, stage) for of, stage in witness.all_stages() if of == name)
+            for name in names
         }
         with self._lock:
             return self._draw.choice([name for name, num in fewest.items() if num == min(fewest.values())])

@@ -1,6 +1,6 @@
 """Exactly once under fire: people, nights and a reader at work at once, while what they run on is killed.
 
-    python -m tests.soak.crasher --seed 0 --kills 100 --tally kills.jsonl
+    python -m tests.soak.crasher --seed 0 --each 100 --tally kills.jsonl
 
 Images are packed, changed and taken down, indexed night by night and compacted, releases are collected,
 rolled back to, prepared and switched to, and a service answers slowly, all through a proxy that lets one
@@ -20,6 +20,7 @@ Not covered: a network that splits, and disks that lose what they had confirmed.
 """
 
 import argparse
+import math
 import os
 import random
 import shutil
@@ -31,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.soak import stack
+from tests.soak import stack, witness
 from tests.soak.stack import BUCKET, Stack
 from tests.soak.tally import Tally
 from tests.soak.world import World
@@ -51,12 +52,12 @@ class CrasherConfig:
     """How much fire."""
 
     seed: int = 0
-    kills: int = 100
-    """kill -9, of whatever, after which it ends"""
+    each: int = 100
+    """kills in every stage of every command, after which it ends"""
     minutes: float = 600
-    """after which it ends all the same"""
+    """under fire, after which it ends all the same"""
     round_minutes: float = 15
-    """after which a new dataset is begun: old ones are slow to read"""
+    """of these, after which new datasets are begun: old ones are slow to read"""
     every_s: float = 5.0
     """how often the clock draws whether to kill"""
     victims: tuple[str, ...] = tuple(_VICTIMS)
@@ -71,11 +72,9 @@ class Crasher:
     """One round: people in threads, the clock that kills in this one."""
 
     def __init__(
-        self, config: CrasherConfig, folder: Path, running: Stack, tally: Tally, *, number: int, until: float
+        self, config: CrasherConfig, folder: Path, running: Stack, tally: Tally, *, number: int
     ) -> None:
-        """until: by the monotonic clock."""
         self._config, self._stack, self._tally = config, running, tally
-        self._until = min(until, time.monotonic() + 60 * config.round_minutes)
         self._draw = random.Random(f"{config.seed} {number} clock")
         self.worlds = [
             World(
@@ -89,14 +88,14 @@ class Crasher:
             for each in range(config.worlds)
         ]
 
-    def run(self) -> None:
-        """Until the round is over, or so many were killed; Broken as soon as something does not hold."""
+    def run(self, seconds: float) -> None:
+        """So long under fire, or until enough were killed; Broken as soon as something does not hold."""
         self._in_all(World.begin)
         self._stack.proxy.fail(_FAILING_SHARE)
         for world in self.worlds:
             world.work(appointed_share=_APPOINTED_SHARE, with_reader="reader" in self._config.victims)
         try:
-            self._fire()
+            self._fire(time.monotonic() + seconds)
         finally:
             self._in_all(World.stop)
             self._stack.proxy.fail(0)
@@ -104,9 +103,9 @@ class Crasher:
         self._in_all(World.end)
         self._tally.looked(num)
 
-    def _fire(self) -> None:
+    def _fire(self, until: float) -> None:
         looked = self._tally.num_seen
-        while self._tally.num_seen < self._config.kills and time.monotonic() < self._until:
+        while self._tally.fewest < self._config.each and time.monotonic() < until:
             time.sleep(self._config.every_s)
             if any(world.has_failed for world in self.worlds):
                 break
@@ -138,9 +137,9 @@ class Crasher:
                 pid, title = self._draw.choice(workers)
                 world.told.says(f"{what} of {title}")
                 if stack.strike(pid, what):
-                    world.told.killed(what, self._under_way())
+                    world.told.killed(what, self._under_way(with_workers=True))
         elif what == "raylet":
-            under_way = self._under_way()
+            under_way = self._under_way(with_workers=True)
             self._stack.kill_raylet()
             world.told.killed(what, under_way)
         elif what == "store":
@@ -154,8 +153,14 @@ class Crasher:
         if self._stack.interrupt_store(away_s=self._draw.uniform(0, 3)):
             self.worlds[0].told.killed("store", under_way)
 
-    def _under_way(self) -> list[tuple[str, str]]:
-        return [(each.name, each.stage) for world in self.worlds for each in world.runner.under_way]
+    def _under_way(self, *, with_workers: bool = False) -> list[tuple[str, str]]:
+        """Commands and their stages; of those alone that may have workers at work, if asked so."""
+        running = [each for world in self.worlds for each in world.runner.under_way]
+        return [
+            (each.name, each.stage)
+            for each in running
+            if not with_workers or each.stage in witness.WITH_WORKERS
+        ]
 
     def _look(self) -> None:
         num = self._tally.num_seen
@@ -171,7 +176,7 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=CrasherConfig.seed)
-    parser.add_argument("--kills", type=int, default=CrasherConfig.kills)
+    parser.add_argument("--each", type=int, default=CrasherConfig.each)
     parser.add_argument("--minutes", type=float, default=CrasherConfig.minutes)
     parser.add_argument("--round-minutes", type=float, default=CrasherConfig.round_minutes)
     parser.add_argument("--every-s", type=float, default=CrasherConfig.every_s)
@@ -187,22 +192,22 @@ def main(argv: list[str]) -> int:
 
 def crash(config: CrasherConfig, folder: Path) -> str:
     """Rounds below `folder`, told at their end; Broken, with what was done last, where something fails."""
-    tally, until = Tally(config.tally, seed=config.seed), time.monotonic() + 60 * config.minutes
+    tally = Tally(config.tally, seed=config.seed)
+    num_rounds = max(1, math.ceil(config.minutes / config.round_minutes))
     with stack.running(folder, seed=config.seed, with_raylets="raylet" in config.victims) as running:
         os.environ.update(running.store.environment)
-        number = 0
-        while True:
-            crasher = Crasher(config, folder, running, tally, number=number, until=until)
+        for number in range(num_rounds):
+            crasher = Crasher(config, folder, running, tally, number=number)
             try:
-                crasher.run()
+                crasher.run(60 * config.minutes / num_rounds)
             except BaseException as error:
                 error.add_note(f"seed {config.seed}; everything is in {folder}")
                 for world in crasher.worlds:
                     error.add_note(f"the last of {world.told.history_path}:\n{world.told.last()}")
                 raise
-            if tally.num_seen >= config.kills or time.monotonic() >= until:
-                return f"{tally.in_words()}\n{tally.table()}"
-            number += 1
+            if tally.fewest >= config.each:
+                break
+    return f"{tally.in_words()}\n{tally.table()}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     takers      takes some down
     nights      indexes what is new; every other night makes one segment again when the release is worn
     keeper      looks after the releases: collects, compacts, rolls back for a moment, prepares a release of
-                another model and switches to it
+                other settings or another model and switches to it
 
 Whoever has a choice does what has the stage in which fewest were killed so far.
 """
@@ -25,21 +25,17 @@ from tests.soak.truth import Account, Form, Places
 
 _FIRST_IMAGES = 40
 _FEWEST_LIVE = 20
+_WORN_BY = 5
+"""a release of which one image in so many is gone is made one segment again"""
 _KEEP = 3
 _CLASSES = ("ant", "bee", "cat")
 _LOOSE = ("recall-at-1-drop", "map-at-r-drop", "rank-drop", "flat-axes", "lost-share")
 """what the gate of a night holds against a release of two or three noisy images"""
 _PAUSE_S = 15.0
 """between packings: a night has to embed what they bring, which takes much longer than all the rest of it"""
+_OTHER_MODEL_SHARE = 0.25
 _MOST_ASKED = 60
 A = TypeVar("A")
-_KEPT_BY = {
-    "collect": "releases collect",
-    "compaction": "jobs/compact.py",
-    "rollback": "rollback",
-    "prepare": "jobs/reindex.py --prepare",
-    "switch": "releases publish",
-}
 
 
 class People:
@@ -69,11 +65,14 @@ class People:
     def end(self) -> None:
         """What is left is taken up by those who come next, undisturbed; Broken where they don't get on."""
         self._unpin()
-        self._bring(1)
         self._pack()
+        self._night()
+        live = self._live()
+        self._take_down(live[: len(live) // _WORN_BY + 1])
         said = self._night()
-        if "; freed " not in said:
-            raise Broken(f"the last night, which nobody disturbed, did not collect: {said}")
+        if "; freed " not in said or " in place of " not in said:
+            raise Broken(f"the last night, which nobody disturbed, did not collect and compact: {said}")
+        self._collect()
         if lacking := self.account.offered.keys() - self.account.packed.keys():
             raise Broken(f"{len(lacking)} images were never packed")
         if found := truth.left_over(self.places):
@@ -81,12 +80,13 @@ class People:
 
     def images(self) -> None:
         """Somebody who brings images and changes some."""
-        draw = random.Random(f"{self._seed} images")
-        while not self.runner.stopped.wait(draw.uniform(0, 2 * _PAUSE_S)):
+        draw, is_over = random.Random(f"{self._seed} images"), False
+        while not is_over:
             live = self._live()
             self._bring(draw.randint(1, 20))
             self._change(draw.sample(live, draw.randint(0, 4)), draw)
             self._pack()
+            is_over = self.runner.stopped.wait(draw.uniform(0, 2 * _PAUSE_S))
 
     def takers(self) -> None:
         """Somebody who takes images down."""
@@ -109,13 +109,13 @@ class People:
         acts = {
             "collect": self._collect,
             "compaction": self._compact,
-            "rollback": self._roll_back,
-            "prepare": self._prepare,
-            "switch": self._switch,
+            "rollback": lambda: self._roll_back(draw),
+            "prepare": lambda: self._prepare(draw),
+            "switch": lambda: self._switch(draw),
         }
         while not self.runner.stopped.wait(draw.uniform(0, 10)):
-            name = self.runner.least_killed(_KEPT_BY) if draw.random() < 0.6 else draw.choice(list(acts))
-            acts[name](draw)
+            name = self.runner.least_killed(acts) if draw.random() < 0.6 else draw.choice(list(acts))
+            acts[name]()
 
     def _live(self) -> list[str]:
         with self.account.lock:
@@ -187,25 +187,27 @@ class People:
             f"--dataset-uri={self.places.dataset_uri}",
             f"--embeddings-uri={self.places.embeddings_uri}",
             *("--config=jobs/configs/reindex.toml", "--build.num-parts=2", "--build.index-key=Flat"),
-            *("--aging.max-growth=1000", "--collection.min-age-hours=0", "--extraction.num-workers=1"),
+            *("--collection.min-age-hours=0", "--extraction.num-workers=1", "--aging.max-recall-drop=1"),
+            *(f"--aging.max-{name}=1000" for name in ("growth", "imbalance-growth", "error-growth")),
             *("--gate.min-recall-at-10=0", "--gate.max-latency-ratio=1000", "--gate.max-shift=1000"),
             *(f"--gate.max-{name}=1" for name in _LOOSE),
         ]
 
-    def _collect(self, _: random.Random) -> None:
+    def _collect(self) -> None:
         self._confirm(
             *("collect", "namr", "releases", "collect", *self._of_releases()),
             *(f"--keep={_KEEP}", "--min-age-hours=0", f"--embeddings-uri={self.places.embeddings_uri}"),
         )
 
-    def _compact(self, _: random.Random) -> None:
+    def _compact(self) -> None:
         flags = (f"--embeddings-uri={self.places.embeddings_uri}", "--max-wait-hours=0.01")
         self._confirm("compaction", "jobs/compact.py", *self._of_releases(), *flags)
 
-    def _prepare(self, _: random.Random) -> None:
-        self._confirm(
-            "prepare", "jobs/reindex.py", "--prepare", *self._of_a_night(), f"--model={self._models[1]}"
-        )
+    def _prepare(self, draw: random.Random) -> None:
+        """Of other settings, or of another model, for which all is embedded anew."""
+        is_of_other = draw.random() < _OTHER_MODEL_SHARE
+        words = ("jobs/reindex.py", "--prepare", *self._of_a_night(), f"--model={self._models[is_of_other]}")
+        self._confirm("prepare", *words, *([] if is_of_other else ["--build.seed=1"]))
 
     def _switch(self, draw: random.Random) -> None:
         """To what was prepared last; it may be collected meanwhile."""

@@ -67,6 +67,11 @@ class Tally:
         """Of one stage, by whatever."""
         return sum(self.hits[name, stage, what] for what in COLUMNS)
 
+    @property
+    def fewest(self) -> int:
+        """Of the stage that has seen the fewest."""
+        return min(self.num_hits(*of) for of in witness.all_stages())
+
     def table(self) -> str:
         """What was killed in which stage, as Markdown."""
         shown = [what for what in COLUMNS if any(of[2] == what for of in self.hits)]
@@ -74,7 +79,8 @@ class Tally:
             f"| command | stage | all | {' | '.join(shown)} |",
             "| --- | --- |" + " --- |" * (len(shown) + 1),
         ]
-        for name, stage in sorted({of[:2] for of in self.hits}, key=witness.place_of):
+        others = sorted({of[:2] for of in self.hits}.difference(witness.all_stages()))
+        for name, stage in [*witness.all_stages(), *others]:
             numbers = [self.num_hits(name, stage), *(self.hits[name, stage, what] for what in shown)]
             lines.append(f"| {name} | {stage} | {' | '.join(str(each or '') for each in numbers)} |")
         return "\n".join(lines)

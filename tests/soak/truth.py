@@ -94,7 +94,7 @@ def left_over(places: Places) -> list[str]:
     """Objects that nothing names, after a collection that nobody disturbed."""
     uri = places.releases_uri
     of_all = listing.list_releases(uri)
-    named = {"current.json", "doomed.json", "lease.json", "tombstones.json"}
+    named = {"current.json", "doomed.json", "lease.json", "compaction.json", "tombstones.json"}
     for manifest in of_all.manifests:
         named |= {f"{manifest.release_id}/manifest.json", *(stored.name for stored in manifest.objects())}
     names = [name for name in storage.list_names(uri) if not name.startswith(users.FOLDER)]

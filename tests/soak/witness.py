@@ -84,6 +84,20 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
     "jobs/serve.py": {},
 }
 """By command the stages in their order, each with the function that begins it; the first that fits counts."""
+COMMANDS = {
+    "pack": "jobs/pack.py",
+    "takedown": "takedown",
+    "night": "jobs/reindex.py",
+    "collect": "releases collect",
+    "compaction": "jobs/compact.py",
+    "rollback": "rollback",
+    "unpin": "releases unpin",
+    "prepare": "jobs/reindex.py --prepare",
+    "switch": "releases publish",
+}
+"""How they are called here, each with its first words."""
+WITH_WORKERS = {"write shards", "extract", "build", "compact"}
+"""Stages that have Ray's workers do something."""
 START = "start"
 """Before the first stage: imports, flags, the lease."""
 _HARDLY_ANY_BYTES = 16 << 20
@@ -159,11 +173,9 @@ def stages_of(command: Sequence[str]) -> dict[str, tuple[str, str]]:
     return next(stages for name, stages in STAGES.items() if words.startswith(name))
 
 
-def place_of(of: tuple[str, str]) -> tuple[str, int]:
-    """To sort commands and their stages by."""
-    name, stage = of
-    in_order = [START, *dict.fromkeys(stage for each in STAGES.values() for stage in each)]
-    return name, in_order.index(stage) if stage in in_order else len(in_order)
+def all_stages() -> list[tuple[str, str]]:
+    """Of all commands, in order."""
+    return [(name, stage) for name, words in COMMANDS.items() for stage in stages_of([words])]
 
 
 def run(due: Appointment | None, command: list[str], environment: dict[str, str], said: Connection) -> None:
