@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from tests.soak import witness
+from tests.soak import shortage, witness
 from tests.soak.tally import Tally
 from tests.soak.witness import START, Appointment
 
@@ -27,8 +27,6 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.soak.witness"])  # imports are most of what a small command takes
 _LONGEST_S = 900.0
 """a night waits for workers that are killed again and again"""
-_WITHOUT_MEMORY_S = 30.0
-"""then the kernel's killer would have come"""
 _MOST_ATTEMPTS = 25
 _MOST_HELD = 5
 _APPOINTED = 8
@@ -206,7 +204,7 @@ class Runner:
                     continue
                 self.told.killed(what, [(running.name, running.stage)])
                 if what == "memory":  # threads that can't be started leave others waiting for them
-                    threading.Timer(_WITHOUT_MEMORY_S, running.process.kill).start()
+                    threading.Timer(shortage.KILLED_AFTER_S, running.process.kill).start()
                 continue
             seen = running.name, running.stage
             self._num_points[seen] = max(self._num_points[seen], int(of))

@@ -32,7 +32,7 @@ _CLASSES = ("ant", "bee", "cat")
 _LOOSE = ("recall-at-1-drop", "map-at-r-drop", "rank-drop", "flat-axes", "lost-share")
 """what the gate of a night holds against a release of two or three noisy images"""
 _PAUSE_S = 15.0
-"""between packings: a night has to embed what they bring, which takes much longer than all the rest of it"""
+"""between packings, of which a night has to embed what they bring, and between take-downs"""
 _OTHER_MODEL_SHARE = 0.25
 _MOST_ASKED = 60
 A = TypeVar("A")
@@ -91,7 +91,7 @@ class People:
     def takers(self) -> None:
         """Somebody who takes images down."""
         draw = random.Random(f"{self._seed} takers")
-        while not self.runner.stopped.wait(draw.uniform(1, 10)):
+        while not self.runner.stopped.wait(draw.uniform(1, 2 * _PAUSE_S)):
             live = self._live()
             if len(live) > _FEWEST_LIVE:
                 self._take_down(draw.sample(live, draw.choice((1, 1, 2))))
@@ -147,7 +147,7 @@ class People:
         form = Form(label, path.stat().st_size)
         with self.account.lock:
             forms = self.account.offered.setdefault(key, [])
-            if form not in forms:  # what it was before is nothing that a look could tell apart
+            if form not in forms:  # a change back could not be told from one that was lost
                 forms.append(form)
 
     def _pack(self) -> None:

@@ -6,7 +6,6 @@ drivers connect to the head, which has no cores, and tasks run on the other, whi
 
 import os
 import re
-import resource
 import signal
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import TypeVar
 from infra import services
 from infra.processes import Program, free_ports
 from infra.services import ObjectStore, RayCluster, RayNode
-from tests.soak import failing
+from tests.soak import failing, shortage
 from tests.soak.failing import Failing
 
 BUCKET = "crasher"
@@ -28,8 +27,6 @@ B = TypeVar("B")
 _NODE = RayNode(num_cpus=2)
 _RAY_ENVIRONMENT = {"RAY_worker_niceness": "0"}
 """workers give way to nothing: on a busy machine a run would stand still"""
-_HARDLY_ANY_BYTES = 16 << 20
-_WITHOUT_MEMORY_S = 30.0
 
 
 class Stack:
@@ -110,21 +107,15 @@ def running(folder: Path, *, seed: int, with_raylets: bool) -> Iterator[Stack]:
 
 
 def strike(pid: int, what: str) -> bool:
-    """Kill a worker, or let it get hardly any more memory, or no more disk; False where it has just ended.
-
-    One without memory that lives on, waiting for threads that could not be started, is killed by the kernel
-    sooner or later, and so here after a while.
-    """
+    """Kill a worker, or let it get hardly any more memory, or no more disk; False where it has just ended."""
     try:
         if what == "worker":
             os.kill(pid, signal.SIGKILL)
         elif what == "worker's disk":
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
+            shortage.of_disk(pid)
         else:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-            most = pages * resource.getpagesize() + _HARDLY_ANY_BYTES
-            resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
-            timer = threading.Timer(_WITHOUT_MEMORY_S, _kill_if_there, [pid])
+            shortage.of_memory(pid)
+            timer = threading.Timer(shortage.KILLED_AFTER_S, _kill_if_there, [pid])
             timer.daemon = True
             timer.start()
     except (ProcessLookupError, FileNotFoundError):

@@ -42,6 +42,7 @@ class Tally:
     def __post_init__(self) -> None:
         if self.path and self.path.exists():
             self._read(self.path.read_text().splitlines())
+        self.sums["runs"] += 1
         self._write(run=self.seed)
 
     def killed(self, what: str, hit: Iterable[tuple[str, str]]) -> None:

@@ -17,7 +17,6 @@ import faulthandler
 import importlib
 import inspect
 import os
-import resource
 import runpy
 import signal
 import sys
@@ -34,6 +33,7 @@ from namr.nightly import reindexing
 from namr.serve import process
 from namr.store import storage
 from namr.store.lease import Lease
+from tests.soak import shortage
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = (packing, process, reindexing)
@@ -100,7 +100,6 @@ WITH_WORKERS = {"write shards", "extract", "build", "compact"}
 """Stages that have Ray's workers do something."""
 START = "start"
 """Before the first stage: imports, flags, the lease."""
-_HARDLY_ANY_BYTES = 16 << 20
 _KILLED_WITHIN_S = 0.5
 _LEASE = {"ttl_s": 10.0, "renew_s": 2.0}
 
@@ -144,11 +143,9 @@ class _Told:
 def _fail(how: str) -> None:
     print(f"@failing|{how}", file=sys.stderr, flush=True)
     if how == "memory":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + _HARDLY_ANY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        shortage.of_memory(os.getpid())
     elif how == "disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        shortage.of_disk(os.getpid())
     elif how == "store":
         time.sleep(_KILLED_WITHIN_S)
     else:
