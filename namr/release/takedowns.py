@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from namr.data import datasets
+from namr.data.datasets import Dataset
 from namr.errors import Conflict, ObjectMissing
 from namr.store import manifests, storage
 
@@ -73,16 +74,23 @@ def take_down(releases_uri: str, dataset_uri: str, ids: Iterable[int]) -> None:
 def take_out(releases_uri: str, dataset_uri: str, keys: Sequence[str], *, now: datetime) -> Ids:
     """Take images down and out of their dataset, by key; returns their ids (n,), ascending.
 
-    All ids of a key: what it was before it changed too. They are listed first, so that answers stop whatever
-    becomes of the dataset. Raises ConfigError if a key is not in the dataset, and nothing is changed then;
-    Conflict if somebody changed the dataset at the same moment: the images are down then, and the same call
-    again finishes.
+    All ids of a key: what it was before it changed too, and what it changed to meanwhile, which a night may
+    have published. They are listed first, so that answers stop whatever becomes of the dataset. Raises
+    ConfigError if a key is not in the dataset, and nothing is changed then; Conflict if somebody changed the
+    dataset at the same moment: the images are down then, and the same call again finishes.
     """
-    found = datasets.open_version(dataset_uri).find_all(keys)
-    ids = sorted(itertools.chain.from_iterable(found.values()))
+    before = datasets.open_version(dataset_uri)
+    ids = _all_ids(before, keys)
     take_down(releases_uri, dataset_uri, ids)
-    datasets.tombstone(dataset_uri, keys, now=now)
+    after = datasets.tombstone(dataset_uri, keys, now=now)
+    if after.version.next_shard_number > before.version.next_shard_number:
+        ids = _all_ids(after, keys)
+        take_down(releases_uri, dataset_uri, ids)
     return np.array(ids, np.int64)
+
+
+def _all_ids(dataset: Dataset, keys: Sequence[str]) -> list[int]:
+    return sorted(itertools.chain.from_iterable(dataset.find_all(keys).values()))
 
 
 def _read(releases_uri: str) -> tuple[TakedownList, str | None]:

@@ -3,11 +3,13 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from namr.data import datasets
+from namr.data.datasets import Dataset
 from namr.data.shards import Sample, make_id
 from namr.errors import ConfigError, ManifestError
 from namr.release import takedowns
@@ -93,6 +95,23 @@ def test_of_a_changed_image_what_it_was_is_taken_down_too(root: str, tmp_path: P
     assert takedowns.take_out(root, dataset.uri, ["k1"], now=NOW).tolist() == [was, now]
     assert takedowns.taken_down(root, dataset.uri).tolist() == [was, now]
     assert {was, now} <= set(datasets.open_version(dataset.uri).version.tombstones)
+
+
+def test_an_image_that_changes_while_it_is_taken_down_is_down_as_well(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = small_dataset.make_dataset(str(tmp_path / "set"), tmp_path)
+    was, now, tombstone = small_dataset.id_of(1), make_id(5, 0), datasets.tombstone
+
+    def changed_before(*arguments: Any, **named: Any) -> Dataset:
+        again = Sample(key="k1", image=b"now", extension="png")
+        shard = small_dataset.shard_of(dataset.uri, tmp_path, 5, [again])
+        datasets.publish_version(datasets.head(dataset.uri), [shard], now=NOW, tombstones=[was])
+        return tombstone(*arguments, **named)
+
+    monkeypatch.setattr(datasets, "tombstone", changed_before)
+    assert takedowns.take_out(root, dataset.uri, ["k1"], now=NOW).tolist() == [was, now]
+    assert takedowns.taken_down(root, dataset.uri).tolist() == [was, now]
 
 
 def test_an_unknown_key_takes_nothing_out(root: str, tmp_path: Path) -> None:

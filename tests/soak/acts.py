@@ -18,7 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from tests.soak import witness
+from tests.soak import shortage, witness
+from tests.soak.tally import Tally
 from tests.soak.witness import START, Appointment
 
 ROOT = Path(__file__).parents[2]
@@ -26,14 +27,12 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.soak.witness"])  # imports are most of what a small command takes
 _LONGEST_S = 900.0
 """a night waits for workers that are killed again and again"""
-_WITHOUT_MEMORY_S = 30.0
-"""then the kernel's killer would have come"""
 _MOST_ATTEMPTS = 25
 _MOST_HELD = 5
-_APPOINTED = 3
+_APPOINTED = 8
 """of the attempts at one thing, so many may have an appointment to fail"""
-HOWS = ("before", "after", "memory", "disk")
-_HOW_OFTEN = (5, 3, 1, 1)
+HOWS = {"before": 6, "after": 3, "memory": 1, "disk": 1, "store": 1}
+"""how a command fails by appointment, and how often"""
 
 
 class Broken(AssertionError):
@@ -87,10 +86,7 @@ class Told:
     """What happened so far, from all threads."""
 
     history_path: Path
-    kills: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    """by command, stage and what was killed, or failed; what several commands run on counts for each"""
-    num_kills: Counter[str] = field(default_factory=Counter)
-    """by what was killed, or failed"""
+    tally: Tally
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)
     """by command and how the process ended"""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -101,13 +97,15 @@ class Told:
         with self.lock, self.history_path.open("a") as history:
             print(f"{time.monotonic() - self.began:7.1f} {line}", file=history, flush=True)
 
+    def last(self, num: int = 60) -> str:
+        """The newest lines of the history."""
+        lines = self.history_path.read_text().splitlines() if self.history_path.exists() else []
+        return "\n".join(lines[-num:])
+
     def killed(self, what: str, under_way: Iterable[tuple[str, str]]) -> None:
         """Count one kill, and every command and stage that it hit."""
         hit = list(under_way)
-        with self.lock:
-            self.num_kills[what] += 1
-            for name, stage in hit:
-                self.kills[name, stage, what] += 1
+        self.tally.killed(what, hit)
         self.says(f"KILL {what}: {', '.join(f'{name} in {stage}' for name, stage in hit) or 'nothing'}")
 
 
@@ -115,14 +113,21 @@ class Runner:
     """Runs commands of namr, and knows which are under way."""
 
     def __init__(
-        self, environment: Callable[[], Mapping[str, str]], told: Told, *, seed: int, share: float
+        self,
+        environment: Callable[[], Mapping[str, str]],
+        told: Told,
+        *,
+        seed: str,
+        kill_store: Callable[[], None],
     ) -> None:
-        """environment: of the next process. share: of the attempts that get an appointment to fail."""
+        """environment: of the next process."""
         self.told, self.stopped = told, threading.Event()
         self.under_way: list[Running] = []
-        self._environment, self._share = environment, share
+        self.share = 0.0
+        """of the attempts that get an appointment to fail"""
+        self._environment, self._kill_store = environment, kill_store
         self._draw = random.Random(f"{seed} appointments")
-        self._num_calls: dict[tuple[str, str], int] = defaultdict(lambda: 1)
+        self._num_points: dict[tuple[str, str], int] = defaultdict(lambda: 1)
         self._lock = threading.Lock()
 
     def confirm(self, name: str, words: Sequence[str], *, may_be_refused: bool = False) -> Ended:
@@ -144,19 +149,24 @@ class Runner:
             self.stopped.wait(self._draw.uniform(0.5, 3))
         raise Broken(f"{name} did not end well in {_MOST_ATTEMPTS} attempts; the last said {ended.output}")
 
-    def _appointed(self, name: str, words: Sequence[str]) -> Appointment | None:
-        """Rather in stages in which fewer failed so far."""
+    def least_killed(self, names: Iterable[str]) -> str:
+        """The command with the stage in which fewest failed so far, of some."""
+        fewest = {
+            name: min(self.told.tally.num_hits(of, stage) for of, stage in witness.all_stages() if of == name)
+            for name in names
+        }
         with self._lock:
-            if self._draw.random() >= self._share:
-                return None
-            stages = witness.stages_of(words)
-            num = {stage: self._num_killed(name, stage) for stage in stages}
-            stage = self._draw.choice([each for each in stages if num[each] == min(num.values())])
-            how = self._draw.choices(HOWS, _HOW_OFTEN)[0]
-            return Appointment(stage, self._draw.randrange(self._num_calls[name, stage]), how)
+            return self._draw.choice([name for name, num in fewest.items() if num == min(fewest.values())])
 
-    def _num_killed(self, name: str, stage: str) -> int:
-        return sum(num for (of, at, _), num in self.told.kills.items() if (of, at) == (name, stage))
+    def _appointed(self, name: str, words: Sequence[str]) -> Appointment | None:
+        """In the stage in which fewest failed so far; rather early in it, so that it is met."""
+        with self._lock:
+            if self._draw.random() >= self.share:
+                return None
+            num = {stage: self.told.tally.num_hits(name, stage) for stage in witness.stages_of(words)}
+            stage = self._draw.choice([each for each in num if num[each] == min(num.values())])
+            (how,) = self._draw.choices(list(HOWS), list(HOWS.values()))
+            return Appointment(stage, int(self._num_points[name, stage] * self._draw.random() ** 2), how)
 
     def _run(self, name: str, words: Sequence[str], due: Appointment | None) -> Ended:
         process, output = start(words, self._environment(), due)
@@ -189,12 +199,15 @@ class Runner:
             word, _, of = line[1:].strip().partition("|")
             if word == "failing":
                 what = "driver" if of in ("before", "after") else of
+                if what == "store":
+                    self._kill_store()
+                    continue
                 self.told.killed(what, [(running.name, running.stage)])
                 if what == "memory":  # threads that can't be started leave others waiting for them
-                    threading.Timer(_WITHOUT_MEMORY_S, running.process.kill).start()
+                    threading.Timer(shortage.KILLED_AFTER_S, running.process.kill).start()
                 continue
             seen = running.name, running.stage
-            self._num_calls[seen] = max(self._num_calls[seen], int(of))
+            self._num_points[seen] = max(self._num_points[seen], int(of))
             running.stage = word
         return lines
 

@@ -45,12 +45,17 @@ class Failing:
 
 
 @contextmanager
-def failing_proxy(endpoint: str, *, share: float, seed: int) -> Iterator[Failing]:
-    """A way to `endpoint` on which a share of all requests fails, for any number of connections."""
+def failing_proxy(endpoint: str, *, share: float, seed: int, port: int = 0) -> Iterator[Failing]:
+    """A way to `endpoint` on which a share of all requests fails, for any number of connections.
+
+    port: to listen on; 0 takes one that is free.
+    """
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     shared, num_failed = context.Value("d", share), context.Array("q", len(WAYS))
-    process = context.Process(target=_serve, args=(endpoint, shared, num_failed, seed, theirs), daemon=True)
+    process = context.Process(
+        target=_serve, args=(endpoint, port, shared, num_failed, seed, theirs), daemon=True
+    )
     process.start()
     try:
         yield Failing(f"http://127.0.0.1:{ours.recv()}", shared, num_failed)
@@ -59,7 +64,7 @@ def failing_proxy(endpoint: str, *, share: float, seed: int) -> Iterator[Failing
         process.join()
 
 
-def _serve(endpoint: str, share: Any, num_failed: Any, seed: int, ready: Connection) -> None:
+def _serve(endpoint: str, port: int, share: Any, num_failed: Any, seed: int, ready: Connection) -> None:
     target, draw = urllib.parse.urlsplit(endpoint), random.Random(seed)
 
     def drawn() -> str | None:
@@ -117,7 +122,7 @@ def _serve(endpoint: str, share: Any, num_failed: Any, seed: int, ready: Connect
         parent = multiprocessing.parent_process()
         assert parent is not None
         asyncio.get_running_loop().add_reader(parent.sentinel, sys.exit)  # whoever started it was killed
-        server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        server = await asyncio.start_server(connected, "127.0.0.1", port)
         ready.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 

@@ -37,7 +37,7 @@ class Reader:
 
     def __init__(
         self, releases_uri: str, model_folder: Path, cache_folder: Path, *,
-        environment: Callable[[], Mapping[str, str]], account: Account, told: Told, seed: int,
+        environment: Callable[[], Mapping[str, str]], account: Account, told: Told, seed: str,
     ) -> None:  # fmt: skip
         self._flags = [
             *(f"--releases-uri={releases_uri}", f"--model-folder={model_folder}", "--port=0"),

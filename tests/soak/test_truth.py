@@ -1,5 +1,6 @@
 """What the crasher looks for is found where it is broken, and only there."""
 
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from namr.store.cache import Cache
 from tests import small_release
 from tests.small_release import NOW, Recipe
 from tests.soak import truth
-from tests.soak.truth import Account, Places
+from tests.soak.truth import Account, Form, Places
 
 KEYS = {f"digit/{row}" for row in range(80)}
 
@@ -25,9 +26,24 @@ def places(tmp_path: Path) -> Places:
     return Places(*(str(tmp_path / name) for name in ("dataset", "embeddings", "releases")))
 
 
-def looked(places: Places, tmp_path: Path, **changes: set[str]) -> list[str]:
-    account = Account(**({"offered": KEYS, "packed": KEYS} | changes))
+def looked(
+    places: Places, tmp_path: Path, *, offered: set[str] = KEYS, packed: set[str] = KEYS, **taken: set[str]
+) -> list[str]:
+    account = Account({key: forms(places)[key] for key in offered}, dict.fromkeys(packed, 0), **taken)
+    return broken(account, places, tmp_path)
+
+
+def broken(account: Account, places: Places, tmp_path: Path) -> list[str]:
     return truth.broken(account, places, Cache(tmp_path / "cache", max_bytes=1 << 30))
+
+
+def forms(places: Places) -> defaultdict[str, list[Form]]:
+    """What each image is, as an account has it."""
+    found: defaultdict[str, list[Form]] = defaultdict(list)
+    for table in datasets.open_version(places.dataset_uri).all_samples():
+        for key, label, size in zip(table.keys, table.labels, table.sizes.tolist(), strict=True):
+            found[key].append(Form(str(label), size))
+    return found
 
 
 def test_what_is_whole_is_found_whole(places: Places, tmp_path: Path) -> None:
@@ -53,6 +69,18 @@ def test_a_take_down_that_did_not_last_is_found(places: Places, tmp_path: Path) 
     ]
     datasets.tombstone(places.dataset_uri, ["digit/5"], now=NOW)
     assert looked(places, tmp_path) == ["1 keys that nobody took down and are dead, among them digit/5"]
+
+
+def test_an_image_that_is_not_what_it_was_changed_to_is_found(places: Places, tmp_path: Path) -> None:
+    key, other, account = "digit/9", Form("other", 1), Account(forms(places), dict.fromkeys(KEYS, 0))
+    account.offered[key].append(other)
+    assert broken(account, places, tmp_path) == [], "the change may be under way"
+    account.packed[key] = 1
+    assert broken(account, places, tmp_path) == [
+        "1 keys with another image than was confirmed last, among them digit/9"
+    ]
+    account.offered[key].reverse()
+    assert broken(account, places, tmp_path) == [], "and once it is there all is well"
 
 
 def test_entries_that_are_lost_or_there_twice_are_found(places: Places, tmp_path: Path) -> None:

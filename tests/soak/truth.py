@@ -26,14 +26,21 @@ from namr.store import storage
 from namr.store.cache import Cache
 
 
+class Form(NamedTuple):
+    """What an image is at some time; whatever changes it makes one of these that it never was."""
+
+    label: str
+    num_bytes: int
+
+
 @dataclass
 class Account:
     """What was offered and confirmed; its own lock keeps threads apart."""
 
-    offered: set[str] = field(default_factory=set)
-    """keys of images that the source has, packed or not"""
-    packed: set[str] = field(default_factory=set)
-    """keys that a packing which ended well had found"""
+    offered: dict[str, list[Form]] = field(default_factory=dict)
+    """by key all that an image of the source has been, packed or not; the newest last"""
+    packed: dict[str, int] = field(default_factory=dict)
+    """by key which of its forms a packing which ended well had found"""
     going: set[str] = field(default_factory=set)
     """keys that a take-down names, confirmed or not"""
     gone: set[str] = field(default_factory=set)
@@ -43,7 +50,13 @@ class Account:
     def snapshot(self) -> "Account":
         """A copy, as it is now."""
         with self.lock:
-            return Account(set(self.offered), set(self.packed), set(self.going), set(self.gone))
+            offered = {key: list(forms) for key, forms in self.offered.items()}
+            return Account(offered, dict(self.packed), set(self.going), set(self.gone))
+
+    @property
+    def num_changed(self) -> int:
+        """Forms that replaced another."""
+        return sum(len(forms) - 1 for forms in self.offered.values())
 
 
 class Places(NamedTuple):
@@ -81,7 +94,7 @@ def left_over(places: Places) -> list[str]:
     """Objects that nothing names, after a collection that nobody disturbed."""
     uri = places.releases_uri
     of_all = listing.list_releases(uri)
-    named = {"current.json", "doomed.json", "lease.json", "tombstones.json"}
+    named = {"current.json", "doomed.json", "lease.json", "compaction.json", "tombstones.json"}
     for manifest in of_all.manifests:
         named |= {f"{manifest.release_id}/manifest.json", *(stored.name for stored in manifest.objects())}
     names = [name for name in storage.list_names(uri) if not name.startswith(users.FOLDER)]
@@ -100,20 +113,26 @@ def _is_there(releases_uri: str, release_id: str) -> bool:
 
 
 def _broken_dataset(dataset: Dataset, before: Account, account: Account) -> list[str]:
-    id_of = _ids_by_key(dataset)
-    keys = [key for table in dataset.all_samples() for key in table.keys]
-    dead = set(dataset.version.tombstones)
+    dead, known, live = set(dataset.version.tombstones), set[str](), list[tuple[str, Form]]()
+    for table in dataset.all_samples():
+        known |= set(table.keys)
+        rows = zip(table.ids.tolist(), table.keys, table.labels, table.sizes.tolist(), strict=True)
+        live += [(key, Form(str(label), size)) for of, key, label, size in rows if of not in dead]
+    keys = [key for key, _ in live]
     after = account.snapshot()
     return [
         *_unless_empty("keys that are in the dataset twice", _twice(keys)),
-        *_unless_empty("confirmed keys that the dataset lacks", before.packed - set(keys)),
-        *_unless_empty("keys that nobody offered", set(keys) - after.offered),
+        *_unless_empty("confirmed keys that the dataset lacks", before.packed.keys() - known),
+        *_unless_empty("keys that nobody offered", known - after.offered.keys()),
+        *_unless_empty("keys that were taken down and live", before.gone & set(keys)),
+        *_unless_empty("keys that nobody took down and are dead", known - set(keys) - after.going),
         *_unless_empty(
-            "keys that were taken down and live", {key for key in before.gone if id_of.get(key) not in dead}
-        ),
-        *_unless_empty(
-            "keys that nobody took down and are dead",
-            {key for key, of in id_of.items() if of in dead} - after.going,
+            "keys with another image than was confirmed last",
+            {
+                key
+                for key, form in live
+                if form not in after.offered.get(key, [form])[before.packed.get(key, 0) :]
+            },
         ),
     ]
 
@@ -127,7 +146,11 @@ def _broken_release(
     dataset = head
     if manifest.dataset_version != head.version.version:
         dataset = datasets.open_earlier(head, manifest.dataset_version)
-    key_of = {of: key for key, of in _ids_by_key(dataset).items()}
+    key_of = {
+        int(of): key
+        for table in dataset.all_samples()
+        for key, of in zip(table.keys, table.ids.tolist(), strict=True)
+    }
     live = set(key_of) - set(dataset.version.tombstones)
     entries = np.concatenate([_ids_of_segments(release, cache), np.empty(0, np.int64)]).tolist()
     dead = set(release.tombstones().tolist())
@@ -145,15 +168,20 @@ def _broken_release(
             f"the manifest counts {counts.num_indexed} images, the index {len(set(entries) - dead)}, the "
             f"dataset {len(live)}"
         )
-    return found or _broken_answers(release, {key_of[each] for each in live}, before, account, cache)
+    return found or _broken_answers(release, {each: key_of[each] for each in live}, before, account, cache)
 
 
 def _broken_answers(
-    release: Release, live: set[str], before: Account, account: Account, cache: Cache
+    release: Release, live: dict[int, str], before: Account, account: Account, cache: Cache
 ) -> list[str]:
-    """Asked for everything it has, a release answers with each live image once and with none that is gone."""
+    """Asked for everything it has, a release answers with each live image once and with none that is gone.
+
+    live: keys by id. What was replaced since is not answered by a release that had it.
+    """
     searcher = Searcher.of(release, cache=cache, query_model=None, num_threads=1)
-    searcher.hide(takedowns.taken_down(release.releases_uri, release.manifest.dataset_uri))
+    hidden = takedowns.taken_down(release.releases_uri, release.manifest.dataset_uri)
+    searcher.hide(hidden)
+    now_dead = set(datasets.open_version(release.manifest.dataset_uri).version.tombstones)
     if not len(searcher.items):
         return []
     of = np.ones((1, release.manifest.embedding_dim), np.float32)
@@ -161,25 +189,18 @@ def _broken_answers(
     (answer,) = searcher.search(embeddings=of, options=options)
     hits = [hit.key for hit in answer.hits]
     maybe = account.snapshot().going
+    wanted = {key for of, key in live.items() if of not in now_dead}
     return [
         *_unless_empty("keys that are answered twice", _twice(hits)),
         *_unless_empty("keys that are answered and were taken down", set(hits) & before.gone),
-        *_unless_empty("keys that are not answered", live - maybe - set(hits)),
-        *_unless_empty("keys that are answered and not in it", set(hits) - live),
+        *_unless_empty("keys that are not answered", wanted - maybe - set(hits)),
+        *_unless_empty("keys that are answered and not in it", set(hits) - set(live.values())),
     ]
 
 
 def _ids_of_segments(release: Release, cache: Cache) -> np.ndarray:
     paths = [release.path(segment.file, cache) for segment in release.manifest.segments]
     return np.concatenate([index_files.ids_in(path) for path in paths])
-
-
-def _ids_by_key(dataset: Dataset) -> dict[str, int]:
-    return {
-        key: int(of)
-        for table in dataset.all_samples()
-        for key, of in zip(table.keys, table.ids.tolist(), strict=True)
-    }
 
 
 def _twice(things: Iterable[object]) -> set[object]:

@@ -1,24 +1,27 @@
 """A command of namr in a process of its own, which tells its stages and keeps an appointment to fail.
 
-A line `@<stage>|<calls>` tells that a stage began, and how many calls to the store the one before it made;
-`@end|<calls>` that all ended well. An appointment is kept at some call of some stage:
+A line `@<stage>|<points>` tells that a stage began, and how many points the one before it had: its beginning,
+and every call to the store; `@end|<points>` that all ended well. An appointment is kept at some point of some
+stage:
 
     before, after   the process kills itself (SIGKILL) just before the call, or just after it
+    store           whoever reads the line kills the store
     memory          from then on the process gets hardly any more memory
     disk            from then on it can't write a byte to any file, as on a full disk
 
-SIGUSR1 shows where each thread is. Only functions are wrapped: the command is the one that people run.
+SIGUSR1 shows where each thread is. Functions are wrapped, and a lease that nobody renews ends in 10 s and not
+in 30, since whoever comes after a kill waits for that; else the command is the one that people run.
 """
 
 import faulthandler
 import importlib
 import inspect
 import os
-import resource
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -29,24 +32,37 @@ from namr.data import packing
 from namr.nightly import reindexing
 from namr.serve import process
 from namr.store import storage
+from namr.store.lease import Lease
+from tests.soak import shortage
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = (packing, process, reindexing)
 """with `cli` all that commands import, for the process that they are forked from"""
 
+_MADE = {
+    "extract": ("namr.embed.extraction", "extract"),
+    "build": ("namr.nightly.building", "make"),
+    "measure": ("namr.nightly.measuring", "measure"),
+    "report": ("namr.nightly.measuring", "with_reports"),
+    "judge": ("namr.nightly.gate", "check"),
+}
+_PUBLISH = {"publish": ("namr.release.publication", "publish")}
+_NIGHT = {**_MADE, **_PUBLISH, "collect": ("namr.nightly.collection", "collect")}
 STAGES: dict[str, dict[str, tuple[str, str]]] = {
     "jobs/pack.py": {
         "find images": ("namr.data.packing", "_own_work"),
         "write shards": ("namr.data.packing", "_run"),
         "publish": ("namr.data.datasets", "publish_version"),
     },
-    "jobs/reindex.py": {
-        "extract": ("namr.embed.extraction", "extract"),
-        "build": ("namr.nightly.building", "make"),
-        "measure": ("namr.nightly.measuring", "measure"),
-        "judge": ("namr.nightly.gate", "check"),
-        "publish": ("namr.release.publication", "publish"),
-        "collect": ("namr.nightly.collection", "collect"),
+    "jobs/reindex.py --prepare": {**_MADE, "keep": ("namr.release.publication", "keep")},
+    "jobs/reindex.py --no-compact": _NIGHT,
+    "jobs/reindex.py": {**_NIGHT, "compact": ("namr.nightly.compacting", "attempt")},
+    "jobs/compact.py": {
+        "look": ("namr.nightly.compacting", "_due"),
+        "build": ("namr.release.compaction", "build"),
+        "compare": ("namr.nightly.likeness", "check"),
+        "report": ("namr.nightly.measuring", "with_reports"),
+        **_PUBLISH,
     },
     "takedown": {
         "find": ("namr.data.datasets", "open_version"),
@@ -59,6 +75,7 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
         "delete": ("namr.release.garbage", "_delete"),
         "embeddings": ("namr.release.old_embeddings", "collect"),
     },
+    "releases publish": {"look": ("namr.release.prepared", "switch"), **_PUBLISH},
     "rollback": {
         "verify": ("namr.release.publication", "roll_back"),
         "swap": ("namr.store.manifests", "swap_pointer"),
@@ -66,34 +83,55 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
     "releases unpin": {"unpin": ("namr.release.publication", "unpin")},
     "jobs/serve.py": {},
 }
-"""By command the stages in their order, each with the function that begins it."""
+"""By command the stages in their order, each with the function that begins it; the first that fits counts."""
+COMMANDS = {
+    "pack": "jobs/pack.py",
+    "takedown": "takedown",
+    "night": "jobs/reindex.py",
+    "collect": "releases collect",
+    "compaction": "jobs/compact.py",
+    "rollback": "rollback",
+    "unpin": "releases unpin",
+    "prepare": "jobs/reindex.py --prepare",
+    "switch": "releases publish",
+}
+"""How they are called here, each with its first words."""
+WITH_WORKERS = {"write shards", "extract", "build", "compact"}
+"""Stages that have Ray's workers do something."""
 START = "start"
 """Before the first stage: imports, flags, the lease."""
-_HARDLY_ANY_BYTES = 16 << 20
+_KILLED_WITHIN_S = 0.5
+_LEASE = {"ttl_s": 10.0, "renew_s": 2.0}
 
 
 class Appointment(NamedTuple):
-    """To fail in this way at that call to the store, counted from 0, of that stage."""
+    """To fail in this way at that point of that stage, counted from 0."""
 
     stage: str
-    num_calls: int
+    num_points: int
     how: str
 
 
 class _Told:
-    """Where the process is: a stage, and the calls that it made in it."""
+    """Where the process is: a stage, and the points that it passed in it."""
 
-    def __init__(self, appointment: Appointment | None) -> None:
-        self.stage, self.num_calls, self._appointment = START, 0, appointment
+    def __init__(self, appointment: Appointment | None, stages: Iterable[str]) -> None:
+        self._appointment, self._ahead = appointment, [*stages]
+        self._stage, self.num_points = START, 0
 
     def begins(self, stage: str) -> None:
-        print(f"@{stage}|{self.num_calls}", file=sys.stderr, flush=True)
-        self.stage, self.num_calls = stage, 0
+        """Stages only ever go on: what a later one calls of an earlier one is its own."""
+        if stage not in self._ahead:
+            return
+        del self._ahead[: self._ahead.index(stage) + 1]
+        print(f"@{stage}|{self.num_points}", file=sys.stderr, flush=True)
+        self._stage, self.num_points = stage, 0
+        self.calls(lambda: None)
 
     def calls(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         due = self._appointment
-        is_due = due is not None and due[:2] == (self.stage, self.num_calls)
-        self.num_calls += 1
+        is_due = due is not None and due[:2] == (self._stage, self.num_points)
+        self.num_points += 1
         if due is None or not is_due:
             return call(*arguments, **named)
         if due.how == "after":
@@ -105,11 +143,11 @@ class _Told:
 def _fail(how: str) -> None:
     print(f"@failing|{how}", file=sys.stderr, flush=True)
     if how == "memory":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + _HARDLY_ANY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        shortage.of_memory(os.getpid())
     elif how == "disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        shortage.of_disk(os.getpid())
+    elif how == "store":
+        time.sleep(_KILLED_WITHIN_S)
     else:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -132,6 +170,11 @@ def stages_of(command: Sequence[str]) -> dict[str, tuple[str, str]]:
     return next(stages for name, stages in STAGES.items() if words.startswith(name))
 
 
+def all_stages() -> list[tuple[str, str]]:
+    """Of all commands, in order."""
+    return [(name, stage) for name, words in COMMANDS.items() for stage in stages_of([words])]
+
+
 def run(due: Appointment | None, command: list[str], environment: dict[str, str], said: Connection) -> None:
     """The life of a process that runs one command; all that it says goes to `said`."""
     for standard in (1, 2):
@@ -140,7 +183,8 @@ def run(due: Appointment | None, command: list[str], environment: dict[str, str]
     os.environ.update(environment)
     os.chdir(ROOT)
     faulthandler.register(signal.SIGUSR1)
-    told = _Told(due)
+    stages = stages_of(command)
+    told = _Told(due, stages)
 
     def beginning(stage: str) -> Callable[..., Any]:
         def begins(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -149,13 +193,14 @@ def run(due: Appointment | None, command: list[str], environment: dict[str, str]
 
         return begins
 
-    for stage, (module, function) in stages_of(command).items():
+    for stage, (module, function) in stages.items():
         _wrap(importlib.import_module(module), function, beginning(stage))
     for function in STORE_CALLS:
         _wrap(storage, function, told.calls)
+    Lease.take.__func__.__kwdefaults__ |= _LEASE  # type: ignore[attr-defined]
     sys.argv = command
     if command[0] == "namr":
         cli.main()
     else:
         runpy.run_path(command[0], run_name="__main__")
-    print(f"@end|{told.num_calls}", file=sys.stderr, flush=True)
+    print(f"@end|{told.num_points}", file=sys.stderr, flush=True)

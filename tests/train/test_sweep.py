@@ -137,6 +137,7 @@ def test_data_without_enough_classes_is_refused_before_there_is_a_cluster(tmp_pa
 
 @pytest.mark.ray
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_sweep_whose_driver_was_killed_goes_on_with_what_had_not_ended(tmp_path: Path, python: str) -> None:
     steps = TrainingConfig(
         num_steps=300, evaluation_interval=100, backbone_learning_rate=0, augment=False, batchnorm="frozen"
