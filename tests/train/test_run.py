@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from namr import config as configuration
 from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
-from namr.errors import ConfigError, NamrError
+from namr.errors import ConfigError, ManifestError, NamrError
 from namr.registry import registry
 from namr.store import manifests
 from namr.train import run
@@ -108,6 +109,16 @@ def test_a_run_refuses_another_configuration_but_for_what_may_change(make: Make)
     with pytest.raises(ConfigError, match="seed was 1 and is 2"):
         run.finished(run.absolute(make(seed=2)))
     assert run.begun(run.absolute(make(workers=WorkersConfig(num_workers=1)))) == stored
+
+
+def test_a_run_goes_on_with_the_data_it_began_with_and_with_no_other(make: Make) -> None:
+    config = run.absolute(make())
+    train, _ = run.open_datasets(config, None)
+    stored = store(config)  # of other data: the digest of its version is another
+    with pytest.raises(ManifestError, match=r"is not the dataset that run 'run' began with"):
+        run.open_datasets(config, stored)
+    newer = run.absolute(make(data=replace(config.data, dataset_version=7)))
+    assert run.open_datasets(newer, replace(stored, data_digest=train.digest)) == (train, None)
 
 
 def test_a_run_that_began_with_two_seeds_of_one_number_goes_on(make: Make) -> None:
