@@ -24,10 +24,20 @@ class NetworkNode:
 
     name: str
     address: str
+    link: str
+    """The bridge's end of its cable."""
 
     @property
     def prefix(self) -> tuple[str, ...]:
         return ("ip", "netns", "exec", self.name)
+
+    def unplug(self) -> None:
+        """Nothing gets from it or to it until `plug`; its processes go on."""
+        _ip("link", "set", self.link, "down")
+
+    def plug(self) -> None:
+        """As it was before `unplug`."""
+        _ip("link", "set", self.link, "up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +69,8 @@ def bridged_nodes(num_nodes: int) -> Iterator[Network]:
         _ip("link", "set", bridge, "up")
         nodes = []
         for number in range(num_nodes):
-            node = NetworkNode(name=f"nm{token}n{number}", address=f"{subnet}.{number + 2}")
             link = f"nm{token}v{number}"
+            node = NetworkNode(name=f"nm{token}n{number}", address=f"{subnet}.{number + 2}", link=link)
             _ip("netns", "add", node.name)
             exits.callback(_ip, "netns", "delete", node.name)
             _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", node.name)

@@ -87,6 +87,7 @@ class MlflowServer:
 
     tracking_uri: str
     folder: Path
+    program: Program | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ def mlflow_server(
     ) as program:
         tracking_uri = f"http://{host}:{port}"
         program.wait_until(lambda: http_status(f"{tracking_uri}/health") == 200, timeout_s=120)
-        yield MlflowServer(tracking_uri=tracking_uri, folder=folder)
+        yield MlflowServer(tracking_uri=tracking_uri, folder=folder, program=program)
 
 
 def ray_node_ports(dashboard_url: str) -> set[int]:

@@ -1,7 +1,6 @@
 """Training on two nodes that really have a network between them: namespaces, veth pairs, a bridge."""
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from infra import network, services
+from tests.submitted import Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -44,30 +44,6 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
         yield TwoNodes(cluster, store, (first, second))
 
 
-class Job:
-    """`python <words>` submitted with `folder` as its working directory."""
-
-    def __init__(self, two_nodes: TwoNodes, folder: Path, log_path: Path, *words: str) -> None:
-        self._log_path = log_path
-        ray = [str(services.SCRIPTS_PATH / "ray"), "job", "submit"]
-        ray += ["--address", two_nodes.cluster.dashboard_url, "--working-dir", str(folder), "--", "python"]
-        with log_path.open("wb") as log:
-            self._process = subprocess.Popen([*ray, *words], stdout=log, stderr=subprocess.STDOUT)
-
-    def is_running(self) -> bool:
-        return self._process.poll() is None
-
-    def log(self, *, timeout_s: float) -> str:
-        """The log of the whole job, which has to succeed."""
-        try:
-            status = self._process.wait(timeout_s)
-        finally:
-            self._process.kill()
-            log = self._log_path.read_text()
-        assert status == 0, log[-6000:]
-        return log
-
-
 DDP_OVER_GLOO = """
 import json, pathlib, sys
 import ray, ray.train, ray.train.torch, torch
@@ -97,7 +73,7 @@ ray.train.torch.TorchTrainer(
 def test_gradients_are_averaged_over_a_network(two_nodes: TwoNodes, tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "ddp.py").write_text(DDP_OVER_GLOO)
-    job = Job(two_nodes, tmp_path / "job", tmp_path / "log", "ddp.py", str(tmp_path))
+    job = Job(two_nodes.cluster, tmp_path / "job", tmp_path / "log", "ddp.py", str(tmp_path))
     job.log(timeout_s=240)
     found = json.loads((tmp_path / "said.json").read_text())
     assert {address for address, _, _ in found} == {node.host for node in two_nodes.nodes}
@@ -135,7 +111,7 @@ def train(two_nodes: TwoNodes, folder: Path, run_name: str) -> Job:
         "workers.num-workers": "2",
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
-    return Job(two_nodes, ROOT, folder / f"{run_name}.log", "jobs/train.py", *words)
+    return Job(two_nodes.cluster, ROOT, folder / f"{run_name}.log", "jobs/train.py", *words)
 
 
 def result_of(two_nodes: TwoNodes, run_name: str) -> dict[str, Any]:
@@ -150,7 +126,7 @@ def test_a_node_that_dies_in_training_and_comes_back_changes_nothing(
     two_nodes: TwoNodes, tmp_path: Path
 ) -> None:
     pack = ("jobs/pack.py", "--source", "digits", "--dataset-uri", f"s3://{BUCKET}/digits")
-    Job(two_nodes, ROOT, tmp_path / "pack.log", *pack).log(timeout_s=200)
+    Job(two_nodes.cluster, ROOT, tmp_path / "pack.log", *pack).log(timeout_s=200)
     train(two_nodes, tmp_path, "undisturbed").log(timeout_s=300)
 
     job = train(two_nodes, tmp_path, "disturbed")

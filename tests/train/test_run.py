@@ -122,6 +122,16 @@ def test_settings_that_are_off_are_no_part_of_what_is_stored_so_that_older_runs_
     assert run.changes({name: stored[name] for name in stored if name != "dry_run"}, stored) == ""
 
 
+def test_a_run_goes_on_with_the_data_it_began_with_and_with_no_other(make: Make) -> None:
+    config = run.absolute(make())
+    train, _ = run.open_datasets(config, None)
+    stored = store(config)  # of other data: the digest of its version is another
+    with pytest.raises(ManifestError, match=r"is not the dataset that run 'run' began with"):
+        run.open_datasets(config, stored)
+    newer = run.absolute(make(data=replace(config.data, dataset_version=7)))
+    assert run.open_datasets(newer, replace(stored, data_digest=train.digest)) == (train, None)
+
+
 def test_a_run_that_began_with_two_seeds_of_one_number_goes_on(make: Make) -> None:
     before: dict[str, Any] = {"seed": None, "batch.seed": "1", "training.seed": "1"}
     assert run.begun(run.absolute(make())) is None

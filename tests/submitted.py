@@ -1,0 +1,34 @@
+"""A job as people submit it: `ray job submit`, with a folder as its working directory."""
+
+import subprocess
+from pathlib import Path
+
+from infra import services
+
+
+class Job:
+    """`python <words>` submitted to a cluster."""
+
+    def __init__(self, cluster: services.RayCluster, folder: Path, log_path: Path, *words: str) -> None:
+        self._log_path = log_path
+        ray = [str(services.SCRIPTS_PATH / "ray"), "job", "submit"]
+        ray += ["--address", cluster.dashboard_url, "--working-dir", str(folder), "--", "python"]
+        with log_path.open("wb") as log:
+            self._process = subprocess.Popen([*ray, *words], stdout=log, stderr=subprocess.STDOUT)
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self, *, timeout_s: float) -> tuple[int, str]:
+        """The status of the whole job, and its log."""
+        try:
+            status = self._process.wait(timeout_s)
+        finally:
+            self._process.kill()
+        return status, self._log_path.read_text()
+
+    def log(self, *, timeout_s: float) -> str:
+        """The log of the whole job, which has to succeed."""
+        status, log = self.end(timeout_s=timeout_s)
+        assert status == 0, log[-6000:]
+        return log
