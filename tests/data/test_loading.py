@@ -1,6 +1,8 @@
 """Loading: a batch depends on (seed, step) alone, and evaluation sees each sample once."""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from namr.data import images, loading, sample_index, shards
 from namr.data.datasets import Dataset
 from namr.data.images import AugmentConfig, Preprocessing
 from namr.data.loading import Batch, LoaderConfig
+from namr.data.reading import SampleReader
 from namr.data.sampling import ClassIndex, PKConfig
 from namr.errors import ConfigError, ImageRefused
 from namr.store import storage
@@ -103,6 +106,21 @@ def test_too_few_classes_are_a_named_error(dataset: Dataset, tmp_path: Path) -> 
             prep=PREP,
             augment=AugmentConfig(),
         )
+
+
+def test_each_batch_is_read_once_and_all_but_the_first_two_ahead_by_other_threads(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, read = load(dataset, tmp_path), SampleReader.read
+    readers: list[str] = []
+
+    def reading(self: SampleReader, *asked: Any) -> list[bytes]:
+        readers.append(threading.current_thread().name)
+        return read(self, *asked)
+
+    monkeypatch.setattr(SampleReader, "read", reading)
+    assert same(whole, load(dataset, tmp_path))
+    assert sorted(name.startswith("namr-read") for name in readers) == [False] * 2 + [True] * 4
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 5), (3, 4), (5, 100)])
