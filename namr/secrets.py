@@ -40,5 +40,23 @@ def without_secrets(text: str) -> str:
 
 def cause_of(error: BaseException) -> BaseException | None:
     """The error as the cause of another (`raise ... from`); None if it, or what caused it, tells a secret."""
-    told = "".join(traceback.format_exception(error))
+    told = "".join(line for each in _shown_with(error) for line in traceback.format_exception_only(each))
     return error if without_secrets(told) == told else None
+
+
+def _shown_with(error: BaseException) -> list[BaseException]:
+    """The error, and all that a traceback shows with it: what caused it, and what a group holds.
+
+    The lines of code that it shows too are left out: they tell nothing, and take most of the time to find.
+    """
+    found: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        each = waiting.pop()
+        if any(each is other for other in found):
+            continue
+        found.append(each)
+        before = each.__cause__ if each.__suppress_context__ else each.__context__
+        waiting += [before] if before else []
+        waiting += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+    return found

@@ -45,5 +45,7 @@ def test_an_error_that_tells_a_secret_is_no_cause() -> None:
     for error in (raised("http://me:s3cret@db", "innocent"), raised(None, "http://me:s3cret@db")):
         assert "s3cret" in "".join(traceback.format_exception(error))
         assert secrets.cause_of(error) is None
+    grouped = ExceptionGroup("innocent", [raised("http://me:s3cret@db", "innocent"), KeyError("x")])
+    assert secrets.cause_of(grouped) is None
     innocent = raised("KeyError", "innocent")
     assert secrets.cause_of(innocent) is innocent

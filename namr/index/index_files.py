@@ -14,8 +14,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,8 +24,12 @@ import numpy.typing as npt
 
 from namr import hashing
 from namr.errors import ConfigError, ManifestError
+from namr.store import read_ahead
 
 Ids = npt.NDArray[np.int64]
+Piece = memoryview | bytes
+Told = Callable[[Piece], object]
+"""Who is told all bytes of a file, piece by piece in their order, as it is written: a digest of it, say"""
 
 OFFERED = "Flat, IVF<lists>,Flat, IVF<lists>,SQ8, IVF<lists>,PQ<pieces>x4fs and IVF<lists>,PQ<bytes>x8"
 MAX_PIECE_DIM = 15
@@ -214,7 +217,49 @@ def sum_of_ids(ids: Ids) -> int:
         return int(hashing.mix(ids.astype(np.uint64) + np.uint64(hashing.GOLDEN)).sum(dtype=np.uint64))
 
 
-def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any], *, num_threads: int = 1) -> None:
+def to_nobody(_: Piece) -> None:
+    """Where nobody is `Told`."""
+
+
+def write(index: Any, empty: bytes, path: Path, *, told: Told = to_nobody) -> None:
+    """The file of an index, whose file without contents is `empty`: as the merge of it alone would be."""
+    if isinstance(index, faiss.IndexIDMap):
+        faiss.write_index(index, str(path))
+        with path.open("rb") as written:
+            while data := written.read(_PIECE_BYTES):
+                told(data)
+        return
+    whole = faiss.deserialize_index(np.frombuffer(empty, np.uint8))
+    whole.ntotal = index.ntotal
+    with path.open("wb") as file:
+        write_joined(file, whole, [index.invlists], told=told)
+
+
+def write_merged(
+    empty: bytes, paths: Sequence[Path], out_path: Path, *, num_threads: int = 1, told: Told = to_nobody
+) -> None:
+    """The file of an index, from that of the same without contents and the files to be merged, in order."""
+    whole = faiss.deserialize_index(np.frombuffer(empty, np.uint8))
+    if isinstance(whole, faiss.IndexIDMap):
+        for path in paths:
+            whole.merge_from(open_file(path, mmap=False), 0)
+        write(whole, empty, out_path, told=told)
+        return
+    parts = [open_file(path, mmap=True) for path in paths]
+    whole.ntotal = sum(int(part.ntotal) for part in parts)
+    with out_path.open("wb") as file:
+        lists = [part.invlists for part in parts]
+        write_joined(file, whole, lists, num_threads=num_threads, told=told)
+
+
+def write_joined(
+    file: BinaryIO,
+    whole: Any,
+    parts: Sequence[Any],
+    *,
+    num_threads: int = 1,
+    told: Told = to_nobody,
+) -> None:
     """A FAISS file of `whole` (empty, but with the final count) and of the parts' lists, joined list by list.
 
     An IVF file ends with its lists: "ilar", number of lists, code size, "full", the sizes, and for each
@@ -228,36 +273,40 @@ def write_joined(file: BinaryIO, whole: Any, parts: Sequence[Any], *, num_thread
         raise ManifestError(f"FAISS {faiss.__version__} writes IVF files in another layout: merge with 1.15")
     of_parts = [[part.list_size(number) for number in range(num_lists)] for part in parts]
     sizes = np.array(of_parts, np.int64).reshape(len(parts), num_lists).sum(axis=0)
-    file.write(data[: -len(tail)] + b"ilar" + counts + b"full" + np.uint64(num_lists).tobytes())
-    file.write(sizes.astype(np.uint64).tobytes())
+    head = data[: -len(tail)] + b"ilar" + counts + b"full" + np.uint64(num_lists).tobytes()
+    head += sizes.astype(np.uint64).tobytes()
+    file.write(head)
     file.flush()
     ends = file.tell() + np.cumsum(sizes) * (code_size + 8)
     cuts = np.unique(np.searchsorted(ends, np.arange(file.tell(), ends[-1], _PIECE_BYTES)))
     ranges = list(itertools.pairwise([*cuts.tolist(), num_lists]))
     write = functools.partial(_write_lists, file.fileno(), parts, ends.tolist(), code_size)
-    if num_threads == 1:
-        for each in ranges:
-            write(each)
-        return
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="namr-merge") as pool:
-        for _ in pool.map(write, ranges):
-            pass
+    written: Iterator[Piece] = map(write, ranges)
+    if num_threads > 1:
+        written = read_ahead.in_order(write, ranges, num_threads=num_threads)
+    told(head)
+    for piece in written:
+        told(piece)
 
 
 def _write_lists(
     handle: int, parts: Sequence[Any], ends: Sequence[int], code_size: int, lists: tuple[int, int]
-) -> None:
-    """Writes the joined lists start (included) to stop (excluded); `ends`: where each ends in the file."""
+) -> memoryview:
+    """Writes the joined lists start (included) to stop (excluded), and says what it wrote.
+
+    ends: where each list ends in the file.
+    """
     pieces = []
     for number in range(*lists):
         of_parts = [_list_of(part, number, code_size) for part in parts]
         pieces += [codes for codes, _ in of_parts]
         pieces += [ids.view(np.uint8) for _, ids in of_parts]
-    data = np.concatenate(pieces).data
-    at = ends[lists[1] - 1] - len(data)
-    while len(data):
-        num_written = os.pwrite(handle, data, at)
-        data, at = data[num_written:], at + num_written
+    joined = np.concatenate(pieces).data
+    left, at = joined, ends[lists[1] - 1] - len(joined)
+    while len(left):
+        num_written = os.pwrite(handle, left, at)
+        left, at = left[num_written:], at + num_written
+    return joined
 
 
 def selector(ids: npt.NDArray[np.int64]) -> Any:

@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from namr.errors import ConfigError, ManifestError, ShapeError
 from namr.index import index_files
+from namr.index.index_files import Told, to_nobody
 from namr.index.nearest import nearest
 from namr.store import scratch
 
@@ -126,7 +127,12 @@ def load_template(data: bytes) -> Template:
 
 
 def build_part(
-    template: Template, blocks: Iterable[tuple[Floats, Ids]], path: Path, *, num_threads: int
+    template: Template,
+    blocks: Iterable[tuple[Floats, Ids]],
+    path: Path,
+    *,
+    num_threads: int,
+    told: Told = to_nobody,
 ) -> IndexInfo:
     """Writes an index over the blocks' vectors (n, D) and ids (n,) to path, and says what it holds.
 
@@ -142,7 +148,7 @@ def build_part(
             last_id = int(ids[-1])
         num_vectors, ids_sum = num_vectors + len(ids), (ids_sum + index_files.sum_of_ids(ids)) % 2**64
     with scratch.beside(path) as temporary:
-        faiss.write_index(index, str(temporary))
+        index_files.write(index, template.data, temporary, told=told)
         built = inspect(temporary)
         if (built.num_vectors, built.ids_sum) != (num_vectors, ids_sum):
             raise ManifestError(f"{path}: {num_vectors} vectors went in, {built.num_vectors} others came out")
@@ -173,12 +179,17 @@ def inspect(path: Path) -> IndexInfo:
 
 
 def merge_parts(
-    template: Template, part_paths: Sequence[Path], out_path: Path, *, num_threads: int = 1
+    template: Template,
+    part_paths: Sequence[Path],
+    out_path: Path,
+    *,
+    num_threads: int = 1,
+    told: Told = to_nobody,
 ) -> IndexInfo:
     """Merges parts of one template into the segment out_path, and reconciles what came out with what went in.
 
-    Equal to one index over all vectors. The memory needed is that of the ids; codes go from
-    memory-mapped parts straight into the file (Flat, meant for few vectors, is merged in memory).
+    Equal to one index over all vectors. The memory needed is that of the ids; codes go from memory-mapped
+    parts straight into the file, which is told as it is written (Flat, meant for few, is merged in memory).
     Empty parts are welcome. ManifestError: a part of another template, one that is no IVF or Flat index
     of squared L2, one with a direct map, or ids that lie in two parts.
     """
@@ -203,7 +214,8 @@ def merge_parts(
             )
     went_in = sum(info.num_vectors for info, _ in infos), sum(info.ids_sum for info, _ in infos) % 2**64
     with scratch.beside(out_path) as temporary:
-        _merge([path for _, path in filled], template, temporary, num_threads)
+        paths = [path for _, path in filled]
+        index_files.write_merged(template.data, paths, temporary, num_threads=num_threads, told=told)
         merged = inspect(temporary)
         if (merged.num_vectors, merged.ids_sum) != went_in or merged.template_hash != template.hash:
             raise ManifestError(
@@ -335,16 +347,3 @@ def _add(index: Any, x: Floats, ids: Ids) -> None:
         index.add_sa_codes(np.concatenate([places, np.stack(codes, axis=1)], axis=1), ids)
     else:
         index.add_core(len(x), faiss.swig_ptr(x), faiss.swig_ptr(ids), faiss.swig_ptr(lists))
-
-
-def _merge(paths: Sequence[Path], template: Template, out_path: Path, num_threads: int) -> None:
-    whole = faiss.deserialize_index(np.frombuffer(template.data, np.uint8))
-    if template.key == "Flat":
-        for path in paths:
-            whole.merge_from(index_files.open_file(path, mmap=False), 0)
-        faiss.write_index(whole, str(out_path))
-        return
-    parts = [index_files.open_file(path, mmap=True) for path in paths]
-    whole.ntotal = sum(int(part.ntotal) for part in parts)
-    with out_path.open("wb") as file:
-        index_files.write_joined(file, whole, [part.invlists for part in parts], num_threads=num_threads)

@@ -101,6 +101,7 @@ class Assessment:
     """of plain search at `nprobe` and `depth` against exact search"""
     recall_by_nprobe: tuple[tuple[int, float], ...]
     sides: tuple[SideResult, ...]
+    """every side; of a release that was added to another only the plain one and its own"""
     depth: int
     queries_per_s: float
     """of plain search at `nprobe`, by items, in batches of 256"""
@@ -197,8 +198,9 @@ def assess(
         )
     nprobe, depth, recall = points[-1]
     labels = _Labels.of(searcher.items, items)
+    asked_by = ("none", searcher.manifest.structure_side) if effort else _SIDES
     sides: dict[Side, Neighbours] = {"none": plain[nprobe, depth]}
-    sides |= {side: found_by(side, nprobe, depth) for side in _SIDES if side not in sides}
+    sides |= {side: found_by(side, nprobe, depth) for side in asked_by if side not in sides}
     return Assessment(
         num_queries=len(items),
         num_labelled=len(labels.by_query),

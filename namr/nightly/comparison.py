@@ -11,7 +11,7 @@ and at most 20. Queries whose label no other image of one of them has are left o
 Not covered: what may be lost (`gate`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from namr.release.releases import ReleaseManifest
 from namr.search import queries, stages
-from namr.search.answers import SearchOptions
+from namr.search.answers import Item, SearchOptions
 from namr.search.searcher import Searcher
 
 Mask = npt.NDArray[np.bool_]
@@ -45,13 +45,14 @@ class Quality(NamedTuple):
 
 
 def compare(
-    serving: Searcher, draft: Searcher, manifest: ReleaseManifest, keys: Sequence[str]
+    serving: Searcher, draft: Searcher, manifest: ReleaseManifest, items: Sequence[Item]
 ) -> Quality | None:
-    """Both releases, asked by the images of these keys that are labelled in both; None where none is.
+    """Both releases, asked by those of these items of the draft that are labelled in both; None for none.
 
-    manifest: the draft's, with how far it is searched.
+    The serving one knows them by their keys. manifest: the draft's, with how far it is searched.
     """
-    of_serving, of_draft = _labelled(serving, keys), _labelled(draft, keys)
+    of_draft = _labelled(items)
+    of_serving = _labelled(item for key in of_draft if (item := serving.items.by_key(key)))
     shared = [key for key in of_draft if key in of_serving]
     if not shared:
         return None
@@ -83,9 +84,9 @@ class _Labelled(NamedTuple):
     label: str
 
 
-def _labelled(searcher: Searcher, keys: Sequence[str]) -> Mapping[str, _Labelled]:
-    items = ((key, searcher.items.by_key(key)) for key in keys)
-    return {key: _Labelled(item.id, item.label) for key, item in items if item and item.label is not None}
+def _labelled(items: Iterable[Item]) -> Mapping[str, _Labelled]:
+    """By key."""
+    return {item.key: _Labelled(item.id, item.label) for item in items if item.label is not None}
 
 
 def _nums_of_others(searcher: Searcher, asked: Sequence[_Labelled]) -> npt.NDArray[np.int64]:

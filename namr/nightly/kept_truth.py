@@ -66,12 +66,12 @@ def follow(searcher: Searcher, ids: Ids, before: Release, *, cache: Cache) -> Fo
     """
     kept = _brought_up_to_date(searcher, before, ids)
     anew = ids[~among(ids, kept.query_ids)]
-    if len(anew) or not len(ids):
-        of_anew = truth.of_items(searcher, anew, shares=(), cache=cache).truth.of_all
+    asked = truth.asked_by(searcher, ids)
+    if len(anew):
+        of_anew = truth.neighbours(searcher, truth.asked_by(searcher, anew), k=truth.K, cache=cache).of_all
         order = np.argsort(np.concatenate([kept.query_ids, anew]))
         pairs = zip(kept.nearest, of_anew, strict=True)
         kept = Kept(ids, Exact(*(np.concatenate(pair, axis=1)[:, order] for pair in pairs)))
-    asked = queries.stored(ids, searcher.vectors)
     return Followed(truth.held_out_of(searcher, asked, Truth(_alive(searcher, kept.nearest), [])), kept)
 
 

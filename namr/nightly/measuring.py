@@ -126,8 +126,8 @@ def measure(
     serving = Searcher.of(current, cache=cache, query_model=None) if current else None
     if serving and not len(serving.items):
         serving = None
-    keys = [item.key for item in numbers.held.items]
-    quality = comparison.compare(serving, searcher, manifest, keys) if serving else None
+    items = numbers.held.items
+    quality = comparison.compare(serving, searcher, manifest, items) if serving else None
     lie = drift.measured(searcher, serving)
     measured = ReleaseReport(
         counts=manifest.counts,
@@ -147,6 +147,7 @@ def measure(
         certainty=numbers.certainty,
         stages=StageSeconds(open_s=opened - began, measure_s=time.perf_counter() - opened),
     )
+    keys = [item.key for item in items]
     return Measured(manifest, measured, searcher, keys, made.first_new_id, numbers.held)
 
 

@@ -82,13 +82,18 @@ def of_items(
     searcher: Searcher, ids: Ids, *, shares: Sequence[float] = SHARES, cache: Cache | None = None
 ) -> HeldOut:
     """The items with these ids; at least one, else ConfigError. shares, cache: see `neighbours`."""
+    asked = asked_by(searcher, ids)
+    return held_out_of(searcher, asked, neighbours(searcher, asked, k=K, shares=shares, cache=cache))
+
+
+def asked_by(searcher: Searcher, ids: Ids) -> Queries:
+    """The items with these ids as queries; ConfigError for none."""
     if not len(ids):
         raise ConfigError(
             "no held-out items to query with: the dataset has no image that was embedded and not taken out; "
             "bring some, and what serves stays until then"
         )
-    asked = queries.stored(ids, searcher.vectors)
-    return held_out_of(searcher, asked, neighbours(searcher, asked, k=K, shares=shares, cache=cache))
+    return queries.stored(ids, searcher.vectors)
 
 
 def held_out_of(searcher: Searcher, asked: Queries, truth: Truth) -> HeldOut:
@@ -184,14 +189,14 @@ def _found(
     shares: Sequence[float],
     k: int,
 ) -> Truth:
-    of_all = exact.Search(asked, k=k, bounds=bounds)
+    of_all = exact.Search(asked, k=k, bounds=bounds, hidden=hidden)
     plain_alone = np.where(np.arange(len(SIDES)) == SIDES.index("none"), np.inf, -np.inf)
     few = thinned(asked)
     alone = np.repeat(plain_alone[:, None], len(few.x), axis=1)
     of_shares = [exact.Search(few, k=k, bounds=alone) for _ in shares]
     for block in blocks:
-        live = exact.without(block, hidden)
-        of_all.add(live)
+        of_all.add(block)
+        live = exact.without(block, hidden) if shares else block
         for share, search in zip(shares, of_shares, strict=True):
             search.add(exact.only(live, is_in_share(live.ids, share)))
     return Truth(of_all.found(), [search.found() for search in of_shares])

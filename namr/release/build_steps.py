@@ -8,8 +8,10 @@ Not covered: the vectors that candidates are compared by (`vector_steps`), which
 them in parallel (`build`).
 """
 
+import functools
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, TypeVar
@@ -28,11 +30,12 @@ from namr.index.ivf import IndexInfo, Template
 from namr.model import distances
 from namr.model.distances import Metric
 from namr.release import arrays, held_out, places, releases
-from namr.store import item_files, manifests, scratch, storage, tables
+from namr.store import item_files, manifests, read_ahead, scratch, storage, tables
 from namr.store.manifests import StoredObject
 from namr.store.storage import Range
 
 MOST_TRAINING_THREADS = 8
+SEGMENT_NAME = "index.faiss"
 _MOST_MERGING_THREADS = 4
 
 Floats = npt.NDArray[np.float32]
@@ -167,16 +170,19 @@ class PartTask(NamedTuple):
     work_uri: str
     number: int
 
+    def blocks(self) -> Iterator[tuple[Floats, Ids]]:
+        """Vectors and ids, file after file."""
+        return (self.source.read(rows.file, slice(rows.start, rows.stop)) for rows in self.ranges)
+
 
 def build_part(task: PartTask) -> IndexFile:
     """Build one part, unless an earlier attempt has."""
 
     def build() -> IndexFile:
-        blocks = (task.source.read(rows.file, slice(rows.start, rows.stop)) for rows in task.ranges)
         with scratch.folder("part-") as folder:
-            path = Path(folder, "part.faiss")
-            info = ivf.build_part(task.template, blocks, path, num_threads=1)
-            digest = storage.sha256_of_file(path)
+            path, hashed = Path(folder, "part.faiss"), hashlib.sha256()
+            info = ivf.build_part(task.template, task.blocks(), path, num_threads=1, told=hashed.update)
+            digest = hashed.hexdigest()
             name = f"part-{task.number:05d}-{digest[:12]}.faiss"
             stored = manifests.write_object(task.work_uri, name, path, sha256=digest, is_done_with=True)
             return IndexFile(stored=stored, info=info)
@@ -185,6 +191,27 @@ def build_part(task: PartTask) -> IndexFile:
         return storage.exists(storage.join(task.work_uri, made.stored.name))
 
     return _unless_done(f"part-{task.number:05d}", build, task.work_uri, holds=is_there)
+
+
+class SegmentTask(NamedTuple):
+    """The only part of a segment of the releases."""
+
+    part: PartTask
+    releases_uri: str
+
+
+def build_segment(task: SegmentTask) -> IndexFile:
+    """Build a segment of one part, which is that part, unless an earlier attempt has."""
+    part, root = task.part, task.releases_uri
+
+    def build() -> IndexFile:
+        with scratch.folder("segment-") as folder:
+            path, digest = Path(folder, SEGMENT_NAME), hashlib.sha256()
+            info = ivf.build_part(part.template, part.blocks(), path, num_threads=1, told=digest.update)
+            stored = releases.store(root, path.name, path, sha256=digest.hexdigest(), is_done_with=True)
+            return IndexFile(stored=stored, info=info)
+
+    return _segment_unless_done(build, part.work_uri, root)
 
 
 class MergeTask(NamedTuple):
@@ -201,16 +228,24 @@ def merge(task: MergeTask) -> IndexFile:
 
     def merge_parts() -> IndexFile:
         with scratch.folder("merge-") as folder:
-            paths = [fetched(task.work_uri, part.stored, Path(folder)) for part in task.parts]
-            merged = Path(folder, "index.faiss")
-            info = ivf.merge_parts(task.template, paths, merged, num_threads=_threads(_MOST_MERGING_THREADS))
-            stored = releases.store(task.releases_uri, merged.name, merged, is_done_with=True)
-            return IndexFile(stored=stored, info=info)
+            num_threads, digest = _threads(_MOST_MERGING_THREADS), hashlib.sha256()
+            merged, stored = Path(folder, SEGMENT_NAME), [part.stored for part in task.parts]
+            fetch = functools.partial(fetched, task.work_uri, folder=Path(folder))
+            paths = list(read_ahead.in_order(fetch, stored, num_threads=num_threads))
+            info = ivf.merge_parts(task.template, paths, merged, num_threads=num_threads, told=digest.update)
+            segment = releases.store(
+                task.releases_uri, merged.name, merged, sha256=digest.hexdigest(), is_done_with=True
+            )
+            return IndexFile(stored=segment, info=info)
 
+    return _segment_unless_done(merge_parts, task.work_uri, task.releases_uri)
+
+
+def _segment_unless_done(make: Callable[[], IndexFile], work_uri: str, releases_uri: str) -> IndexFile:
     def is_there(made: IndexFile) -> bool:
-        return releases.is_there(task.releases_uri, made.stored)
+        return releases.is_there(releases_uri, made.stored)
 
-    return _unless_done("segment", merge_parts, task.work_uri, holds=is_there)
+    return _unless_done("segment", make, work_uri, holds=is_there)
 
 
 def _threads(most: int) -> int:

@@ -269,13 +269,10 @@ class Release:
 
     def places(self, cache: Cache) -> Places:
         """Which row of the re-rank vectors an id has, mapped into memory."""
-        return places.joined(
-            [
-                Places.open(self.path(of.shards, cache), self.path(of.rows, cache), num_rows=of.num_rows)
-                for of in self.manifest.vectors
-            ],
-            [of.num_rows for of in self.manifest.vectors],
-        )
+        nums_rows = [of.num_rows for of in self.manifest.vectors]
+        paths = [(self.path(of.shards, cache), self.path(of.rows, cache)) for of in self.manifest.vectors]
+        tables = [Places.open(*pair, num_rows=num) for pair, num in zip(paths, nums_rows, strict=True)]
+        return places.joined(tables, nums_rows)
 
     def tombstones(self) -> npt.NDArray[np.int64]:
         """Ids that segments hold and nobody may find, ascending."""
@@ -283,13 +280,15 @@ class Release:
         return arrays.decode_array(self.read(stored), np.int64) if stored else np.empty(0, np.int64)
 
 
-def store(releases_uri: str, name: str, data: bytes | Path, *, is_done_with: bool = False) -> StoredObject:
+def store(
+    releases_uri: str, name: str, data: bytes | Path, *, sha256: str | None = None, is_done_with: bool = False
+) -> StoredObject:
     """Write an object of a release under its digest; one that is there already is not written again.
 
-    It never gets a name that a collection is about to delete (`doomed`), but the next. is_done_with: nobody
-    writes to the file again, so that it need not be copied.
+    It never gets a name that a collection is about to delete (`doomed`), but the next. sha256: of the data,
+    where it is known. is_done_with: nobody writes to the file again, so that it need not be copied.
     """
-    digest = storage.sha256(data) if isinstance(data, bytes) else storage.sha256_of_file(data)
+    digest = manifests.describe_object(name, data, sha256=sha256).sha256
     names = (f"objects/{digest}{f'.{number}' if number else ''}/{name}" for number in itertools.count())
     before = doomed.names(releases_uri)
     for free in (each for each in names if each not in before):

@@ -30,6 +30,7 @@ from namr.release.build_steps import (
     MergeTask,
     PartTask,
     RowRange,
+    SegmentTask,
     VectorSource,
 )
 from namr.release.releases import Segment, StoredVectors
@@ -138,6 +139,10 @@ def build(
         PartTask(source.of(rows.file for rows in ranges), template, ranges, work_uri, number)
         for number, ranges in enumerate(cut(files, num_parts))
     ]
+    if len(tasks) == 1:
+        of_one = [SegmentTask(tasks[0], releases_uri)]
+        (segment,) = in_order("building the segment", build_steps.build_segment, of_one)
+        return segment
     parts = in_order("building parts", build_steps.build_part, tasks)
     merging = [MergeTask(template, parts, work_uri, releases_uri)]
     (segment,) = in_order("merging parts", build_steps.merge, merging)

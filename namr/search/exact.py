@@ -59,28 +59,40 @@ class Exact(NamedTuple):
 class Search:
     """A search that is shown the gallery block by block. Memory grows with Q n."""
 
-    def __init__(self, asked: Queries, *, k: int, bounds: Doubles | None = None) -> None:
+    def __init__(
+        self, asked: Queries, *, k: int, bounds: Doubles | None = None, hidden: Ids | None = None
+    ) -> None:
         """bounds (S, Q): no k-th neighbour is farther, squared; what is farther is left out.
 
-        Good ones (`bounds_of`) save most of the work. A side with -inf isn't searched by.
+        Good ones (`bounds_of`) save most of the work. A side with -inf isn't searched by. hidden: ids,
+        ascending, that are passed over: only where they are near, so that no block is copied without them.
         """
         if asked.s is None:
             raise ShapeError("every side needs structures with the embeddings; give them")
         self._asked, self._k = asked, k
-        self._best = _Best(asked, asked.s, k, bounds)
+        self._hidden = np.empty(0, np.int64) if hidden is None else hidden
+        self._best = _Best(asked, asked.s, k, bounds, self._hidden)
         self._centre = asked.x.mean(0)
         self._products = _Products(asked.x - self._centre, asked.s)
+        self._room = torch.empty(0, asked.x.shape[1] + 2)
 
     def add(self, block: Block) -> None:
         """Compare with these rows; ManifestError where a vector is damaged."""
         if not len(block.ids):
             return
-        best, centred = self._best, _Centred.of(block, self._centre)
+        if len(self._room) < len(block.ids):  # kept: to get so much anew takes as long as to fill it
+            self._room = torch.ones(len(block.ids), self._room.shape[1])
+        best, centred = self._best, _Centred.of(block, self._centre, self._room[: len(block.ids)])
+        usable = centred.are_usable
+        if not usable.all():  # what is hidden may be damaged
+            rerank.check_usable(usable | among(block.ids, self._hidden), block.ids)
+            self.add(only(block, usable))
+            return
         plain = self._products.plain(centred)
         if np.isposinf(best.kth).any():
             num = min(len(block.ids), self._k + (self._asked.own_ids is not None))
             columns = torch.from_numpy(plain).topk(num, largest=False).indices.numpy()
-            first = _Best(self._asked, best.s_q, self._k, None)
+            first = _Best(self._asked, best.s_q, self._k, None, self._hidden)
             first.compare_all(np.repeat(np.arange(len(plain)), num), columns.ravel(), block)
             best.kth = np.minimum(best.kth, first.kth)
         for side, rows, columns in self._products.near(plain, centred, best.kth):
@@ -110,7 +122,7 @@ def bounds_of(asked: Queries, candidates: Ids, vectors: GalleryVectors, *, k: in
     """
     if asked.s is None:
         raise ShapeError("every side needs structures with the embeddings; give them")
-    best = _Best(asked, asked.s, k, None)
+    best = _Best(asked, asked.s, k, None, np.empty(0, np.int64))
     rows, columns = np.nonzero(candidates >= 0)
     ids = candidates[rows, columns]
     for start in range(0, len(ids), _PENDING):
@@ -131,22 +143,37 @@ def joined(parts: Sequence[Exact]) -> Exact:
 class _Centred(NamedTuple):
     """A block in float32, around the centre of the queries."""
 
-    x: Tensor
-    """(n, D)"""
-    norms_squared: Tensor
-    """(n,)"""
+    with_norms: Tensor
+    """(n, D + 2) the vectors, their squared norms, and ones"""
     scales: Tensor
     """(n,) what side "scale" multiplies by"""
     least: Tensor
     """(n,) smallest weight"""
 
     @classmethod
-    def of(cls, block: Block, centre: Tensor) -> "_Centred":
-        x, s = block.x.float() - centre, block.s.float()
-        centred = cls(x, x.square().sum(1), distances.scale(s), s.amin(1))
-        usable = torch.isfinite(centred.norms_squared + centred.scales) & (centred.least > 0)
-        rerank.check_usable(usable.numpy(), block.ids)
+    def of(cls, block: Block, centre: Tensor, room: Tensor) -> "_Centred":
+        """room: ones (n, D + 2), or what was in it before."""
+        s = block.s.float()
+        centred = cls(room, distances.scale(s), s.amin(1))
+        torch.sub(block.x, centre, out=centred.x)
+        torch.linalg.vecdot(centred.x, centred.x, out=centred.norms_squared)
         return centred
+
+    @property
+    def are_usable(self) -> npt.NDArray[np.bool_]:
+        """(n,) False for damaged vectors."""
+        usable = torch.isfinite(self.norms_squared + self.scales) & (self.least > 0)
+        return np.asarray(usable.numpy())
+
+    @property
+    def x(self) -> Tensor:
+        """(n, D)"""
+        return self.with_norms[:, :-2]
+
+    @property
+    def norms_squared(self) -> Tensor:
+        """(n,)"""
+        return self.with_norms[:, -2]
 
 
 class _Products:
@@ -163,9 +190,7 @@ class _Products:
 
     def plain(self, block: _Centred) -> Floats:
         """(Q, n) squared plain distances, off by up to g (|q| + |x|)^2."""
-        ones = torch.ones_like(block.norms_squared)
-        right = torch.cat([block.x, torch.stack([block.norms_squared, ones], dim=1)], dim=1)
-        squared: Floats = distances.inner(self._plain, right).numpy()
+        squared: Floats = distances.inner(self._plain, block.with_norms).numpy()
         return squared
 
     def near(self, plain: Floats, block: _Centred, kth: Doubles) -> list[tuple[Side, Ids, Ids]]:
@@ -218,15 +243,25 @@ class _Products:
         return squared
 
 
-class _Best:
-    """The k nearest so far, and compared pairs that are not among them yet."""
+class _Pairs(NamedTuple):
+    """Queries (m,) each with a row (m,) of a block."""
 
-    def __init__(self, asked: Queries, s_q: Tensor, k: int, bounds: Doubles | None) -> None:
+    rows: Ids
+    block: Block
+
+
+class _Best:
+    """The k nearest so far, pairs that wait until they are worth a comparison, and those compared since."""
+
+    def __init__(self, asked: Queries, s_q: Tensor, k: int, bounds: Doubles | None, hidden: Ids) -> None:
         self._x, self.s_q, self._own_ids, self._k = asked.x, s_q, asked.own_ids, k
+        self._hidden = hidden
         shape = (len(SIDES), len(asked.x), k)
         self.ids, self.squared = np.full(shape, -1, np.int64), np.full(shape, np.inf)
         self.kth = np.full(shape[:2], np.inf) if bounds is None else bounds.copy()
         """(S, Q) no k-th neighbour is farther"""
+        self._waiting: dict[Side, list[_Pairs]] = {side: [] for side in SIDES}
+        self._num_waiting = dict.fromkeys(SIDES, 0)
         self._pending: dict[Side, list[tuple[Ids, Ids, Doubles]]] = {side: [] for side in SIDES}
         self._num_pending = 0
 
@@ -239,28 +274,50 @@ class _Best:
     def compare(self, side: Side, rows: Ids, columns: Ids, block: Block) -> None:
         """Queries (m,) with rows of the block (m,), a pair once only."""
         ids, x, s = block
+        wanted = ~among(ids[columns], self._hidden)
         if self._own_ids is not None:
-            others = self._own_ids[rows] != ids[columns]
-            rows, columns = rows[others], columns[others]
-        kth = self.kth[SIDES.index(side)]
+            wanted &= self._own_ids[rows] != ids[columns]
+        rows, columns = rows[wanted], columns[wanted]
         for start in range(0, len(rows), _PAIRS_AT_ONCE):
             some = slice(start, start + _PAIRS_AT_ONCE)
-            r, c = torch.from_numpy(rows[some]), torch.from_numpy(columns[some])
-            squared = distances.rerank_squared(
-                self._x[r].double(),
-                self.s_q[r].double(),
-                x[c].double()[:, None],
-                s[c].double()[:, None],
-                side=side,
-            )[:, 0].numpy()
-            near = np.flatnonzero(squared <= kth[rows[some]] * _ROUNDED)
-            self._pending[side].append((rows[some][near], ids[columns[some][near]], squared[near]))
-            self._num_pending += len(near)
-            if self._num_pending > _PENDING:
-                self.settle()
+            c = torch.from_numpy(columns[some])
+            self._waiting[side].append(_Pairs(rows[some], Block(ids[columns[some]], x[c], s[c])))
+            self._num_waiting[side] += len(c)
+            if self._num_waiting[side] >= _PAIRS_AT_ONCE:
+                self._measure(side)
+
+    def _measure(self, side: Side) -> None:
+        """Squared distances of the pairs that wait; of what is near enough they are kept."""
+        waiting = self._waiting[side]
+        if not waiting:
+            return
+        blocks = [each.block for each in waiting]
+        rows = np.concatenate([each.rows for each in waiting])
+        ids = np.concatenate([block.ids for block in blocks])
+        x, s = torch.cat([block.x for block in blocks]), torch.cat([block.s for block in blocks])
+        waiting.clear()
+        self._num_waiting[side] = 0
+        r = torch.from_numpy(rows)
+        squared = distances.rerank_squared(
+            self._x[r].double(),
+            self.s_q[r].double(),
+            x.double()[:, None],
+            s.double()[:, None],
+            side=side,
+        )[:, 0].numpy()
+        near = np.flatnonzero(squared <= self.kth[SIDES.index(side)][rows] * _ROUNDED)
+        self._pending[side].append((rows[near], ids[near], squared[near]))
+        self._num_pending += len(near)
+        if self._num_pending > _PENDING:
+            self._settle_pending()
 
     def settle(self) -> None:
-        """Sort what is pending in."""
+        """Compare what waits, and sort it in."""
+        for side in SIDES:
+            self._measure(side)
+        self._settle_pending()
+
+    def _settle_pending(self) -> None:
         for number, side in enumerate(SIDES):
             self._settle(number, self._pending[side])
         self._num_pending = 0

@@ -189,7 +189,10 @@ class Cache:
                     os.utime(verdict)
                     return path
             _check_digest(uri, storage.sha256_of_file(path), sha256)
-        storage.write(str(verdict), state.encode())
+        verdict.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.beside(verdict) as temporary:  # not synced: half of one is no verdict, and made again
+            temporary.write_text(state)
+            temporary.replace(verdict)
         if not self._has_forgotten:
             self._has_forgotten = True
             _forget_old(verdict.parent)

@@ -145,9 +145,10 @@ def test_joined_lists_are_the_file_that_faiss_writes_of_the_whole(
     frame = made(key, 0)
     frame.ntotal = 27
     path = tmp_path / "joined"
+    lists, told = [part.invlists for part in parts], bytearray()
     with path.open("wb") as file:
-        index_files.write_joined(file, frame, [part.invlists for part in parts], num_threads=num_threads)
-    assert path.read_bytes() == index_files.serialised(whole)
+        index_files.write_joined(file, frame, lists, num_threads=num_threads, told=told.extend)
+    assert path.read_bytes() == bytes(told) == index_files.serialised(whole)
 
 
 def test_a_write_that_stops_halfway_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

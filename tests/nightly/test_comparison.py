@@ -52,9 +52,9 @@ def map_by_loop(searcher: Searcher, keys: list[str], counts: list[dict[str, int]
 def test_both_are_asked_by_what_is_labelled_in_both(tmp_path: Path) -> None:
     serving = searcher_of(tmp_path / "one", Recipe(num_shards=2, structure_side="none"))
     draft = searcher_of(tmp_path / "two", Recipe(num_shards=3, structure_side="none", seed=1, dead=[5]))
-    keys = [f"digit/{row}" for row in range(120)]
+    items = list(draft.items)
     shared = [f"digit/{row}" for row in range(80) if row % 10 != 9 and row != 5]
-    found = comparison.compare(serving, draft, replace(draft.manifest, nprobe=9), keys)
+    found = comparison.compare(serving, draft, replace(draft.manifest, nprobe=9), items)
     assert found is not None
     recall_at_1, map_at_r = found
     assert recall_at_1 == (71, by_loop(serving, shared), pytest.approx(by_loop(draft, shared)))
@@ -63,10 +63,13 @@ def test_both_are_asked_by_what_is_labelled_in_both(tmp_path: Path) -> None:
     expected = [map_by_loop(searcher, shared, counts) for searcher in (serving, draft)]
     assert map_at_r == (71, *map(pytest.approx, expected))
     assert 0 < expected[0] != expected[1] > 0
-    assert comparison.compare(serving, draft, draft.manifest, ["digit/9", "digit/100", "unknown"]) is None
-    same = comparison.compare(serving, serving, serving.manifest, keys[:3])
+    not_in_both = [item for item in items if item.key in ("digit/9", "digit/100")]
+    assert len(not_in_both) == 2
+    assert comparison.compare(serving, draft, draft.manifest, not_in_both) is None
+    first = list(serving.items)[:3]
+    same = comparison.compare(serving, serving, serving.manifest, first)
     assert same is not None
-    assert same.recall_at_1 == Compared(3, *[by_loop(serving, keys[:3])] * 2)
+    assert same.recall_at_1 == Compared(3, *[by_loop(serving, [item.key for item in first])] * 2)
 
 
 def test_precision_is_counted_at_right_answers_up_to_r() -> None:
@@ -80,6 +83,6 @@ def test_an_image_alone_with_its_label_says_nothing_of_map_at_r(tmp_path: Path) 
         searcher_of(tmp_path / str(num), Recipe(num_shards=1, rows_per_shard=num)) for num in (10, 20)
     )
     assert few.items.label_counts() == {str(digit): 1 for digit in range(9)}
-    found = comparison.compare(few, more, more.manifest, ["digit/0", "digit/1"])
+    found = comparison.compare(few, more, more.manifest, list(more.items)[:2])
     assert found is not None and found.recall_at_1.num_queries == 2
     assert found.map_at_r is None

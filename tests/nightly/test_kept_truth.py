@@ -12,6 +12,7 @@ from namr.release import build, increment
 from namr.release.build import BuildConfig
 from namr.release.releases import Release
 from namr.search.exact import Exact
+from namr.search.queries import Queries
 from namr.search.searcher import Searcher
 from namr.store.cache import Cache
 from tests.small_nights import MODEL, a_night, as_release, embeddings_of
@@ -68,11 +69,12 @@ def test_what_is_kept_and_what_came_is_what_a_full_comparison_finds(
     ids = every[::4]
     release = measured_whole(tmp_path, release, ids)
     compared: list[list[int]] = []
-    of_items = truth.of_items
+    neighbours = truth.neighbours
 
-    def counted(searcher: Searcher, ids: np.ndarray, **more: object) -> truth.HeldOut:
-        compared.append(ids.tolist())
-        return of_items(searcher, ids, **more)
+    def counted(searcher: Searcher, asked: Queries, **more: object) -> truth.Truth:
+        assert asked.own_ids is not None
+        compared.append(asked.own_ids.tolist())
+        return neighbours(searcher, asked, **more)
 
     first = kept_truth.read(release).nearest.ids[:, 0]
     near = first[0, : NEEDED + 3]  # of one query more than may go
@@ -83,7 +85,7 @@ def test_what_is_kept_and_what_came_is_what_a_full_comparison_finds(
         ids = ids[searcher.items.are_known(ids)]
         asked = np.append(ids, [item.id for item in searcher.items][-1]) if num_rows else ids
         with monkeypatch.context() as patch:
-            patch.setattr(truth, "of_items", counted)
+            patch.setattr(truth, "neighbours", counted)
             followed = kept_truth.follow(searcher, asked, release_before, cache=Cache(tmp_path, 10**9))
         assert_as_compared_with_everything(searcher, asked, followed)
         anew = compared[-1] if len(compared) > number else []

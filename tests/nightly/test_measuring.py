@@ -12,10 +12,11 @@ from namr.nightly.aging import AgingConfig
 from namr.nightly.assessment import AssessmentConfig
 from namr.nightly.building import Made
 from namr.nightly.measuring import Measured, Settings
-from namr.nightly.truth import HeldOut
+from namr.nightly.truth import Truth
 from namr.release.build import BuildConfig
 from namr.release.releases import Release, ReleaseManifest, TemplateBirth
 from namr.reports.grids import Album
+from namr.search.queries import Queries
 from namr.search.searcher import Searcher
 from namr.store.cache import Cache
 from tests.small_nights import MODEL, a_night, as_release, embeddings_of
@@ -59,12 +60,12 @@ def read_searched(root: str, manifest: ReleaseManifest) -> int:
     return found.num_asked
 
 
-def counted(of_items: Callable[..., HeldOut], compared: list[int]) -> Callable[..., HeldOut]:
+def counted(neighbours: Callable[..., Truth], compared: list[int]) -> Callable[..., Truth]:
     """Notes how many items are compared with everything."""
 
-    def compare(searcher: Searcher, ids: np.ndarray, **more: object) -> HeldOut:
-        compared.append(len(ids))
-        return of_items(searcher, ids, **more)
+    def compare(searcher: Searcher, asked: Queries, **more: object) -> Truth:
+        compared.append(len(asked.x))
+        return neighbours(searcher, asked, **more)
 
     return compare
 
@@ -85,7 +86,7 @@ def test_what_was_added_to_keeps_its_effort_and_is_measured_by_age(
 
     root = str(tmp_path / "releases")
     compared: list[int] = []
-    monkeypatch.setattr(truth, "of_items", counted(truth.of_items, compared))
+    monkeypatch.setattr(truth, "neighbours", counted(truth.neighbours, compared))
     _, measured = night(tmp_path, [100], Release(root, first))
     assert compared == [50], "of those from before only what is new was compared"
     second, added = measured.manifest, measured.report

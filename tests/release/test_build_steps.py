@@ -21,6 +21,7 @@ from namr.release.build_steps import (
     PartTask,
     RowRange,
     SampleTask,
+    SegmentTask,
     TrainTask,
     VectorSource,
 )
@@ -184,6 +185,17 @@ def test_a_segment_is_merged_once_and_again_only_where_it_is_gone(task: PartTask
     path.unlink()
     assert build_steps.merge(merging) == segment
     assert path.read_bytes() == data
+
+
+def test_the_only_part_of_a_segment_is_the_segment(task: PartTask, tmp_path: Path) -> None:
+    root = str(tmp_path / "releases")
+    part = build_steps.build_part(task)
+    segment = build_steps.build_segment(SegmentTask(task, root))
+    assert segment.info == part.info
+    assert (tmp_path / "releases" / segment.stored.name).read_bytes() == (
+        tmp_path / part.stored.name
+    ).read_bytes()
+    assert build_steps.build_segment(SegmentTask(unreadable(task), root)) == segment
 
 
 def damaged(path: Path) -> None:

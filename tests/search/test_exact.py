@@ -40,9 +40,9 @@ def asked_of(gallery: Gallery) -> Queries:
 def search(
     gallery: Gallery, *, k: int = K, hidden=NOTHING, num_rows: int | None = None, bounds=None
 ) -> Exact:
-    one = exact.Search(asked_of(gallery), k=k, bounds=bounds)
+    one = exact.Search(asked_of(gallery), k=k, bounds=bounds, hidden=hidden)
     for block in gallery.vectors.blocks(num_rows=num_rows):
-        one.add(exact.without(block, hidden))
+        one.add(block)
     return one.found()
 
 
@@ -179,7 +179,7 @@ def test_products_are_off_by_no_more_than_is_said(size: float) -> None:
     x = torch.from_numpy((size * (rng.standard_normal((50, 200)) + 1)).astype(np.float16))
     x[:20] = q
     s_q, ids, centre = torch.rand(20, 200) + 0.5, np.arange(50), q.mean(0)
-    block = exact._Centred.of(exact.Block(ids, x, torch.ones_like(x)), centre)
+    block = exact._Centred.of(exact.Block(ids, x, torch.ones_like(x)), centre, torch.ones(50, 202))
     products = exact._Products(q - centre, s_q)
     norms = (q - centre).double().norm(dim=1)[:, None] + (x.double() - centre).norm(dim=1)
     error = products._g * norms.square().numpy()
