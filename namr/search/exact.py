@@ -67,9 +67,10 @@ class Search:
         if asked.s is None:
             raise ShapeError("every side needs structures with the embeddings; give them")
         self._asked, self._k = asked, k
-        self._best = _Best(asked, asked.s, k, bounds)
-        self._centre = asked.x.mean(0)
-        self._products = _Products(asked.x - self._centre, asked.s)
+        x, s = torch.from_numpy(asked.x), torch.from_numpy(asked.s)
+        self._best = _Best(asked, s, k, bounds)
+        self._centre = x.mean(0)
+        self._products = _Products(x - self._centre, s)
 
     def add(self, block: Block) -> None:
         """Compare with these rows; ManifestError where a vector is damaged."""
@@ -110,7 +111,7 @@ def bounds_of(asked: Queries, candidates: Ids, vectors: GalleryVectors, *, k: in
     """
     if asked.s is None:
         raise ShapeError("every side needs structures with the embeddings; give them")
-    best = _Best(asked, asked.s, k, None)
+    best = _Best(asked, torch.from_numpy(asked.s), k, None)
     rows, columns = np.nonzero(candidates >= 0)
     ids = candidates[rows, columns]
     for start in range(0, len(ids), _PENDING):
@@ -222,7 +223,8 @@ class _Best:
     """The k nearest so far, and compared pairs that are not among them yet."""
 
     def __init__(self, asked: Queries, s_q: Tensor, k: int, bounds: Doubles | None) -> None:
-        self._x, self.s_q, self._own_ids, self._k = asked.x, s_q, asked.own_ids, k
+        self._x, self.s_q = torch.from_numpy(asked.x), s_q
+        self._own_ids, self._k = asked.own_ids, k
         shape = (len(SIDES), len(asked.x), k)
         self.ids, self.squared = np.full(shape, -1, np.int64), np.full(shape, np.inf)
         self.kth = np.full(shape[:2], np.inf) if bounds is None else bounds.copy()
