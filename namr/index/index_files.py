@@ -37,6 +37,8 @@ MAX_PIECE_DIM = 15
 by matrix products"""
 _PIECE_BYTES = 1 << 20
 """of joined lists that are written at once; more where a list is longer"""
+_QUERY_BY_QUERY = 11
+"""of the ways to scan that IndexIVFPQFastScan numbers (faiss/IndexIVFFastScan.h)"""
 _REFUSED = {
     "Panorama": "FAISS merges it without an error and loses the vectors",
     "fs": "namr merges fast-scan indexes of PQ<pieces>x4fs alone",
@@ -152,10 +154,21 @@ def key_of(index: Any, what: str) -> str:
     return f"IVF{index.nlist},{codec}"
 
 
-def packed(index: Any) -> Any:
-    """What searches `index`: itself, or for 4-bit codes the fast-scan index over the same, in memory."""
+def packed(index: Any) -> tuple[Any, Any]:
+    """What searches `index`: itself, or for 4-bit codes the fast-scan index over the same, in memory.
+
+    The second is for queries so few that they share hardly a list: the same memory, scanned query by query in
+    place of list by list. Of entries whose codes are as far as the last one it may find others.
+    """
     pq: Any = getattr(index, "pq", None)
-    return faiss.IndexIVFPQFastScan(index) if pq is not None and pq.nbits == 4 else index
+    if pq is None or pq.nbits != 4:
+        return index, index
+    by_list = faiss.IndexIVFPQFastScan(index)
+    by_query: Any = faiss.IndexIVFPQFastScan(index.quantizer, index.d, index.nlist, pq.M, pq.nbits)
+    by_query.pq, by_query.by_residual, by_query.implem = pq, index.by_residual, _QUERY_BY_QUERY
+    by_query.replace_invlists(by_list.invlists, False)
+    by_query.is_trained, by_query.ntotal = True, index.ntotal
+    return by_list, by_query
 
 
 def list_sizes(index: Any) -> Ids:

@@ -22,6 +22,7 @@ Legend: N vectors, D dimension, L lists, Q queries, K neighbours.
 import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,10 +105,8 @@ def train_template(x: Floats, key: str, *, seed: int, num_threads: int, on_gpus:
         if on_gpus:
             if faiss.get_num_gpus() < 1:
                 raise ConfigError("FAISS sees no GPU in this process to train on; train on CPUs")
-            assigning = faiss.index_cpu_to_all_gpus(
-                faiss.IndexFlatL2(x.shape[1])
-            )  # the index only points to it
-            index.clustering_index = assigning
+            assigning = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(x.shape[1]))
+            index.clustering_index = assigning  # which it only points to
         faiss.omp_set_num_threads(num_threads)
         index.train(np.ascontiguousarray(x))
         index.clustering_index = None
@@ -230,7 +229,7 @@ class Index:
     """One or more segments of one template, searched as one index. Made by `open_index`."""
 
     def __init__(self, index: Any, kept: Sequence[Any], *, template_hash: str, num_threads: int) -> None:
-        self._index = index_files.packed(index)
+        self._index, self._for_few = index_files.packed(index)
         self._kept = index, kept  # memory which FAISS only points to
         self._num_threads = num_threads
         self.template_hash = template_hash
@@ -264,22 +263,23 @@ class Index:
     def search(self, queries: Floats, k: int, nprobe: int = 1, *, allowed: Any = None) -> tuple[Floats, Ids]:
         """Squared L2 distances (Q, k) float32, ascending, and ids (Q, k) of the nearest among nprobe lists.
 
-        allowed: a selector of ids (`index_files`); no others are found, None: all are.
-        Where fewer than k vectors were found the row is filled up with distance inf and id -1. nprobe
-        above the number of lists means all lists, and Flat has none to choose from.
+        allowed: a selector of ids (`index_files`); no others are found, None: all are. Where fewer than k
+        vectors were found the row is filled up with distance inf and id -1. nprobe above the number of lists
+        means all lists, and Flat has none to choose from.
         """
         _check_vectors(queries, "queries", dim=self.dim)
         if k < 1 or nprobe < 1:
             raise ConfigError(f"k and nprobe have to be at least 1, got k={k} and nprobe={nprobe}")
         faiss.omp_set_num_threads(self._num_threads)
-        queries = np.ascontiguousarray(queries)
-        nprobe = min(nprobe, self.num_lists)
+        queries, nprobe = np.ascontiguousarray(queries), min(nprobe, self.num_lists)
+        index = self._for_few if len(queries) * nprobe < self.num_lists else self._index
         how = self._how(nprobe) if allowed is None else index_files.how_to_search(nprobe, allowed)
         distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        # Not `search`: other libraries import faiss.contrib.torch_utils, whose own takes no params.
         outputs = faiss.swig_ptr(distances), faiss.swig_ptr(ids)
-        self._index.search_c(len(queries), faiss.swig_ptr(queries), k, *outputs, how)
-        distances[ids < 0] = np.inf
+        # Not `search`: other libraries import faiss.contrib.torch_utils, whose own takes no params.
+        index.search_c(len(queries), faiss.swig_ptr(queries), k, *outputs, how)
+        if ids[:, -1].min(initial=0) < 0:
+            distances[ids < 0] = np.inf
         return distances, ids
 
 
@@ -319,7 +319,7 @@ def _check_vectors(x: Floats, what: str, *, dim: int | None = None) -> None:
     if x.ndim != 2 or x.dtype != np.float32 or (dim is not None and x.shape[1] != dim):
         wanted = f"(n, {dim})" if dim is not None else "(n, D)"
         raise ShapeError(f"{what}: expected {wanted} float32, got {x.shape} {x.dtype}")
-    if not np.isfinite(x).all():
+    if not math.isfinite(np.vdot(x, x)) and not np.isfinite(x).all():  # large ones overflow the first
         raise ShapeError(f"{what}: row {int(np.argmin(np.isfinite(x).all(axis=1)))} holds NaN or infinity")
 
 

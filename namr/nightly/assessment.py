@@ -246,7 +246,7 @@ def _by_age(searcher: Searcher, held: HeldOut, found: Neighbours, first_new_id: 
     is_new = np.array([item.id >= first_new_id for item in held.items])
     if is_new.all() or not is_new.any():
         return None
-    x, true = held.asked.x.numpy(), held.truth.of_all.of("none")[:, :_K]
+    x, true = held.asked.x, held.truth.of_all.of("none")[:, :_K]
     error = searcher.index.squared_to_centre(x)
     old, new = (
         Age(int(some.sum()), truth.recall(found.ids[some], true[some]), float(error[some].mean()))

@@ -204,7 +204,7 @@ class _Measured:
         for level in levels:
             first = first_stage.candidates(
                 index,
-                q.numpy(),
+                q,
                 level.depth,
                 nprobe=max(1, level.nprobe),
                 hidden=self.searcher.hidden,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from namr.data.shards import among
 from namr.errors import ManifestError
 from namr.search import first_stage, queries
-from namr.search.rerank import Ranked
+from namr.search.first_stage import Candidates
 from namr.search.searcher import Searcher
 
 _NUM_ASKED = 100
@@ -46,12 +46,12 @@ def check(before: Searcher, after: Searcher) -> Ids:
     return asked
 
 
-def _candidates(searcher: Searcher, asked: Ids) -> Ranked:
+def _candidates(searcher: Searcher, asked: Ids) -> Candidates:
     """(Q, M) of each image, as it is searched with."""
     manifest = searcher.manifest
     return first_stage.candidates(
         searcher.index,
-        queries.stored(asked, searcher.vectors).x.numpy(),
+        queries.stored(asked, searcher.vectors).x,
         manifest.depth,
         nprobe=manifest.nprobe,
         hidden=searcher.hidden,
@@ -59,7 +59,7 @@ def _candidates(searcher: Searcher, asked: Ids) -> Ranked:
     )
 
 
-def _lacks(one: Ranked, other: Ranked, row: int) -> bool:
+def _lacks(one: Candidates, other: Candidates, row: int) -> bool:
     """Whether a candidate of the one that is surely nearer than its last is none of the other's."""
     last = one.squared[row, -1]
     near = one.ids[row, one.squared[row] < last - _MARGIN * last if np.isfinite(last) else one.ids[row] >= 0]

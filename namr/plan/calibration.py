@@ -118,11 +118,10 @@ def _measure(folder: Path, num: int, dim: int, today: date) -> Constants:
     per_vector = max(small.seconds["merge"] - per_byte * small.index_bytes, 0.0) / num
     sides = rehearsal.store_sides(made, small.segment)
 
-    q = torch.from_numpy(queries)
-    s_q = torch.from_numpy(np.random.default_rng(1).uniform(0.5, 1.5, q.shape).astype(np.float32))
+    s_q = np.random.default_rng(1).uniform(0.5, 1.5, queries.shape).astype(np.float32)
     candidates = opened["SQ8"].search(queries, _DEPTH, num_lists)[1]
-    compare = _least(lambda: rerank.rerank(q, s_q, candidates, sides.vectors, k=_K, side="both"))
-    asked = Queries(q, s_q, None)
+    compare = _least(lambda: rerank.rerank(queries, s_q, candidates, sides.vectors, k=_K, side="both"))
+    asked = Queries(queries, s_q, None)
     exact_s = timed(lambda: find_exactly(asked, candidates, sides.vectors))[1] / (_QUERIES * num * dim)
     fast = opened[f"PQ{axes[0]}" if axes else "SQ8"]
     of_one_list = _least(lambda: fast.search(queries, _DEPTH, 1)) / _QUERIES

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from namr.search import rerank
-from namr.search.rerank import Doubles, Ranked, Stop, go_on
+from namr.search.first_stage import Candidates
+from namr.search.rerank import Doubles, Floats, Stop, go_on
 from namr.search.vectors import GalleryVectors
 from namr.sides import Side
 
@@ -55,7 +55,7 @@ def levels(depth: int, nprobe: int, *, num_lists: int) -> list[Level]:
     return [Level(candidates, min(lists, num_lists)) for candidates, lists in of_all]
 
 
-def outside_squared(last_squared: Doubles, q: Tensor) -> Doubles:
+def outside_squared(last_squared: Doubles, q: Floats) -> Doubles:
     """The least squared distance between q and a re-rank vector that an exact first stage left out.
 
     last_squared (Q,): what the index said of the last candidate, inf where it left nothing out. q (Q, D).
@@ -63,7 +63,7 @@ def outside_squared(last_squared: Doubles, q: Tensor) -> Doubles:
     g (|q| + |x|)^2, g = (D + 4) 2^-23 (Higham, Accuracy and Stability, 3.1); a re-rank vector is off by at
     most half a step of float16 in each coordinate. |x| is at most |q| + d.
     """
-    norm, dim = np.linalg.norm(q.numpy().astype(np.float64), axis=1), q.shape[1]
+    norm, dim = np.linalg.norm(q.astype(np.float64), axis=1), q.shape[1]
     last = np.where(np.isinf(last_squared), 0, last_squared)
     g = (dim + 4) * 2 * _FLOAT32_HALF_STEP
     # the smallest d with d^2 + g (2 |q| + d)^2 >= last
@@ -74,7 +74,7 @@ def outside_squared(last_squared: Doubles, q: Tensor) -> Doubles:
     return np.where(np.isinf(last_squared), np.inf, bound)
 
 
-def least_weight(s_q: Tensor | None, *, side: Side, gallery_min: float, num_queries: int) -> Doubles:
+def least_weight(s_q: Floats | None, *, side: Side, gallery_min: float, num_queries: int) -> Doubles:
     """(Q,) what an adaptive squared distance is at least, as a multiple of the plain one."""
     if side == "none":
         return np.ones(num_queries)
@@ -82,15 +82,15 @@ def least_weight(s_q: Tensor | None, *, side: Side, gallery_min: float, num_quer
         return np.full(num_queries, np.sqrt(gallery_min))
     if s_q is None:
         raise ValueError(f"side {side!r} without structures")
-    least = s_q.min(dim=1).values.double().numpy()
+    least: Doubles = s_q.min(axis=1).astype(np.float64)
     return least if side == "query" else (least + gallery_min) / 2
 
 
 def is_proved(
     kth_squared: Doubles,
     last_squared: Doubles,
-    q: Tensor,
-    s_q: Tensor | None,
+    q: Floats,
+    s_q: Floats | None,
     *,
     side: Side,
     gallery_min: float,
@@ -107,9 +107,9 @@ def is_proved(
 
 
 def last_squared(
-    first: Ranked,
+    first: Candidates,
     depth: int,
-    q: Tensor,
+    q: Floats,
     vectors: GalleryVectors,
     *,
     is_compressed: bool,
@@ -122,17 +122,17 @@ def last_squared(
     num = (first.ids[:, :depth] >= 0).sum(axis=1)
     rows, at = np.arange(len(num)), np.maximum(num - 1, 0)
     if not is_compressed:
-        return np.where(num > 0, first.squared[rows, at], 0.0)
+        return np.where(num > 0, first.squared[rows, at].astype(np.float64), 0.0)
     last = first.ids[rows, at][:, None]
     refined = rerank.rerank(q, None, last, vectors, k=1, side="none", stop=stop).squared[:, 0]
     return np.where(num > 0, refined, 0.0)
 
 
-def is_calibrated(kth_squared: Doubles, last_squared: Doubles, q: Tensor, *, weight: float) -> Flags:
+def is_calibrated(kth_squared: Doubles, last_squared: Doubles, q: Floats, *, weight: float) -> Flags:
     """(Q,) True where the k-th, by adaptive distance, is nearer than `weight` times `last_squared`."""
     return kth_squared * _rounding(q) < weight * last_squared
 
 
-def _rounding(q: Tensor) -> float:
+def _rounding(q: Floats) -> float:
     """At most what an adaptive squared distance that was summed in float32 is too small by, as a factor."""
-    return 1 + (q.shape[1] + 8) * 2 * _FLOAT32_HALF_STEP
+    return 1 + (int(q.shape[1]) + 8) * 2 * _FLOAT32_HALF_STEP

@@ -71,10 +71,11 @@ class Search:
             raise ShapeError("every side needs structures with the embeddings; give them")
         self._asked, self._k = asked, k
         self._hidden = np.empty(0, np.int64) if hidden is None else hidden
-        self._best = _Best(asked, asked.s, k, bounds, self._hidden)
-        self._centre = asked.x.mean(0)
-        self._products = _Products(asked.x - self._centre, asked.s)
-        self._room = torch.empty(0, asked.x.shape[1] + 2)
+        x, s = torch.from_numpy(asked.x), torch.from_numpy(asked.s)
+        self._best = _Best(asked, s, k, bounds, self._hidden)
+        self._centre = x.mean(0)
+        self._products = _Products(x - self._centre, s)
+        self._room = torch.empty(0, x.shape[1] + 2)
 
     def add(self, block: Block) -> None:
         """Compare with these rows; ManifestError where a vector is damaged."""
@@ -122,7 +123,7 @@ def bounds_of(asked: Queries, candidates: Ids, vectors: GalleryVectors, *, k: in
     """
     if asked.s is None:
         raise ShapeError("every side needs structures with the embeddings; give them")
-    best = _Best(asked, asked.s, k, None, np.empty(0, np.int64))
+    best = _Best(asked, torch.from_numpy(asked.s), k, None, np.empty(0, np.int64))
     rows, columns = np.nonzero(candidates >= 0)
     ids = candidates[rows, columns]
     for start in range(0, len(ids), _PENDING):
@@ -254,7 +255,8 @@ class _Best:
     """The k nearest so far, pairs that wait until they are worth a comparison, and those compared since."""
 
     def __init__(self, asked: Queries, s_q: Tensor, k: int, bounds: Doubles | None, hidden: Ids) -> None:
-        self._x, self.s_q, self._own_ids, self._k = asked.x, s_q, asked.own_ids, k
+        self._x, self.s_q = torch.from_numpy(asked.x), s_q
+        self._own_ids, self._k = asked.own_ids, k
         self._hidden = hidden
         shape = (len(SIDES), len(asked.x), k)
         self.ids, self.squared = np.full(shape, -1, np.int64), np.full(shape, np.inf)

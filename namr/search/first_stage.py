@@ -6,8 +6,7 @@ others. Arrays only: no model, no items.
 Legend: Q queries, M candidates of a query.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +22,20 @@ _CELLS = 1 << 22
 FEW_OF = 4
 """allowed ids are few where they are less than one of so many; else the index is searched so much deeper"""
 _NO_ID = np.iinfo(np.int64).max
+
+
+class Candidates(NamedTuple):
+    """Nearest first as the index sees it; where there are fewer than M: id -1, distance inf."""
+
+    ids: Ids
+    """(Q, M)"""
+    squared: Floats
+    """(Q, M) squared distance, of codes where the index is compressed"""
+
+    def ranked(self) -> Ranked:
+        """Themselves as an answer."""
+        squared = self.squared.astype(np.float64)
+        return Ranked(self.ids, squared, squared)
 
 
 def is_exact(index: ivf.Index, nprobe: int) -> bool:
@@ -45,8 +58,8 @@ def candidates(
     own_ids: Ids | None = None,
     allowed: Ids | None = None,
     stop: Stop = go_on,
-) -> Ranked:
-    """(Q, num) nearest entries, without hidden ones (ids, ascending) and without each query's own (Q,).
+) -> Candidates:
+    """The num nearest entries, without hidden ones (ids, ascending) and without each query's own (Q,).
 
     allowed: ids, ascending, of which none is hidden; no others are found. Where they are many the index is
     searched deeper and the others are dropped, since FAISS's own selection hashes every id for each search.
@@ -56,18 +69,15 @@ def candidates(
         deeper = times_as_deep(len(allowed), index.num_vectors)
         depth = num * deeper
         selector = index_files.selector(allowed) if deeper == 1 else None
-    stage = _Stage(index, num, nprobe, hidden, allowed, selector, stop)
     depth += own_ids is not None
-    squared, ids = stage.nearest(q, own_ids, depth)
-    wide = squared.astype(np.float64)
-    return Ranked(ids, wide, wide)
+    squared, ids = _Stage(index, num, nprobe, hidden, allowed, selector, stop).nearest(q, own_ids, depth)
+    return Candidates(ids, squared)
 
 
-@dataclass(frozen=True)
-class _Stage:
+class _Stage(NamedTuple):
     """One search of the index."""
 
-    index: ivf.Index
+    searched: ivf.Index
     num: int
     nprobe: int
     hidden: Ids
@@ -77,7 +87,7 @@ class _Stage:
 
     def nearest(self, q: Floats, own_ids: Ids | None, depth: int) -> tuple[Floats, Ids]:
         """(Q, num) squared distances and ids; as many queries at once as `stop` and memory allow."""
-        index = self.index
+        index = self.searched
         share = min(1.0, self.nprobe / index.num_lists) if index.num_lists else 1.0
         per_query = max(1.0, index.num_vectors * share * index.dim)
         step = max(1, min(int(_PRODUCTS / per_query), _CELLS // depth))
@@ -94,11 +104,14 @@ class _Stage:
         return squared, ids
 
     def _at_once(self, q: Floats, own_ids: Ids | None, depth: int) -> tuple[Floats, Ids]:
-        total = max(1, self.index.num_vectors)
-        squared, ids = self.index.search(q, min(depth, total), self.nprobe, allowed=self.selector)
+        total = max(1, self.searched.num_vectors)
+        squared, ids = self.searched.search(q, min(depth, total), self.nprobe, allowed=self.selector)
+        may_hide = own_ids is not None or self.allowed is not None or len(self.hidden) > 0
+        if not may_hide and depth == self.num <= total and self.searched.is_compressed:
+            return squared, ids
         is_last = (depth >= total) | (ids[:, -1] < 0)  # a deeper search would bring nothing more
-        hides = self._hide(squared, ids, own_ids)
-        if hides or not self.index.is_compressed:  # those of codes are ordered anew anyway
+        hides = may_hide and self._hide(squared, ids, own_ids)
+        if hides or not self.searched.is_compressed:  # those of codes are ordered anew anyway
             order = np.lexsort((np.where(ids < 0, _NO_ID, ids), squared), axis=-1)[:, : self.num]
             rows = np.arange(len(order))[:, None]
             squared, ids = squared[rows, order], ids[rows, order]
@@ -117,8 +130,6 @@ class _Stage:
 
     def _hide(self, squared: Floats, ids: Ids, own_ids: Ids | None) -> bool:
         """Strike out what may not be found; whether there was any."""
-        if not len(self.hidden) and own_ids is None and self.allowed is None:
-            return False
         is_hidden = among(ids, self.hidden) if self.allowed is None else ~among(ids, self.allowed)
         if own_ids is not None:
             is_hidden |= ids == own_ids[:, None]

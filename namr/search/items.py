@@ -34,6 +34,7 @@ class Items:
         self.files = [file for file in files if len(file)]
         self._last_ids = np.array([file.ids[-1] for file in self.files], np.int64)
         self._ends = np.cumsum([len(file) for file in self.files], dtype=np.int64)
+        self._num = sum(len(file) for file in self.files)
         self._hidden = np.empty(0, np.int64)
         self.kinds = item_files.joined_kinds(self.files)
         """what kind of values each field of the user's holds"""
@@ -53,7 +54,7 @@ class Items:
         return known & ~among(ids, self._hidden)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) - len(self._hidden) if self.files else 0
+        return self._num - len(self._hidden)
 
     def __iter__(self) -> Iterator[Item]:
         """All items, by ascending id."""

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from namr.errors import ManifestError, ShapeError
 from namr.model import distances
@@ -27,19 +26,18 @@ _MOST_WEIGHT = 65504.0
 class Queries(NamedTuple):
     """Some queries; those that are items of the gallery have their ids with them."""
 
-    x: Tensor
-    """(Q, D) float32, of unit length for cosine"""
-    s: Tensor | None
-    """(Q, D) float32"""
+    x: Floats
+    """(Q, D), of unit length for cosine"""
+    s: Floats | None
+    """(Q, D)"""
     own_ids: Ids | None
     """(Q,) what each must not find"""
 
     def rows(self, some: slice | Ids) -> "Queries":
         """Some of them."""
-        at = some if isinstance(some, slice) else torch.from_numpy(some)
         return Queries(
-            self.x[at],
-            None if self.s is None else self.s[at],
+            self.x[some],
+            None if self.s is None else self.s[some],
             None if self.own_ids is None else self.own_ids[some],
         )
 
@@ -52,9 +50,11 @@ def given(embeddings: Floats | None, structures: Floats | None, *, dim: int, met
         s = _checked("structures", structures, dim, most=_MOST_WEIGHT)
         if s.shape != x.shape:
             raise ShapeError(f"{len(s)} structures for {len(x)} embeddings; expected one each")
-        if (s <= 0).any():
+        if s.min() <= 0:
             raise ShapeError(f"structures hold {float(s.min()):g}; weights have to be above 0")
-    return Queries(distances.for_search(x, metric), s, None)
+    if metric == "cosine":
+        x = distances.for_search(torch.from_numpy(x), metric).numpy()
+    return Queries(x, s, None)
 
 
 def stored(ids: Ids, vectors: GalleryVectors) -> Queries:
@@ -66,22 +66,27 @@ def stored(ids: Ids, vectors: GalleryVectors) -> Queries:
             f"the re-rank vectors of item {ids[~usable.numpy()][0]} are damaged; restore them or build the "
             "release anew"
         )
-    return Queries(x, s, ids)
+    return Queries(x.numpy(), s.numpy(), ids)
 
 
-def _checked(name: str, given: Floats | None, dim: int, *, most: float) -> Tensor:
+def _checked(name: str, given: Floats | None, dim: int, *, most: float) -> Floats:
     array = np.asarray(given, np.float32)
     if array.ndim != 2 or array.shape[1] != dim:
         raise ShapeError(f"{name} are {array.shape}; the release wants (Q, {dim})")
     if not len(array):
         raise ShapeError(f"{name} are {array.shape}: an empty batch; expected at least one query")
+    if not np.vdot(array, array) <= most * most:  # NaN isn't either; where it is, no value is above `most`
+        _check_values(name, array, most)
+    return array
+
+
+def _check_values(name: str, array: Floats, most: float) -> None:
     largest = np.abs(array).max(axis=1)
-    if not (largest <= most).all():  # NaN isn't either
-        if not np.isfinite(largest).all():
-            raise ShapeError(f"{name}: row {int(np.argmin(np.isfinite(largest)))} holds NaN or infinity")
+    if not np.isfinite(largest).all():
+        raise ShapeError(f"{name}: row {int(np.argmin(np.isfinite(largest)))} holds NaN or infinity")
+    if largest.max() > most:
         row = int(np.argmax(largest))
         raise ShapeError(
             f"{name}: row {row} holds a value of size {largest[row]:g}; the largest that can be "
             f"compared is {most:g}"
         )
-    return torch.from_numpy(np.ascontiguousarray(array))

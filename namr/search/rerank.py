@@ -20,6 +20,7 @@ from namr.search.vectors import GalleryVectors
 from namr.sides import SIDES, Side
 from namr.store import read_ahead
 
+Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
@@ -50,8 +51,8 @@ def go_on() -> None:
 
 
 def rerank(
-    q: Tensor,
-    s_q: Tensor | None,
+    q: Floats,
+    s_q: Floats | None,
     candidate_ids: Ids,
     vectors: GalleryVectors,
     *,
@@ -61,13 +62,13 @@ def rerank(
 ) -> Ranked:
     """The k nearest of each query's own candidates by the adaptive distance of `side`.
 
-    q, s_q (Q, D) float32; candidate_ids (Q, M), -1 where there is none. Memory grows with Q k. Raises
+    q, s_q (Q, D); candidate_ids (Q, M), -1 where there is none. Memory grows with Q k. Raises
     ManifestError for a candidate without a usable re-rank vector.
     """
     if s_q is None and side in ("query", "both"):
         raise ValueError(f"side {side!r} without structures")
-    x = np.ascontiguousarray(q.numpy())
-    s = x if s_q is None else np.ascontiguousarray(s_q.numpy())
+    x = np.ascontiguousarray(q)
+    s = x if s_q is None else np.ascontiguousarray(s_q)
     if x.shape != (len(candidate_ids), vectors.dim) or s.shape != x.shape:
         raise ShapeError(f"queries are {x.shape} and {s.shape}; expected (Q, {vectors.dim})")
     ids, shape = np.ascontiguousarray(candidate_ids), (len(x), k)
@@ -95,8 +96,8 @@ def rerank(
 
 
 def _compare(
-    x: npt.NDArray[np.float32],
-    s: npt.NDArray[np.float32],
+    x: Floats,
+    s: Floats,
     ids: Ids,
     vectors: GalleryVectors,
     side: Side,
@@ -122,8 +123,8 @@ def merged(one: Ranked, other: Ranked, *, k: int) -> Ranked:
 
 
 def nearest_exact(
-    q: Tensor,
-    s_q: Tensor | None,
+    q: Floats,
+    s_q: Floats | None,
     vectors: GalleryVectors,
     *,
     k: int,
@@ -139,7 +140,8 @@ def nearest_exact(
     ascending, that must not be found; own_ids (Q,): one id that each query must not find; allowed: ids,
     ascending, and no other vector is read. Raises ManifestError for a vector that is damaged.
     """
-    q64, s64 = q.double(), None if s_q is None else s_q.double()
+    q64, s64 = (None if of is None else torch.from_numpy(of).double() for of in (q, s_q))
+    assert q64 is not None
     best = _nothing(len(q), 0)
     for ids, x, s in vectors.blocks() if allowed is None else _blocks_of(allowed, vectors):
         stop()

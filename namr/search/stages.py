@@ -23,6 +23,7 @@ from namr.release.releases import ReleaseManifest
 from namr.search import certainty, first_stage, rerank
 from namr.search.answers import Certainty, SearchOptions, Timings
 from namr.search.certainty import Flags, Level
+from namr.search.first_stage import Candidates
 from namr.search.queries import Queries
 from namr.search.rerank import Ranked, Stop
 from namr.search.vectors import GalleryVectors
@@ -96,12 +97,50 @@ def compares_all(plan: Plan, num_allowed: int | None) -> bool:
     return plan.exact or (num_allowed is not None and num_allowed <= _FEW_ALLOWED)
 
 
+class _Step(NamedTuple):
+    """A level of a search, and what can be said of its answers."""
+
+    level: Level
+    is_exact: bool
+    """whether the index leaves out nothing that is nearer"""
+    weight: Weight | None
+    """None: no answer is calibrated"""
+
+
+class _Task(NamedTuple):
+    """What a search is for; see `Stages.search`."""
+
+    asked: Queries
+    plan: Plan
+    hidden: Ids
+    num_items: int
+    allowed: Ids | None
+    stop: Stop
+
+    @property
+    def num_allowed(self) -> int | None:
+        return None if self.allowed is None else len(self.allowed)
+
+    def num_others(self) -> Ids:
+        """How many items there are for each query to find, (Q,)."""
+        (q, _, own_ids), allowed = self.asked, self.allowed
+        if allowed is None:
+            return np.full(len(q), self.num_items - (own_ids is not None))
+        return len(allowed) - (np.zeros(len(q), np.int64) if own_ids is None else among(own_ids, allowed))
+
+    def lacks_none(self, ranked: Ranked) -> Flags:
+        """(Q,) False for an answer of fewer items than could be found, and than k: it proves nothing."""
+        num_hits = (ranked.ids >= 0).sum(axis=1)
+        return np.asarray(num_hits >= np.minimum(ranked.ids.shape[1], self.num_others()))
+
+
 class _Found(NamedTuple):
     """What a search knows of some queries after a level."""
 
     ranked: Ranked
     proved: Flags
     calibrated: Flags
+    depths: Ids
 
     def ranked_of(self, rows: Ids) -> Ranked:
         """The neighbours of some of the queries."""
@@ -112,6 +151,19 @@ class _Found(NamedTuple):
         """Know `more` of some of the queries from now on."""
         for whole, part in zip((*self.ranked, *self[1:]), (*more.ranked, *more[1:]), strict=True):
             whole[rows] = part
+
+    def neighbours(self) -> Neighbours:
+        """As they are answered."""
+        ids, squared, plain_squared = self.ranked
+        distances, plain_distances = np.sqrt(squared), np.sqrt(plain_squared)
+        return Neighbours(
+            ids,
+            distances.astype(np.float32),
+            plain_distances.astype(np.float32),
+            self.proved,
+            self.calibrated,
+            self.depths,
+        )
 
 
 class Stages:
@@ -128,7 +180,7 @@ class Stages:
         """gallery_min: no structure weight of the gallery is below it. calibration: None says nothing."""
         self._index, self._vectors, self._gallery_min = index, vectors, gallery_min
         self._calibration = calibration
-        self._levels = functools.lru_cache(maxsize=64)(self._levels_of)
+        self._steps = functools.lru_cache(maxsize=64)(self._steps_of)
 
     def search(
         self,
@@ -149,27 +201,22 @@ class Stages:
             raise ShapeError(
                 f"side {plan.side!r} needs structures with the embeddings; or ask for side 'none' or 'scale'"
             )
-        num_others = _num_others(asked, num_items, allowed)
-        if compares_all(plan, None if allowed is None else len(allowed)):
-            return self._one_by_one(asked, plan, hidden, allowed, num_others, stop)
-        first, *deeper = self._levels(plan, None if allowed is None else len(allowed))
-        found, timings = self._at(first, asked, plan, hidden, allowed, num_others, stop)
-        depths = np.full(len(num_others), first.depth)
-        for level in deeper:
+        task = _Task(asked, plan, hidden, num_items, allowed, stop)
+        if compares_all(plan, task.num_allowed):
+            return self._one_by_one(task)
+        first, *deeper = self._steps(plan, task.num_allowed)
+        found, timings = self._at(first, task)
+        for step in deeper:
             rows = np.flatnonzero(~(found.proved | found.calibrated))
             if not len(rows):
                 break
-            more, took = self._at(
-                level, asked.rows(rows), plan, hidden, allowed, num_others[rows], stop, found.ranked_of(rows)
-            )
+            more, took = self._at(step, task._replace(asked=asked.rows(rows)), found.ranked_of(rows))
             found.put(rows, more)
-            depths[rows] = level.depth
             timings = timings.plus(took)
-        return _neighbours(found, depths), timings
+        return found.neighbours(), timings
 
-    def _one_by_one(
-        self, asked: Queries, plan: Plan, hidden: Ids, allowed: Ids | None, num_others: Ids, stop: Stop
-    ) -> tuple[Neighbours, Timings]:
+    def _one_by_one(self, task: _Task) -> tuple[Neighbours, Timings]:
+        asked, plan, num_others = task.asked, task.plan, task.num_others()
         began = time.perf_counter()
         ranked = rerank.nearest_exact(
             asked.x,
@@ -177,81 +224,65 @@ class Stages:
             self._vectors,
             k=plan.k,
             side=plan.side,
-            hidden=hidden,
+            hidden=task.hidden,
             own_ids=asked.own_ids,
-            allowed=allowed,
-            stop=stop,
+            allowed=task.allowed,
+            stop=task.stop,
         )
-        found = _Found(ranked, _has_all(ranked, num_others), np.zeros(len(num_others), np.bool_))
-        return _neighbours(found, num_others), Timings(0.0, (time.perf_counter() - began) * 1e3, 0.0)
+        found = _Found(ranked, task.lacks_none(ranked), np.zeros(len(num_others), np.bool_), num_others)
+        return found.neighbours(), Timings(0.0, (time.perf_counter() - began) * 1e3, 0.0)
 
-    def _at(
-        self,
-        level: Level,
-        asked: Queries,
-        plan: Plan,
-        hidden: Ids,
-        allowed: Ids | None,
-        num_others: Ids,
-        stop: Stop,
-        before: Ranked | None = None,
-    ) -> tuple[_Found, Timings]:
+    def _at(self, step: _Step, task: _Task, before: Ranked | None = None) -> tuple[_Found, Timings]:
         """The nearest of the level's candidates and of those that were found before."""
-        index, vectors, side, (q, s_q, own_ids) = self._index, self._vectors, plan.side, asked
+        (q, s_q, own_ids), plan, level = task.asked, task.plan, step.level
         began = time.perf_counter()
         first = first_stage.candidates(
-            index,
-            q.numpy(),
+            self._index,
+            q,
             level.depth,
             nprobe=max(1, level.nprobe),
-            hidden=hidden,
+            hidden=task.hidden,
             own_ids=own_ids,
-            allowed=allowed,
-            stop=stop,
+            allowed=task.allowed,
+            stop=task.stop,
         )
         between = time.perf_counter()
-        ranked = first
-        if refines(index, side):
-            ranked = rerank.rerank(q, s_q, first.ids, vectors, k=plan.k, side=side, stop=stop)
+        if refines(self._index, plan.side):
+            ranked = rerank.rerank(q, s_q, first.ids, self._vectors, k=plan.k, side=plan.side, stop=task.stop)
+        else:
+            ranked = first.ranked()
         if before is not None:
             ranked = rerank.merged(ranked, before, k=plan.k)
-        proved, calibrated = self._sure(first, ranked, level, asked, plan, allowed, num_others, stop)
+        proved, calibrated = self._sure(first, ranked, step, task)
+        found = _Found(ranked, proved, calibrated, np.full(len(q), level.depth))
         ended = time.perf_counter()
-        timings = Timings(0.0, (between - began) * 1e3, (ended - between) * 1e3)
-        return _Found(ranked, proved, calibrated), timings
+        return found, Timings(0.0, (between - began) * 1e3, (ended - between) * 1e3)
 
-    def _sure(
-        self,
-        first: Ranked,
-        ranked: Ranked,
-        level: Level,
-        asked: Queries,
-        plan: Plan,
-        allowed: Ids | None,
-        num_others: Ids,
-        stop: Stop,
-    ) -> tuple[Flags, Flags]:
+    def _sure(self, first: Candidates, ranked: Ranked, step: _Step, task: _Task) -> tuple[Flags, Flags]:
         """(Q,) which answers are proved, and which of the others are calibrated."""
-        index, side, (q, s_q, _) = self._index, plan.side, asked
+        (q, s_q, _), side, weight = task.asked, task.plan.side, step.weight
         proved, calibrated = np.zeros(len(q), np.bool_), np.zeros(len(q), np.bool_)
-        is_exact = first_stage.is_exact(index, level.nprobe)
-        weight = self._weight(level, plan) if allowed is None else None
-        if not is_exact and weight is None:
+        if not step.is_exact and weight is None:
             return proved, calibrated
-        kth, has_all = ranked.squared[:, -1], _has_all(ranked, num_others)
-        if is_exact:
+        kth, has_all = ranked.squared[:, -1], task.lacks_none(ranked)
+        if step.is_exact:
             proved = np.ones(len(q), np.bool_)
-        if is_exact and side != "none":
-            least = self._gallery_min
-            proved = certainty.is_proved(kth, first.squared[:, -1], q, s_q, side=side, gallery_min=least)
+        if step.is_exact and side != "none":
+            least, last = self._gallery_min, first.squared[:, -1].astype(np.float64)
+            proved = certainty.is_proved(kth, last, q, s_q, side=side, gallery_min=least)
         if weight is not None:
             last = certainty.last_squared(
-                first, weight.depth, q, self._vectors, is_compressed=index.is_compressed, stop=stop
+                first,
+                weight.depth,
+                q,
+                self._vectors,
+                is_compressed=self._index.is_compressed,
+                stop=task.stop,
             )
             calibrated = certainty.is_calibrated(kth, last, q, weight=weight.weight) & ~proved
         return proved & has_all, calibrated & has_all
 
-    def _levels_of(self, plan: Plan, num_allowed: int | None) -> list[Level]:
+    def _steps_of(self, plan: Plan, num_allowed: int | None) -> list[_Step]:
         """How far the search looks; where it is adaptive, at first and then for those that are not sure."""
         index = self._index
         nprobe = self._nprobe(plan, num_allowed)
@@ -263,7 +294,14 @@ class Stages:
             depth = max(plan.k, level.depth) if refines(index, plan.side) else plan.k
             lists = level.nprobe if plan.is_widened else levels[0].nprobe
             different.setdefault((min(depth, index.num_vectors), lists), Level(depth, lists))
-        return list(different.values())
+        return [
+            _Step(
+                level,
+                first_stage.is_exact(index, level.nprobe),
+                self._weight(level, plan) if num_allowed is None else None,
+            )
+            for level in different.values()
+        ]
 
     def _weight(self, level: Level, plan: Plan) -> Weight | None:
         if self._calibration is None or not refines(self._index, plan.side):
@@ -280,29 +318,3 @@ class Stages:
             return plan.nprobe
         as_many = -(-plan.nprobe * self._index.num_vectors // num_allowed)
         return min(max(1, self._index.num_lists), as_many + _MORE_LISTS)
-
-
-def _num_others(asked: Queries, num_items: int, allowed: Ids | None) -> Ids:
-    """How many items there are for each query to find, (Q,)."""
-    num_queries, own_ids = len(asked.x), asked.own_ids
-    if allowed is None:
-        return np.full(num_queries, num_items - (own_ids is not None))
-    return len(allowed) - (np.zeros(num_queries, np.int64) if own_ids is None else among(own_ids, allowed))
-
-
-def _has_all(ranked: Ranked, num_others: Ids) -> Flags:
-    """(Q,) False for an answer that has fewer items than could be found, and than k: it proves nothing."""
-    num_hits = (ranked.ids >= 0).sum(axis=1)
-    return np.asarray(num_hits >= np.minimum(ranked.ids.shape[1], num_others))
-
-
-def _neighbours(found: _Found, depths: Ids) -> Neighbours:
-    ranked = found.ranked
-    return Neighbours(
-        ids=ranked.ids,
-        distances=np.sqrt(ranked.squared).astype(np.float32),
-        plain_distances=np.sqrt(ranked.plain_squared).astype(np.float32),
-        proved=found.proved,
-        calibrated=found.calibrated,
-        depths=depths,
-    )

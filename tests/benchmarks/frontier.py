@@ -7,7 +7,9 @@ Both scan the same 4-bit codes (IVF<lists>,PQ<dim / 2>x4fs) and compare the same
 float16 vectors, as many lists and candidates as `Searcher` needs for the recall; FAISS's own vectors lie in
 memory, in one array. Beside them FAISS's IVF-Flat and whatever of hnswlib, usearch, SVS and ScaNN is
 installed (`tests.peers`), each at the least effort that reaches the recall, with the time to build and the
-size in memory. Batches of 256 and single queries, in turns; of each batch the fastest round counts.
+size in memory. Batches of 256 and single queries, in turns; of each batch the fastest round counts. At last
+what a single query takes through `Searcher`, by FAISS, and by our two compiled calls (scan, compare) alone:
+what is between these and `Searcher` is Python.
 
 --plot draws all of them at every effort that is worth it: recall@10 against queries a second, batches of 256.
 """
@@ -21,7 +23,9 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 
+from namr.index import index_files
 from namr.search.answers import SearchOptions
+from namr.sides import SIDES
 from tests import frontier_plot, peers
 from tests.benchmarks.search import (
     BATCH,
@@ -43,6 +47,7 @@ TARGET = 0.85
 NUM_SINGLE = 128
 LEAST_DRAWN = 0.8
 """recall@10; less is of no use"""
+ROUNDS_OF_SINGLE = 20
 SLACK = 0.8
 """of the speed of a better answer, below which an effort isn't timed in turns"""
 
@@ -79,6 +84,7 @@ def main() -> None:
             else:
                 print(f"{peer.name} is left out: it doesn't reach recall@10 of {MIN_RECALL}", flush=True)
         compare(chosen, queries, options.rounds)
+        tell_single(gallery, pair[1], options.rounds)
         if options.plot:
             curves = in_turns(worth_it(tried), queries, options.rounds)
             frontier_plot.draw(
@@ -101,6 +107,39 @@ def compare(chosen: Sequence[Reached], queries: np.ndarray, num_rounds: int) -> 
                 flush=True,
             )
         print(f"frontier ratio, batch {batch}: {seconds[1] / seconds[0]:.2f} target {TARGET}", flush=True)
+
+
+def tell_single(gallery: Gallery, refined: Peer, num_rounds: int) -> None:
+    """Prints what a query alone takes; the least of many rounds, for each is over in an instant."""
+    queries, best = gallery.queries.x, (gallery.best.nprobe, gallery.best.depth)
+    sides = {
+        "FAISS": refined.at(best),
+        "compiled calls": compiled_calls(gallery, best),
+        "Searcher": own(gallery).at(best),
+    }
+    of = batches(NUM_SINGLE, 1)
+    calls = [lambda rows, search=search: search(queries[rows]) for search in sides.values()]
+    seconds = fastest(calls, num_rounds=ROUNDS_OF_SINGLE * num_rounds, of=of)
+    told = [f"{name} {1e6 * each / NUM_SINGLE:.0f}" for name, each in zip(sides, seconds, strict=True)]
+    print(f"a single query, us: {', '.join(told)}", flush=True)
+
+
+def compiled_calls(gallery: Gallery, effort: Effort) -> Search:
+    """The two calls that a search can't do without, into memory that is there already."""
+    (nprobe, depth), vectors = effort, gallery.searcher.vectors
+    index = faiss.read_index(str(gallery.index_path))
+    packed, how = index_files.packed(index), index_files.how_to_search(nprobe)
+    kept = index, packed  # memory which FAISS only points to
+    squared, candidates = np.empty((1, depth), np.float32), np.empty((1, depth), np.int64)
+    found = np.empty((1, K), np.int64), np.empty((1, K)), np.empty((1, K))
+    outputs = faiss.swig_ptr(squared), faiss.swig_ptr(candidates)
+
+    def search(q: np.ndarray, scan: Any = packed[1], _: Any = kept) -> np.ndarray:
+        scan.search_c(1, faiss.swig_ptr(q), depth, *outputs, how)
+        vectors.nearest(q, q, candidates, *vectors.table, SIDES.index("none"), *found)
+        return found[0]
+
+    return search
 
 
 def once(peer: Peer, queries: np.ndarray, truth: np.ndarray) -> Iterator[Reached]:

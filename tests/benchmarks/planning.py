@@ -100,18 +100,15 @@ def queries(
 ) -> None:
     index = ivf.open_index(built.index_path)
     x = rehearsal.draw(QUERIES, made.dim, seed=10**6 + 1)
-    q, s_q = (
-        torch.from_numpy(x),
-        torch.from_numpy(np.random.default_rng(2).uniform(0.5, 1.5, x.shape)).float(),
-    )
+    s_q = np.random.default_rng(2).uniform(0.5, 1.5, x.shape).astype(np.float32)
     candidates = index.search(x, 100, index.num_lists)[1]
-    exact, exact_s = timed(lambda: calibration.find_exactly(Queries(q, s_q, None), candidates, sides.vectors))
+    exact, exact_s = timed(lambda: calibration.find_exactly(Queries(x, s_q, None), candidates, sides.vectors))
     show("exact", planned_exact_s, exact_s, "s")
     true = exact.of("none")[:, :K]
 
     def search(nprobe: int, depth: int, side: str) -> np.ndarray:
         ids = index.search(x, depth, nprobe)[1]
-        return rerank.rerank(q, s_q, ids, sides.vectors, k=K, side=side).ids  # type: ignore[arg-type]
+        return rerank.rerank(x, s_q, ids, sides.vectors, k=K, side=side).ids  # type: ignore[arg-type]
 
     best = tuning.tuned(
         lambda nprobe, depth: share_found(search(nprobe, depth, "none"), true),

@@ -188,6 +188,21 @@ def test_a_search_for_more_than_there_is_is_padded(
     assert (ids[:, 7:] == -1).all() and np.isinf(distances[:, 7:]).all()
 
 
+@pytest.mark.parametrize("nprobe", [3, 9])
+def test_a_query_alone_finds_what_it_finds_among_many(
+    nprobe: int, templates: dict[str, ivf.Template], tmp_path: Path
+) -> None:
+    """But of entries as far as the last, which there are more of than are asked for."""
+    build_whole(templates["IVF16,PQ16x4fs"], tmp_path / "whole")
+    index = ivf.open_index(tmp_path / "whole")
+    distances, ids = index.search(QUERIES, 30, nprobe)
+    alone = [index.search(q[None], 30, nprobe) for q in QUERIES]
+    np.testing.assert_array_equal(np.concatenate([each[0] for each in alone]), distances)
+    for row, (_, own) in enumerate(alone):
+        nearer = ids[row, distances[row] < distances[row, -1]]
+        assert set(nearer.tolist()) <= set(own[0].tolist())
+
+
 def test_flat_distances_are_squared_l2(templates: dict[str, ivf.Template], tmp_path: Path) -> None:
     (path,) = build(templates["Flat"], tmp_path, [0, 1200])
     distances, ids = found(path, k=1)

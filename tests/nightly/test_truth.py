@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from namr import ray_connection
 from namr.data.shards import make_id
@@ -75,7 +74,7 @@ def test_a_share_is_searched_as_if_nothing_else_were_there(
 
 def test_shares_are_asked_by_few_queries_from_first_to_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(truth, "_ASKED_OF_SHARES", 4)
-    asked = Queries(torch.arange(10.0)[:, None], None, None)
+    asked = Queries(np.arange(10.0, dtype=np.float32)[:, None], None, None)
     assert truth.thinned(asked).x[:, 0].tolist() == [0, 3, 6, 9]
     assert truth.thinned(asked.rows(slice(0, 3))).x[:, 0].tolist() == [0, 1, 2]
 

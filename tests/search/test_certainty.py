@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from namr.index import ivf
 from namr.search import certainty, rerank
 from namr.search.certainty import Level
-from namr.search.rerank import Ranked
+from namr.search.first_stage import Candidates
 from namr.sides import SIDES, Side
 from tests.search.test_rerank import brute, make, queries, store
 
@@ -28,8 +27,8 @@ def test_the_last_candidate_is_the_last_there_is_and_codes_are_not_believed(tmp_
     q, _ = queries(3, 8)
     ids = np.concatenate([gallery.ids[[[5, 9, 2], [7, 1, 3]]], [[-1, -1, -1]]])
     ids[1, 1:] = -1
-    codes = Ranked(ids, np.where(ids < 0, np.inf, 0.5), np.where(ids < 0, np.inf, 0.5))
-    plain = brute(q.numpy(), q.numpy(), gallery.x, gallery.s, "none")
+    codes = Candidates(ids, np.where(ids < 0, np.inf, 0.5).astype(np.float32))
+    plain = brute(q, q, gallery.x, gallery.s, "none")
     for depth, first in ((3, 2), (2, 9), (1, 5)):
         last = certainty.last_squared(codes, depth, q, gallery.vectors, is_compressed=True)
         np.testing.assert_allclose(last, [plain[0, first], plain[1, 7], 0], rtol=1e-5)
@@ -38,7 +37,7 @@ def test_the_last_candidate_is_the_last_there_is_and_codes_are_not_believed(tmp_
 
 
 def test_a_tie_at_the_border_is_not_calibrated_and_neither_is_nothing() -> None:
-    q, last = torch.zeros((3, 4)), np.array([2.0, 2.0, 0.0])
+    q, last = np.zeros((3, 4)), np.array([2.0, 2.0, 0.0])
     told = certainty.is_calibrated(np.array([1.0, 0.99, 0.0]), last, q, weight=0.5)
     assert told.tolist() == [False, True, False]
     assert not certainty.is_calibrated(np.full(3, np.inf), last, q, weight=1.0).any()
@@ -49,8 +48,8 @@ def test_no_adaptive_distance_is_below_the_least_weight(tmp_path: Path, side: Si
     gallery = make(tmp_path)
     q, s_q = queries(7, 8)
     least = certainty.least_weight(s_q, side=side, gallery_min=float(gallery.s.min()), num_queries=7)
-    adaptive = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, side)
-    plain = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, "none")
+    adaptive = brute(q, s_q, gallery.x, gallery.s, side)
+    plain = brute(q, s_q, gallery.x, gallery.s, "none")
     assert (adaptive >= least[:, None] * plain * (1 - 1e-12)).all()
 
 
@@ -75,7 +74,7 @@ def test_nothing_left_out_is_nearer_than_the_bound(
         squared, ids = ivf.open_index(path).search(q, 10)
     true = ((q[:, None].astype(np.float64) - x.astype(np.float16).astype(np.float64)) ** 2).sum(2)
     np.put_along_axis(true, ids, np.inf, axis=1)
-    bound = certainty.outside_squared(squared[:, -1].astype(np.float64), torch.from_numpy(q))
+    bound = certainty.outside_squared(squared[:, -1].astype(np.float64), q)
     assert (bound <= true.min(axis=1)).all()
     if offset == 0:
         assert (bound >= 0.9 * squared[:, -1] - 1e-7).all()  # not so careful that it is of no use
@@ -101,20 +100,20 @@ def assert_proofs_hold(
     x = rng.standard_normal((num, dim)).astype(np.float32)
     x[rng.integers(0, num, copies)] = x[0]
     s = rng.uniform(1 - spread, 1 + spread, (num, dim)).astype(np.float32)
-    q = torch.from_numpy(rng.standard_normal((25, dim)).astype(np.float32))
-    s_q = torch.from_numpy(rng.uniform(1 - spread, 1 + spread, (25, dim)).astype(np.float32))
+    q = rng.standard_normal((25, dim)).astype(np.float32)
+    s_q = rng.uniform(1 - spread, 1 + spread, (25, dim)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         gallery = store(Path(folder), x, s, num_shards=min(3, num))
         path = Path(folder, "index.faiss")
         template = ivf.train_template(x, "Flat", seed=0, num_threads=1)
         ivf.build_part(template, [(x, gallery.ids)], path, num_threads=1)
-        squared, ids = ivf.open_index(path).search(q.numpy(), depth)
+        squared, ids = ivf.open_index(path).search(q, depth)
         ranked = rerank.rerank(q, s_q, ids, gallery.vectors, k=k, side=side)
     proved = certainty.is_proved(
         ranked.squared[:, -1], squared[:, -1].astype(np.float64), q, s_q, side=side,
         gallery_min=float(gallery.s.min()),
     )  # fmt: skip
-    true = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, side)
+    true = brute(q, s_q, gallery.x, gallery.s, side)
     for row in np.flatnonzero(proved):
         order = np.lexsort((gallery.ids, true[row].astype(np.float32)))[:k]
         np.testing.assert_allclose(ranked.squared[row, : len(order)], true[row, order], rtol=1e-5, atol=1e-12)
@@ -134,8 +133,8 @@ def test_proofs_are_found_and_not_always(side: Side) -> None:
 
 
 def test_a_tie_at_the_border_is_no_proof() -> None:
-    q = torch.zeros((1, 4))
-    s_q = torch.ones((1, 4))
+    q = np.zeros((1, 4))
+    s_q = np.ones((1, 4))
     kth = np.array([1.0])
     assert not certainty.is_proved(kth, np.array([1.0]), q, s_q, side="query", gallery_min=1.0)[0]
     assert certainty.is_proved(kth, np.array([1.01]), q, s_q, side="query", gallery_min=1.0)[0]

@@ -33,7 +33,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
 
 
 def asked_of(gallery: Gallery) -> Queries:
-    x, s = (torch.from_numpy(of[ASKED].astype(np.float32)) for of in (gallery.x, gallery.s))
+    x, s = (of[ASKED].astype(np.float32) for of in (gallery.x, gallery.s))
     return Queries(x, s, gallery.ids[ASKED])
 
 

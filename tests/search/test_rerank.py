@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,10 +74,10 @@ def make(folder: Path, *, num: int = 60, dim: int = 8, seed: int = 0, **layout: 
     )
 
 
-def queries(num: int, dim: int, *, seed: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+def queries(num: int, dim: int, *, seed: int = 9) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     q, s_q = rng.standard_normal((num, dim)), rng.uniform(0.5, 1.5, (num, dim))
-    return torch.from_numpy(q.astype(np.float32)), torch.from_numpy(s_q.astype(np.float32))
+    return q.astype(np.float32), s_q.astype(np.float32)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -88,8 +87,8 @@ def test_re_ranking_orders_the_candidates_as_brute_force_does(tmp_path: Path, si
     rng = np.random.default_rng(1)
     at = np.stack([rng.permutation(60)[:20] for _ in range(7)])
     ranked = rerank.rerank(q, s_q, gallery.ids[at], gallery.vectors, k=5, side=side)
-    squared = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, side)
-    plain = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, "none")
+    squared = brute(q, s_q, gallery.x, gallery.s, side)
+    plain = brute(q, s_q, gallery.x, gallery.s, "none")
     for row in range(7):
         best = at[row][np.argsort(squared[row, at[row]])[:5]]
         assert ranked.ids[row].tolist() == gallery.ids[best].tolist()
@@ -205,7 +204,7 @@ def test_one_stage_is_brute_force(
     q, s_q = queries(7, 8)
     own, hidden = gallery.ids[:7], gallery.ids[[2, 30]]
     found = rerank.nearest_exact(q, s_q, gallery.vectors, k=6, side=side, hidden=hidden, own_ids=own)
-    squared = brute(q.numpy(), s_q.numpy(), gallery.x, gallery.s, side)
+    squared = brute(q, s_q, gallery.x, gallery.s, side)
     squared[:, [2, 30]] = np.inf
     squared[np.arange(7), np.arange(7)] = np.inf
     order = np.argsort(squared, axis=1)[:, :6]
