@@ -51,8 +51,8 @@ class BuildConfig:
     num_held_out: int = 500
     """images that the template is not trained on, to measure the index with; never more than a fifth"""
     use_gpu: bool = False
-    """train the centroids on a GPU of the cluster; what they are then depends on it in their last bits. Written
-    after the documentation of FAISS, and never run on one"""
+    """train the centroids on a GPU of the cluster; what they are then depends on it in their last bits.
+    Written after FAISS's documentation, and never run on one"""
     work_uri: str | None = None
     """where parts are kept until they are merged; <releases_uri>/building where none is named"""
 
