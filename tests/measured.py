@@ -57,9 +57,11 @@ class Process:
         """What a function of a module returns, and what it took; an exception of it is raised here."""
         pid = self._process.pid
         assert pid is not None
+        self._ours.send(function)
+        self._ours.recv()  # its module is there, also where the processes' parent was another's before
         before = peak = anonymous_bytes(pid)
         begun = time.perf_counter()
-        self._ours.send((function, arguments))
+        self._ours.send(arguments)
         while not self._ours.poll(_INTERVAL_S):
             peak = max(peak, anonymous_bytes(pid))
         try:
@@ -113,7 +115,9 @@ def _serve(connection: Connection) -> None:
     connection.send(None)
     while True:
         try:
-            function, arguments = connection.recv()
+            function = connection.recv()
+            connection.send(None)
+            arguments = connection.recv()
         except EOFError:
             return
         begun = time.process_time()

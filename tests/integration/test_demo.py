@@ -79,6 +79,7 @@ def test_the_demo_runs_goes_on_serves_and_ends(tmp_path: Path) -> None:
         urllib.request.urlopen(mlflow, timeout=5)
 
 
+@pytest.mark.soak
 def test_the_demo_takes_a_folder_of_photographs(
     tmp_path: Path, shared_data: Path, shared_weights: Path
 ) -> None:

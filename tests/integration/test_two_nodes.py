@@ -44,43 +44,6 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
         yield TwoNodes(cluster, store, (first, second))
 
 
-DDP_OVER_GLOO = """
-import json, pathlib, sys
-import ray, ray.train, ray.train.torch, torch
-
-def work(config):
-    torch.manual_seed(0)
-    model = ray.train.torch.prepare_model(torch.nn.Linear(3, 1, bias=False))
-    rank = ray.train.get_context().get_world_rank()
-    model(torch.full((1, 3), float(rank + 1))).sum().backward()
-    gradient = model.module.weight.grad
-    address = ray.util.get_node_ip_address()
-    found = [None, None]
-    torch.distributed.all_gather_object(found, (address, gradient.tolist(), torch.distributed.get_backend()))
-    if rank == 0:
-        pathlib.Path(config["folder"], "said.json").write_text(json.dumps(found))
-
-ray.init()
-ray.train.torch.TorchTrainer(
-    work,
-    train_loop_config={"folder": sys.argv[1]},
-    scaling_config=ray.train.ScalingConfig(num_workers=2, placement_strategy="STRICT_SPREAD"),
-    run_config=ray.train.RunConfig(name="gloo", storage_path=sys.argv[1]),
-).fit()
-"""
-
-
-def test_gradients_are_averaged_over_a_network(two_nodes: TwoNodes, tmp_path: Path) -> None:
-    (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "ddp.py").write_text(DDP_OVER_GLOO)
-    job = Job(two_nodes.cluster, tmp_path / "job", tmp_path / "log", "ddp.py", str(tmp_path))
-    job.log(timeout_s=240)
-    found = json.loads((tmp_path / "said.json").read_text())
-    assert {address for address, _, _ in found} == {node.host for node in two_nodes.nodes}
-    assert [gradient for _, gradient, _ in found] == [[[1.5, 1.5, 1.5]]] * 2  # the mean of 1 and 2
-    assert {backend for _, _, backend in found} == {"gloo"}
-
-
 def names_in_store(two_nodes: TwoNodes, prefix: str) -> list[str]:
     with closing(two_nodes.store.client()) as client:
         listed = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)

@@ -261,7 +261,8 @@ def test_one_worker_comes_to_what_two_come_to(whole: tuple[TrainJobConfig, FitRe
     assert one.best_step == two.best_step
     told = registry.connect(config.tracking_uri)._client.get_run(one.mlflow_run_id).data.metrics
     assert 0 < told[f"system/{socket.gethostname()}/system_memory_usage_percentage"] <= 100
-    assert {f"train/{part}_s" for part in ("data", "forward", "loss", "backward", "update")} <= told.keys()
+    # Every step is a checkpoint here, and what is waited for after one doesn't count as waiting for data.
+    assert {f"train/{part}_s" for part in ("forward", "loss", "backward", "update")} <= told.keys()
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
     alone, together = (
         model.embed(model.load(Path(result.model_uri)), pixels, batch_size=4, device="cpu")
@@ -297,7 +298,7 @@ def test_what_is_averaged_and_adapted_in_low_ranks_is_published_as_a_plain_model
         workers=WorkersConfig(num_workers=1),
     )
     result = job.fit(config)
-    assert result.num_steps == min(3, result.best_step + 1)
+    assert result.num_steps == 1  # the start finds all, so there is nothing better to wait for
     published = model.load(Path(result.model_uri))
     assert set(published.state_dict()) == set(model.build(config.model, seed=0).state_dict())
 
