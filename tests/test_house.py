@@ -28,7 +28,7 @@ HOUSE = (  # from the top down; a module of namr/ itself is named by itself
     ("index",),
     ("store",),
     ("collectives", "ray_connection"),
-    ("checks", "config", "hashing", "progress", "sides"),
+    ("checks", "compiling", "config", "hashing", "progress", "sides"),
     ("errors", "secrets"),
 )
 """Packages side by side in a row don't import each other."""
@@ -49,7 +49,7 @@ DOORS: dict[str, set[str]] = {
     "sklearn": {"measure.metrics", "data.sources"},
     "scipy": {"data.benchmarks", "measure.metrics"},
     "faiss": {"index.ivf", "index.index_files"},
-    "numba": {"data.resampling", "search.kernel"},
+    "numba": {"compiling", "data.resampling", "search.kernel"},
     "llvmlite": {"data.resampling", "search.kernel"},
     "webdataset": {"data.shards"},
     "jinja2": {"measure.report"},

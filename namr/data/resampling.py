@@ -3,8 +3,7 @@
 The bits are those of Pillow's `resize(box=...)`, its `transpose` and its `convert` with a colour matrix, one
 after the other: weights of 22 bits, whole numbers between the two directions, and the rule of Pillow 13 for
 which direction comes first. Pictures in between are never made, the channels come out apart, as a model takes
-them, and the four bytes of a pixel are weighed at once: a quarter of the time. numba compiles it for this
-processor and keeps the result beside this module or in the user's cache folder.
+them, and the four bytes of a pixel are weighed at once: a quarter of the time.
 
 Not covered: decoding, and which box and colours (`images`); filters other than those two.
 Legend: H height, W width, S size of the square.
@@ -12,11 +11,9 @@ Legend: H height, W width, S size of the square.
 
 import functools
 import math
-import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -24,6 +21,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from PIL import Image
+
+from namr.compiling import compiled, inlined
 
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -34,7 +33,7 @@ Box = tuple[float, float, float, float]
 _BITS = 22
 _HALF = np.int32(1 << (_BITS - 1))
 _GREY = (0.299, 0.587, 0.114)
-F = TypeVar("F", bound=Callable[..., object])
+_HOW: dict[str, Any] = {"nogil": True}
 
 
 class Colours(NamedTuple):
@@ -68,11 +67,6 @@ def _pixels(picture: Image.Image) -> Bytes:
     return np.frombuffer(lying.buffers()[1], np.uint8).reshape(picture.height, picture.width, 4)
 
 
-def _inlined(function: F) -> F:
-    compiled: F = numba.njit(nogil=True)(function)
-    return compiled
-
-
 @functools.cache
 def _compiled() -> Callable[..., None]:
     """`_render`; the first time takes seconds if nothing was kept."""
@@ -81,11 +75,7 @@ def _compiled() -> Callable[..., None]:
         *(source, *(types.float32,) * 4, *(types.boolean,) * 3, *(types.float64,) * 3),
         types.Array(types.uint8, 3, "C"),
     )
-    try:
-        compiled: Callable[..., None] = numba.njit(signature, cache=True, nogil=True)(_render)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):  # no folder to keep it, or a bad file
-        compiled = numba.njit(signature, nogil=True)(_render)
-    return compiled
+    return compiled(_render, signature, **_HOW)
 
 
 def _render(
@@ -123,7 +113,7 @@ def _render(
         _recolour(out, brightness, contrast, saturation)
 
 
-@_inlined
+@inlined(**_HOW)
 def _plan(size: int, start: float, stop: float, num: int, is_cubic: bool) -> tuple[Ints, Ints, Weights]:
     """Of each of `num` places in a row or column of `size`: its first source, how many, and their weights."""
     scale = (stop - start) / num
@@ -147,7 +137,7 @@ def _plan(size: int, start: float, stop: float, num: int, is_cubic: bool) -> tup
     return firsts, counts, weights
 
 
-@_inlined
+@inlined(**_HOW)
 def _filter(x: float, is_cubic: bool) -> float:
     """The triangle, or the cubic of a = -0.5."""
     x = abs(x)
@@ -199,7 +189,7 @@ _weighted: Any = intrinsic(_as_weighted)
 """Of `count` pixels of 4 bytes by as many int32 weights, the four channels at once: at least one of them."""
 
 
-@_inlined
+@inlined(**_HOW)
 def _across(source: Bytes, firsts: Ints, counts: Ints, weights: Weights, mirrored: bool, out: Bytes) -> None:
     """Rows made shorter, (rows, columns, 4) -> (3, rows, num)."""
     num, address, step = len(firsts), source.ctypes.data, weights.ctypes.data
@@ -212,7 +202,7 @@ def _across(source: Bytes, firsts: Ints, counts: Ints, weights: Weights, mirrore
                 out[channel, row, at] = pixel >> 8 * channel & 255
 
 
-@_inlined
+@inlined(**_HOW)
 def _down(source: Bytes, firsts: Ints, counts: Ints, weights: Weights, out: Bytes) -> None:
     """Columns made shorter, (rows, columns) -> (num, columns)."""
     sums = np.empty(source.shape[1], np.int32)
@@ -227,13 +217,13 @@ def _down(source: Bytes, firsts: Ints, counts: Ints, weights: Weights, out: Byte
             line[column] = _whole(sums[column])
 
 
-@_inlined
+@inlined(**_HOW)
 def _whole(value: np.int32) -> np.uint8:
     """A weighted sum as a byte."""
     return np.uint8(min(max(value >> np.int32(_BITS), np.int32(0)), np.int32(255)))
 
 
-@_inlined
+@inlined(**_HOW)
 def _recolour(pixels: Bytes, brightness: float, contrast: float, saturation: float) -> None:
     """One 3 x 4 colour matrix, in float32, over (3, S, S)."""
     offset = np.float32(brightness * (1 - contrast) * _mean_grey(pixels))
@@ -254,13 +244,13 @@ def _recolour(pixels: Bytes, brightness: float, contrast: float, saturation: flo
             blues[x] = _byte(br * red + bg * green + bb * blue + offset)
 
 
-@_inlined
+@inlined(**_HOW)
 def _byte(value: np.float32) -> np.uint8:
     rounded = value + np.float32(0.5)
     return np.uint8(np.int32(min(max(rounded, np.float32(0)), np.float32(255))))
 
 
-@_inlined
+@inlined(**_HOW)
 def _mean_grey(pixels: Bytes) -> float:
     """Grey of the mean colour, which is rounded by rows and then as a whole, as a picture of one pixel is."""
     num = pixels.shape[1]

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from namr.errors import Conflict, ObjectMissing
+from namr.errors import Conflict
 from namr.store import manifests, storage
 
 _KEPT_S = 24 * 3600.0
@@ -67,12 +67,8 @@ def check(releases_uri: str, used: Iterable[str], *, what: str) -> None:
 
 def _read(releases_uri: str) -> tuple[DoomedList, str | None]:
     """The list and its tag; an empty one and None where there is none."""
-    uri = _uri(releases_uri)
-    try:
-        data, etag = storage.read_with_etag(uri)
-    except ObjectMissing:
-        return DoomedList(), None
-    return manifests.decode_manifest(data, DoomedList, uri), etag
+    listed, etag = manifests.read_to_change(_uri(releases_uri), DoomedList)
+    return listed or DoomedList(), etag
 
 
 def _uri(releases_uri: str) -> str:

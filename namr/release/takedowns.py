@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from namr.data import datasets
 from namr.data.datasets import Dataset
-from namr.errors import Conflict, ObjectMissing
+from namr.errors import Conflict
 from namr.store import manifests, storage
 
 _MOST_ATTEMPTS = 20
@@ -95,12 +95,8 @@ def _all_ids(dataset: Dataset, keys: Sequence[str]) -> list[int]:
 
 def _read(releases_uri: str) -> tuple[TakedownList, str | None]:
     """The list and its tag; an empty one and None where there is none."""
-    uri = _uri(releases_uri)
-    try:
-        data, etag = storage.read_with_etag(uri)
-    except ObjectMissing:
-        return TakedownList(), None
-    return manifests.decode_manifest(data, TakedownList, uri), etag
+    listed, etag = manifests.read_to_change(_uri(releases_uri), TakedownList)
+    return listed or TakedownList(), etag
 
 
 def _uri(releases_uri: str) -> str:

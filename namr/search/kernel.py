@@ -2,17 +2,15 @@
 
 A query's candidates lie here and there in files that are mapped into memory. One call finds their rows, reads
 the float16 values where they lie, sums in float32 and keeps the k nearest, without Python's lock; numpy and
-torch take a dozen calls and copies for it. numba compiles it for this processor and keeps the result beside
-this module or in the user's cache folder. The sums don't depend on how many queries there are.
+torch take a dozen calls and copies for it. The sums don't depend on how many queries there are.
 
 Not covered: blocks, threads and errors (`rerank`), and float64 (`model.distances`, which has the formulas).
 Legend: Q queries, M candidates of a query, D dimension, K neighbours, S shards, N samples, F files.
 """
 
 import functools
-import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -21,13 +19,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from namr.compiling import compiled, inlined
+
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Halves = npt.NDArray[np.uint16]
 """float16, as bits: numba has no such type"""
 Rows = npt.NDArray[np.signedinteger]
-F = TypeVar("F", bound=Callable[..., object])
 
 # The order of a sum is free, so that it is fast; NaN and infinity stay what they are.
 _HOW: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
@@ -51,11 +50,6 @@ class Table(NamedTuple):
     """(F,) in memory, of (rows, 2, D) float16: embedding and structure"""
     firsts: Ids
     """(F + 1,) the row that each file begins with, and how many there are"""
-
-
-def _inlined(function: F) -> F:
-    compiled: F = numba.njit(**_HOW)(function)
-    return compiled
 
 
 def _as_pointer(_: Any, address: Any) -> tuple[Any, Any]:
@@ -100,11 +94,7 @@ def nearest(dtype_of_rows: np.dtype[np.signedinteger]) -> Callable[..., int]:
         types.int64,
         *(array(of, 2, is_written=True) for of in (types.int64, types.float64, types.float64)),
     )
-    try:
-        compiled: Callable[..., int] = numba.njit(signature, cache=True, **_HOW)(_nearest)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):  # no folder to keep it, or a bad file
-        compiled = numba.njit(signature, **_HOW)(_nearest)
-    return compiled
+    return compiled(_nearest, signature, **_HOW)
 
 
 def _nearest(
@@ -179,7 +169,7 @@ def _nearest(
     return -1
 
 
-@_inlined
+@inlined(**_HOW)
 def _address(item: int, starts: Ids, sizes: Ids, rows: Rows, addresses: Ids, firsts: Ids, dim: int) -> int:
     """Where in memory the vectors of an item lie; -1 where there are none."""
     shard, at = item >> 32, item & 0xFFFFFFFF
@@ -193,20 +183,20 @@ def _address(item: int, starts: Ids, sizes: Ids, rows: Rows, addresses: Ids, fir
     return int(addresses[file] + (place - firsts[file]) * 4 * dim)
 
 
-@_inlined
+@inlined(**_HOW)
 def _fetch(address: int, size: int) -> None:
     """Have so many bytes brought into the cache; of no address it does nothing."""
     for offset in range(0, size, _LINE):
         _prefetch(address + offset)
 
 
-@_inlined
+@inlined(**_HOW)
 def _vectors(address: int, dim: int) -> tuple[Halves, Halves]:
     """(D,) embedding and structure."""
     return numba.carray(_pointer(address), dim), numba.carray(_pointer(address + 2 * dim), dim)
 
 
-@_inlined
+@inlined(**_HOW)
 def _float(half: np.uint16) -> np.float32:
     """The value of a float16, NaN as infinity; nothing that only some processors can."""
     bits = np.uint32(half & np.uint16(0x7FFF)) << np.uint32(13)
@@ -218,7 +208,7 @@ def _float(half: np.uint16) -> np.float32:
     return value * np.float32(2.0**112)
 
 
-@_inlined
+@inlined(**_HOW)
 def _plain(q: Floats, x: Halves) -> np.float32:
     total = np.float32(0)
     for d in range(len(q)):
@@ -227,7 +217,7 @@ def _plain(q: Floats, x: Halves) -> np.float32:
     return total
 
 
-@_inlined
+@inlined(**_HOW)
 def _by_query(q: Floats, s_q: Floats, x: Halves) -> np.float32:
     total = np.float32(0)
     for d in range(len(q)):
@@ -236,7 +226,7 @@ def _by_query(q: Floats, s_q: Floats, x: Halves) -> np.float32:
     return total
 
 
-@_inlined
+@inlined(**_HOW)
 def _by_both(q: Floats, s_q: Floats, x: Halves, s: Halves) -> np.float32:
     total = np.float32(0)
     for d in range(len(q)):
@@ -245,7 +235,7 @@ def _by_both(q: Floats, s_q: Floats, x: Halves, s: Halves) -> np.float32:
     return total / np.float32(2)
 
 
-@_inlined
+@inlined(**_HOW)
 def _scale(s: Halves) -> np.float32:
     total = np.float32(0)
     for d in range(len(s)):
@@ -254,14 +244,14 @@ def _scale(s: Halves) -> np.float32:
     return scale
 
 
-@_inlined
+@inlined(**_HOW)
 def _as_heap(ids: Ids, squared: Doubles, num: int) -> None:
     """Order the first num so that none is farther than the one at half its place."""
     for at in range(num // 2 - 1, -1, -1):
         _sink(ids, squared, at, num)
 
 
-@_inlined
+@inlined(**_HOW)
 def _sink(ids: Ids, squared: Doubles, at: int, num: int) -> None:
     """Restore that order of a heap where the one at this place may be too near to be there."""
     while 2 * at + 1 < num:
@@ -274,14 +264,14 @@ def _sink(ids: Ids, squared: Doubles, at: int, num: int) -> None:
         at = child
 
 
-@_inlined
+@inlined(**_HOW)
 def _is_farther(ids: Ids, squared: Doubles, one: int, other: int) -> bool:
     if squared[one] == squared[other]:
         return bool(ids[one] > ids[other])
     return bool(squared[one] > squared[other])
 
 
-@_inlined
+@inlined(**_HOW)
 def _swap(ids: Ids, squared: Doubles, one: int, other: int) -> None:
     ids[one], ids[other] = ids[other], ids[one]
     squared[one], squared[other] = squared[other], squared[one]

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import ClassVar, Self
 
-from namr.errors import ConfigError, Conflict, NamrError, ObjectMissing
+from namr.errors import ConfigError, Conflict, NamrError
 from namr.store import manifests, storage
 
 Clock = Callable[[], float]
@@ -175,11 +175,7 @@ def _take(uri: str, wanted: _Record, clock: Clock) -> tuple[_Record, float]:
 
 
 def _read(uri: str) -> tuple[_Record | None, str | None]:
-    try:
-        data, etag = storage.read_with_etag(uri)
-    except ObjectMissing:
-        return None, None
-    return manifests.decode_manifest(data, _Record, uri), etag
+    return manifests.read_to_change(uri, _Record)
 
 
 def _put(uri: str, record: _Record, etag: str | None) -> bool:

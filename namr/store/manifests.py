@@ -160,6 +160,15 @@ def decode_manifest(data: bytes, kind: type[M], uri: str) -> M:
         ) from error
 
 
+def read_to_change(uri: str, kind: type[M]) -> tuple[M | None, str | None]:
+    """What `read_manifest` reads, and its tag for a conditional put; (None, None) where nothing is yet."""
+    try:
+        data, etag = storage.read_with_etag(uri)
+    except ObjectMissing:
+        return None, None
+    return decode_manifest(data, kind, uri), etag
+
+
 def recorded(uri: str, kind: type[M], make: Callable[[], M], *, holds: Callable[[M], bool] = _always) -> M:
     """The record at `uri`, or, where there is none that still holds, what `make` does and returns, recorded.
 

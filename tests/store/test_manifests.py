@@ -96,6 +96,18 @@ def test_a_missing_manifest_is_named(root: str) -> None:
         manifests.read_manifest(storage.join(root, "album.json"), Album)
 
 
+def test_what_is_read_to_be_changed_has_a_tag_for_it(root: str) -> None:
+    uri = storage.join(root, "album.json")
+    first = Album(title="one", pictures=())
+    assert manifests.read_to_change(uri, Album) == (None, None)
+    manifests.write_manifest(uri, first)
+    read, etag = manifests.read_to_change(uri, Album)
+    assert read == first
+    storage.replace_if_match(uri, b"{}", etag=etag)
+    with pytest.raises(Conflict):
+        storage.replace_if_match(uri, b"[]", etag=etag)
+
+
 def test_a_pointer_moves_only_from_where_it_was_read(root: str) -> None:
     uri = storage.join(root, "current.json")
     assert manifests.read_pointer(uri) is None
