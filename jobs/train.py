@@ -21,7 +21,7 @@ def main() -> None:
     result = job.fit(wanted)
     print(
         f"run {result.run_name} {'was finished already' if result.was_finished else 'is finished'}: "
-        f"{result.model_name} {result.model_version} is step {result.best_step} of {result.num_steps}, "
+        f"{result.model_name} {result.model_version} is {result.place}, "
         f"Recall@1 {100 * result.recall_at_1:.1f} % on unseen classes; {result.against_start}; it recommends "
         f"search by {result.search.metric}, structure {result.search.structure_side}; it trained on "
         f"{result.images_per_s:.0f} images/s; {result.model_uri}"

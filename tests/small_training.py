@@ -1,23 +1,29 @@
 """A small dataset of easy classes, and a training job on it that takes seconds."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
+import torch
 
 from namr.data import datasets, images, shards
 from namr.data.images import AugmentConfig
 from namr.data.loading import LoaderConfig
 from namr.data.sampling import PKConfig
 from namr.data.shards import Sample
+from namr.model import model
 from namr.model.losses import LossConfig
 from namr.model.model import ModelConfig
 from namr.store import manifests, tables
+from namr.train import loop
 from namr.train.ray_group import WorkersConfig
 from namr.train.recipe import TrainingConfig
 from namr.train.run import TrainJobConfig
-from namr.train.training_data import DataConfig
+from namr.train.step import Trainer
+from namr.train.training_data import DataConfig, TrainingData
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 
@@ -76,3 +82,29 @@ def make_job(
         "tracking_uri": f"sqlite:///{folder}/mlflow.db",
     }
     return TrainJobConfig(**fields | changes)
+
+
+def make_pretrained_job(folder: Path) -> TrainJobConfig:
+    """Two steps on cached features of a frozen backbone that has its weights from a file."""
+    training = {"backbone_learning_rate": 0, "augment": False, "num_steps": 2}
+    job = make_job(make_dataset(folder / "data"), folder, training=training)
+    weights = folder / "backbone.safetensors"
+    state = model.build(job.model, seed=5).backbone.state_dict()
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
+    return replace(job, model=replace(job.model, weights=str(weights)))
+
+
+def data_of(config: TrainJobConfig, *, rank: int = 0, world_size: int = 1) -> TrainingData:
+    """The images of a job, as its worker reads them."""
+    dataset = datasets.open_version(config.data.dataset_uri)
+    return TrainingData(
+        dataset, None, data=config.data, batch=config.batch, loader=config.loader, seed=config.seed,
+        rank=rank, world_size=world_size, writes_cache=rank == 0,
+    )  # fmt: skip
+
+
+def trainer_of(config: TrainJobConfig, data: TrainingData) -> Trainer:
+    """A job's trainer before its first step."""
+    return loop.make_trainer(
+        config.model, config.loss, config.training, data, seed=config.seed, device=torch.device("cpu")
+    )

@@ -107,7 +107,7 @@ def run(config: DemoConfig) -> None:
         console.print(f"    [{style}]{namr.against_start}[/{style}]")
         console.print(
             f"    {namr.num_steps} steps without and with the ranking loss, {namr.images_per_s:.0f} images a "
-            f"second; {namr.model_name} version {namr.model_version} is the champion"
+            f"second; {namr.model_name} version {namr.model_version} is {namr.place}, and the champion"
         )
         with _stage(console, "3/5 extract, build, measure, publish"):
             night = reindexing.reindex(

@@ -37,6 +37,8 @@ class Examination:
     mean_distance: float
     """Of the unseen images' embeddings (of the last batch's where nothing was measured): what
     `model.fold_scale` folds in."""
+    share: float = 1.0
+    """Of the way from the start to what was trained by then (`interpolation`); 1 is that itself."""
     score: float = _NOT_MEASURED
     """The mean of Recall@1 and MAP@R, searched in the way that `search` recommends: of two checkpoints with
     one Recall@1 the one whose neighbourhoods are purer is better."""
@@ -84,7 +86,12 @@ class Examination:
 
     def to_flat(self) -> dict[str, Any]:
         """The dict that Ray Train keeps with the checkpoint; `from_flat` takes it back."""
-        told = {"step": self.step, "mean_distance": self.mean_distance, SCORE: self.score}
+        told = {
+            "step": self.step,
+            "mean_distance": self.mean_distance,
+            "share": self.share,
+            SCORE: self.score,
+        }
         if not self.recall_at_1:
             return told
         way = {"metric": self.search.metric, "structure_side": self.search.structure_side}
@@ -97,6 +104,7 @@ class Examination:
         return cls(
             step=int(told["step"]),
             mean_distance=float(told["mean_distance"]),
+            share=float(told.get("share", 1.0)),
             score=float(told[SCORE]),
             search=SearchDefaults(**way),
             recall_at_1=_below(_RECALL, told),

@@ -28,7 +28,7 @@ from namr.registry import registry, system_metrics
 from namr.registry.registry import Registry
 from namr.store import lease, scratch, storage
 from namr.store.lease import Lease
-from namr.train import culprits, diary, loop, machines, ray_group, sources
+from namr.train import culprits, diary, interpolation, loop, machines, ray_group, sources
 from namr.train import run as run_store
 from namr.train.diary import Diary
 from namr.train.examination import Examination
@@ -132,6 +132,7 @@ def _work(given: Given, worker: Worker) -> Trained | NamrError:
                 return type(error)(f"run {config.run_name!r}: {error}")
             unsent = diary.read_unsent(folder)
     try:
+        checkpoint = _fenced(worker.checkpoint, given, writes=worker.rank == 0)
         with (
             _machine(given, worker),
             _diary(given, worker, unsent) if worker.rank == 0 else nullcontext() as told,
@@ -142,11 +143,12 @@ def _work(given: Given, worker: Worker) -> Trained | NamrError:
                 augment=config.augment,
                 num_images=config.batch.num_samples,
                 diary=told,
-                checkpoint=_fenced(worker.checkpoint, given, writes=worker.rank == 0),
+                checkpoint=checkpoint,
                 is_warned=worker.is_warned,
             )
             if trained is None:
                 worker.leave()
+            interpolation.look(trainer, data, diary=told, checkpoint=checkpoint)
             return trained
     except NotFinite as error:
         augment = config.augment if config.training.augment else None
@@ -209,6 +211,7 @@ def _publish(
         "data_uri": train.uri,
         "data_version": str(train.version.version),
         "data_digest": train.published_digest,
+        "share_of_the_way": f"{outcome.examination.share:g}",
     }
     with scratch.folder("model-") as temporary:
         model.save(best, Path(temporary), extra=extra)
@@ -229,6 +232,7 @@ def _publish(
         model_digest=version.digest,
         num_steps=trained.num_steps,
         best_step=outcome.examination.step,
+        share=outcome.examination.share,
         validation=outcome.examination.named,
         recall_at_1=outcome.examination.recommended.recall_at_1,
         start=trained.start,

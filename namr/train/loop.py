@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from namr import collectives
 from namr.data.images import AugmentConfig
@@ -21,7 +22,7 @@ from namr.errors import ManifestError, ModelMismatch
 from namr.measure import validation
 from namr.model import model, whitening
 from namr.model.losses import JointLoss, LossConfig, search_metric_of
-from namr.model.model import ModelConfig
+from namr.model.model import ModelConfig, NamrModel
 from namr.model.whitening import Whitening
 from namr.train.diary import Diary
 from namr.train.examination import Examination
@@ -134,10 +135,10 @@ def train(
         if examines or leaves or done % config.checkpoint_interval == 0:
             examination = Examination(step=done, mean_distance=result.mean_distance)
             if examines:
-                examination = _examine(trainer, data)
+                examination = examine(trainer, data)
                 trainer.standing = trainer.standing.after(examination.score)
                 if diary:
-                    diary.say(done, f"loss {result.total:.4f}, {_in_words(examination)}")
+                    diary.say(done, f"loss {result.total:.4f}, {in_words(examination)}")
                     diary.write(examination.named, step=done)
             checkpoint(partial(write_checkpoint, trainer, diary) if diary else None, examination)
             speed.pause()
@@ -149,9 +150,18 @@ def train(
     return Trained(speed.images_per_s, trainer.start, trainer.next_step)
 
 
-def write_checkpoint(trainer: Trainer, diary: Diary, folder: Path) -> None:
-    """Write all that a resumed run needs."""
-    torch.save(trainer.state(), folder / _STATE_FILE)
+def write_checkpoint(
+    trainer: Trainer, diary: Diary, folder: Path, *, published: dict[str, Tensor] | None = None
+) -> None:
+    """Write all that a resumed run needs.
+
+    published: weights to publish in place of those that were trained (`interpolation`).
+    """
+    state = trainer.state()
+    if published is not None:
+        trained = {"trained": state["model"], "examined": state["model"]}
+        state = trained | state | {"model": published, "is_interpolated": True}
+    torch.save(state, folder / _STATE_FILE)
     diary.write_unsent(folder)
 
 
@@ -190,11 +200,11 @@ def _begin(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpo
     So training that never beats its start leaves the start as the best.
     """
     words = _whiten(trainer, data)
-    examination = _examine(trainer, data)
+    examination = examine(trainer, data)
     trainer.start = Start(words, *examination.recommended)
     trainer.standing = trainer.standing.after(examination.score)
     if diary:
-        diary.say(0, f"starts from {words}: {_in_words(examination)}")
+        diary.say(0, f"starts from {words}: {in_words(examination)}")
         diary.write(examination.named, step=0)
     checkpoint(partial(write_checkpoint, trainer, diary) if diary else None, examination)
 
@@ -212,14 +222,17 @@ def _whiten(trainer: Trainer, data: TrainingData) -> str:
     # An eigensolver may round otherwise on another machine; all ranks begin with the first one's bits.
     start = Whitening(*(collectives.broadcast(torch.from_numpy(part)).numpy() for part in start))
     whitening.start_from(model.heads.sample, start)
+    trainer.keep_start()
     return f"the whitened features of {len(features)} images (power {power:g})"
 
 
-def _in_words(examination: Examination) -> str:
+def in_words(examination: Examination) -> str:
+    """For whoever watches."""
     return f"Recall@1 {100 * examination.recommended.recall_at_1:.1f} % on unseen classes"
 
 
-def _examine(trainer: Trainer, data: TrainingData) -> Examination:
+def examine(trainer: Trainer, data: TrainingData, examined: NamrModel | None = None) -> Examination:
+    """What the trainer's model, or another one in its place, is worth now. Collective."""
     ways = validation.ways(search_metric_of(trainer.whole.loss.config))
-    results, mean_distance = data.examine(trainer.examined, ways)
+    results, mean_distance = data.examine(examined or trainer.examined, ways)
     return Examination.of(results, ways, step=trainer.next_step, mean_distance=mean_distance)

@@ -127,6 +127,8 @@ class Worker(NamedTuple):
         one before it is.
         """
         name = f"step-{examination.step:08d}"
+        if examination.share < 1:
+            name = f"{name}-share-{examination.share:g}"
         checkpoint = None
         if write is not None:
             self.wait_until_stored()  # or a slow store would fill this machine's disk

@@ -133,6 +133,8 @@ class FitResult:
     num_steps: int
     best_step: int
     """steps that were done when validation was best"""
+    share: float = 1.0
+    """of the way from the start to what was trained by then: less than 1 where a model between was best"""
     validation: dict[str, float]
     """of the best step: Recall@1 and MAP@R by way of searching"""
     recall_at_1: float
@@ -150,6 +152,12 @@ class FitResult:
     def beat_its_start(self) -> bool:
         """False where no step was better than none."""
         return self.best_step > 0
+
+    @property
+    def place(self) -> str:
+        """Which weights of the run the model has, in words."""
+        step = f"step {self.best_step} of {self.num_steps}"
+        return step if self.share == 1 else f"{100 * self.share:g} % of the way from the start to {step}"
 
     @property
     def against_start(self) -> str:

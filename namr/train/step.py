@@ -132,6 +132,10 @@ class Trainer:
             self._average = AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
         self.next_step = 0
         self.start: Start | None = None
+        self.start_heads: dict[str, Tensor] | None = None
+        """The heads' weights before the first step, if they came from whitened features."""
+        self.is_interpolated = False
+        """Whether all is done, and a model between the two was best (`interpolation`)."""
         self.standing = Standing()
         self._policy = policy
         self._parallel: nn.Module | None = None  # made by the first step, and anew where the backbone thaws
@@ -181,6 +185,10 @@ class Trainer:
         self.watch.end_step()
         return result
 
+    def keep_start(self) -> None:
+        """Remember the heads' weights as those that the run begins with."""
+        self.start_heads = {name: value.clone() for name, value in _on_cpu(self.model.heads).items()}
+
     def times(self) -> dict[str, float]:
         """Seconds a step of each part of it since they were asked for last (`stopwatch`)."""
         return self.watch.read(self._parallel)
@@ -205,6 +213,7 @@ class Trainer:
         state: dict[str, Any] = {
             "step": self.next_step,
             "start": self.start and self.start._asdict(),
+            "start_heads": self.start_heads,
             "standing": self.standing._asdict(),
             "model": low_rank.plain_state(self.examined, examined),
             "loss": _on_cpu(self.whole.loss),
@@ -221,6 +230,8 @@ class Trainer:
         optimiser.load_state(self.optimiser, state["optimiser"], self._named())
         self.next_step = int(state["step"])
         self.start = Start(**state["start"]) if state.get("start") else None
+        self.start_heads = state.get("start_heads")
+        self.is_interpolated = state.get("is_interpolated", False)
         self.standing = Standing(**state.get("standing", {}))
         if self._average is not None:
             self._average.module.load_state_dict(state.get("examined", state["model"]))

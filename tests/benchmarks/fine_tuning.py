@@ -7,7 +7,8 @@ EfficientNet-Lite0 and heads of D = 256 on Cars-196 crops of 96 px, from the whi
 trained on all training classes, once a seed, and measured on the 98 unseen ones; no step and no setting is
 chosen by these. How a row is searched is recommended by a model that was trained without a fifth of the
 training classes (seed 0), on that fifth. With --four-fifths these models are the ones that are measured, as
-jobs/train.py would make them: half as many runs, each a little weaker.
+jobs/train.py would make them: half as many runs, each a little weaker; and with --between it is, as there,
+the best by held-out classes of what was trained and the models on the way to it (`namr.train.interpolation`).
 
 A run takes about seven minutes of one core, and --processes of them run side by side; what they made is kept
 in --cache, and the same command goes on from there. The last lines are, for each loss, the ratio of the
@@ -32,7 +33,9 @@ from namr.measure import validation
 from namr.measure.evaluation import Entry, compare
 from namr.model import model, whitening
 from namr.model.losses import JointLoss, search_metric_of
-from namr.model.model import ModelConfig, SearchDefaults
+from namr.model.model import ModelConfig, NamrModel, SearchDefaults
+from namr.train import interpolation
+from namr.train.examination import Examination
 from namr.train.recipe import TrainingConfig
 from namr.train.step import Trainer
 from tests.benchmarks import method
@@ -59,6 +62,8 @@ class Run(NamedTuple):
     """trained without the held-out classes, and measured on them too"""
     cache: Path
     data: Path
+    between: bool = False
+    """what is measured is the best of the way from the start to what was trained"""
 
     @property
     def result(self) -> Path:
@@ -67,7 +72,8 @@ class Run(NamedTuple):
         name = f"{setting.loss.base}-{setting.name}-{training.num_steps}-{self.seed}".replace(" ", "")
         rates = f"{training.learning_rate:g}-{training.backbone_learning_rate:g}"
         classes = "four-fifths" if self.validates else "all"
-        return self.cache / f"{name}-{setting.loss.weight:g}-{rates}-{classes}.npz"
+        between = "-between" if self.between else ""
+        return self.cache / f"{name}-{setting.loss.weight:g}-{rates}-{classes}{between}.npz"
 
 
 def main() -> None:
@@ -101,7 +107,11 @@ def parse() -> Any:
     parser.add_argument("--rate", type=float, default=RATES.learning_rate)
     parser.add_argument("--backbone-rate", type=float, default=RATES.backbone_learning_rate)
     parser.add_argument("--four-fifths", action="store_true", help="measure what was trained on four fifths")
-    return method.parsed(parser)
+    parser.add_argument("--between", action="store_true", help="measure the best between start and end")
+    options = method.parsed(parser)
+    if options.between and not options.four_fifths:
+        parser.error("--between needs held-out classes; add --four-fifths")
+    return options
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
@@ -122,7 +132,10 @@ def runs_of(config: ModelConfig, options: Any, cache: Path) -> Iterator[Run]:
     for base in options.losses:
         rows = [row for row in method.settings(base, config, options) if row.name in options.rows]
         for seed in range(options.seeds):
-            yield from (Run(row, seed, training, options.four_fifths, cache, options.data) for row in rows)
+            yield from (
+                Run(row, seed, training, options.four_fifths, cache, options.data, options.between)
+                for row in rows
+            )
         if not options.four_fifths:
             yield from (Run(row, 0, training, True, cache, options.data) for row in rows)
 
@@ -154,6 +167,7 @@ def train_on(learnt: Labelled, run: Run, measured: dict[str, Labelled]) -> str:
     built = model.build(config, seed=run.seed)
     start = start_of(config, run.data, run.cache, validates=run.validates)
     whitening.start_from(built.heads.sample, start)
+    started = {name: value.clone() for name, value in built.state_dict().items()}
     joint = JointLoss(
         setting.loss, num_classes=int(learnt.y.max()) + 1, embedding_dim=config.embedding_dim, seed=run.seed
     )
@@ -163,6 +177,8 @@ def train_on(learnt: Labelled, run: Run, measured: dict[str, Labelled]) -> str:
     loss = 0.0
     for result in trainer.run((torch.from_numpy(learnt.x[r]), torch.from_numpy(learnt.y[r])) for r in rows):
         loss = result.total
+    if run.between:
+        built.load_state_dict(best_between(started, built, measured["held_out"], joint))
     made = {}
     for name, images in measured.items():
         made[f"{name}_x"], made[f"{name}_s"] = model.embed(built, images.x, batch_size=64, device="cpu")
@@ -170,6 +186,24 @@ def train_on(learnt: Labelled, run: Run, measured: dict[str, Labelled]) -> str:
         np.savez(file, **made)
     run.result.with_suffix(".partial").replace(run.result)
     return f"{run.result.stem}: loss {loss:.4f}"
+
+
+def best_between(
+    start: dict[str, torch.Tensor], trained: NamrModel, held_out: Labelled, loss: JointLoss
+) -> dict[str, torch.Tensor]:
+    """The weights on the way that find the held-out classes best, as `interpolation.look` chooses."""
+    end = {name: value.clone() for name, value in trained.state_dict().items()}
+    ways = validation.ways(search_metric_of(loss.config))
+    scores = {}
+    for share in (1.0, *interpolation.SHARES):
+        trained.load_state_dict(interpolation.between(start, end, share))
+        x, s = model.embed(trained, held_out.x, batch_size=64, device="cpu")
+        results = validation.measure(x, s, held_out.y, ways=ways)
+        scores[share] = Examination.of(results, ways, step=0, mean_distance=1).score
+    best = max(scores, key=scores.__getitem__)
+    told = ", ".join(f"{share:g}: {100 * score:.2f}" for share, score in scores.items())
+    print(f"score by share of the way {told}; chosen {best:g}", flush=True)
+    return interpolation.between(start, end, best)
 
 
 def tell(base: str, runs: list[Run], test: Labelled, held_out: Labelled, options: Any) -> None:

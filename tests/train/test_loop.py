@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
-from namr.data import datasets
 from namr.data.images import AugmentConfig
 from namr.errors import ManifestError, ModelMismatch, ShapeError
 from namr.measure import validation
@@ -23,7 +21,7 @@ from namr.train.run import TrainJobConfig
 from namr.train.step import Trainer
 from namr.train.training_data import TrainingData
 from tests.ranks import on_ranks
-from tests.small_training import make_dataset, make_job
+from tests.small_training import data_of, make_pretrained_job, trainer_of
 
 
 class Ran(NamedTuple):
@@ -36,28 +34,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainJobConfig:
-    """A frozen backbone with weights from a file, as a pre-trained one has, and cached features."""
-    folder = tmp_path_factory.mktemp("loop")
-    data_uri = make_dataset(folder / "data")
-    job = make_job(data_uri, folder, training={"backbone_learning_rate": 0, "augment": False, "num_steps": 2})
-    weights = folder / "backbone.safetensors"
-    state = model.build(job.model, seed=5).backbone.state_dict()
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
-    return replace(job, model=replace(job.model, weights=str(weights)))
-
-
-def data_of(config: TrainJobConfig, *, rank: int = 0, world_size: int = 1) -> TrainingData:
-    dataset = datasets.open_version(config.data.dataset_uri)
-    return TrainingData(
-        dataset, None, data=config.data, batch=config.batch, loader=config.loader, seed=config.seed,
-        rank=rank, world_size=world_size, writes_cache=rank == 0,
-    )  # fmt: skip
-
-
-def trainer_of(config: TrainJobConfig, data: TrainingData) -> Trainer:
-    return loop.make_trainer(
-        config.model, config.loss, config.training, data, seed=config.seed, device=torch.device("cpu")
-    )
+    return make_pretrained_job(tmp_path_factory.mktemp("loop"))
 
 
 def run(config: TrainJobConfig, *, state: dict[str, Any] | None = None) -> Ran:
@@ -147,9 +124,9 @@ def test_a_run_that_goes_on_keeps_its_start_and_does_not_begin_anew(config: Trai
 
 def with_scores(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
     """Examinations that find these scores, by step, and nothing else."""
-    real = loop._examine
+    real = loop.examine
     monkeypatch.setattr(
-        loop, "_examine", lambda trainer, data: replace(real(trainer, data), score=scores[trainer.next_step])
+        loop, "examine", lambda trainer, data: replace(real(trainer, data), score=scores[trainer.next_step])
     )
 
 
