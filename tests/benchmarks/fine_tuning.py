@@ -194,15 +194,17 @@ def best_between(
     """The weights on the way that find the held-out classes best, as `interpolation.look` chooses."""
     end = {name: value.clone() for name, value in trained.state_dict().items()}
     ways = validation.ways(search_metric_of(loss.config))
-    scores = {}
+    scores, told = {}, []
     for share in (1.0, *interpolation.SHARES):
         trained.load_state_dict(interpolation.between(start, end, share))
         x, s = model.embed(trained, held_out.x, batch_size=64, device="cpu")
         results = validation.measure(x, s, held_out.y, ways=ways)
-        scores[share] = Examination.of(results, ways, step=0, mean_distance=1).score
+        found = Examination.of(results, ways, step=0, mean_distance=1)
+        scores[share] = found.score
+        recall, precision = found.recall_at_1["cosine"], found.map_at_r["cosine"]
+        told.append(f"{share:g}: {100 * recall:.1f} / {100 * precision:.2f} ({100 * found.score:.2f})")
     best = max(scores, key=scores.__getitem__)
-    told = ", ".join(f"{share:g}: {100 * score:.2f}" for share, score in scores.items())
-    print(f"score by share of the way {told}; chosen {best:g}", flush=True)
+    print(f"by share of the way, by cosine (score): {', '.join(told)}; chosen {best:g}", flush=True)
     return interpolation.between(start, end, best)
 
 
