@@ -82,10 +82,10 @@ def _train(config: TrainJobConfig, held: Lease) -> FitResult:
         held.check()
         runs.end_run(run.mlflow_run_id, "FINISHED")
         run_store.finish(config, result)
+    except Conflict:  # the run is another job's by now, and so is its end in MLflow
+        raise
     except BaseException:
-        with suppress(
-            StorageError
-        ):  # MLflow is away, or the run is another job's by now: the failure tells more
+        with suppress(StorageError):  # MLflow is away, or the lease is lost: the failure tells more
             held.check()
             runs.end_run(run.mlflow_run_id, "FAILED")
         raise

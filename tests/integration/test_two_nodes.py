@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from infra import network, services
+from tests import submitted
 from tests.submitted import Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -52,29 +53,17 @@ def names_in_store(two_nodes: TwoNodes, prefix: str) -> list[str]:
 
 def train(two_nodes: TwoNodes, folder: Path, run_name: str) -> Job:
     """60 steps on 6 of the 10 digits, 2 workers: one on each node, as a node has one core."""
-    flags = {
-        "run-name": run_name,
-        "storage-uri": f"s3://{BUCKET}/runs",
-        "tracking-uri": f"sqlite:///{folder}/mlflow.db",
-        "data.dataset-uri": f"s3://{BUCKET}/digits",
-        "data.held-out-share": "0.4",
-        "batch.classes-per-batch": "4",
-        "batch.samples-per-class": "4",
-        "seed": "1",
-        "model.backbone": "test_resnet",
-        "model.weights": "none",
-        "model.embedding-dim": "16",
-        "model.image-size-px": "32",
-        "loss.base": "contrastive",
-        "training.num-steps": "60",
-        "training.evaluation-interval": "60",
-        "training.checkpoint-interval": "10",
-        "loader.num-workers": "0",
-        "loader.cache-folder": str(folder / "cache"),
-        "workers.num-workers": "2",
-    }
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    return Job(two_nodes.cluster, ROOT, folder / f"{run_name}.log", "jobs/train.py", *words)
+    words = submitted.small_training(
+        num_steps=60,
+        run_name=run_name,
+        storage_uri=f"s3://{BUCKET}/runs",
+        tracking_uri=f"sqlite:///{folder}/mlflow.db",
+        data__dataset_uri=f"s3://{BUCKET}/digits",
+        training__checkpoint_interval="10",
+        loader__cache_folder=str(folder / "cache"),
+        workers__num_workers="2",
+    )
+    return Job(two_nodes.cluster, ROOT, folder / f"{run_name}.log", *words)
 
 
 def result_of(two_nodes: TwoNodes, run_name: str) -> dict[str, Any]:

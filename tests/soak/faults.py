@@ -30,6 +30,7 @@ from typing import NamedTuple
 from infra import network, services
 from infra.processes import Program, free_ports
 from namr.registry import registry
+from tests import submitted
 from tests.soak import stack
 from tests.submitted import Job
 
@@ -240,31 +241,19 @@ FAULTS = {
 
 
 def flags(cluster: Cluster, run_name: str, *, steps: int, dataset: str, workers: str = "1 3") -> list[str]:
-    values = {
-        "run-name": run_name,
-        "storage-uri": f"s3://{BUCKET}/runs",
-        "tracking-uri": cluster.mlflow.tracking_uri,
-        "data.dataset-uri": f"s3://{BUCKET}/{dataset}",
-        "data.held-out-share": "0.4",
-        "batch.classes-per-batch": "4",
-        "batch.samples-per-class": "4",
-        "seed": "1",
-        "model.backbone": "test_resnet",
-        "model.weights": "none",
-        "model.embedding-dim": "16",
-        "model.image-size-px": "32",
-        "loss.base": "contrastive",
-        "training.num-steps": str(steps),
-        "training.evaluation-interval": str(steps),
-        "training.checkpoint-interval": "100",
-        "loader.num-workers": "0",
-        "loader.cache-folder": str(cluster.folder / "cache" / run_name),
-        "workers.max-failures": "20",
-        "workers.resize-interval-s": "15",
-        "workers.wait-s": "240",
-    }
-    words = [f"--{name}={value}" for name, value in values.items()]
-    return ["jobs/train.py", *words, "--workers.num-workers", *workers.split()]
+    return submitted.small_training(
+        num_steps=steps,
+        run_name=run_name,
+        storage_uri=f"s3://{BUCKET}/runs",
+        tracking_uri=cluster.mlflow.tracking_uri,
+        data__dataset_uri=f"s3://{BUCKET}/{dataset}",
+        training__checkpoint_interval="100",
+        loader__cache_folder=str(cluster.folder / "cache" / run_name),
+        workers__num_workers=workers.split(),
+        workers__max_failures="20",
+        workers__resize_interval_s="15",
+        workers__wait_s="240",
+    )
 
 
 def endure(cluster: Cluster, names: list[str], *, steps: int) -> list[Row]:
