@@ -58,8 +58,17 @@ class DataConfig:
     held_out_share: float = 0.2
     """The share of classes to hold out where there is no validation dataset; at least 2 are."""
 
+    held_out_images: int | None = None
+    """Hold out fewer classes than that share where they have more than about so many images: an examination
+    embeds three times as many, and steps wait for it. 10,000 tell differences of a point. None: no limit."""
+
     def __post_init__(self) -> None:
         checks.in_range(self, "held_out_share", above=0, below=1, place="data")
+        checks.in_range(self, "held_out_images", at_least=1, place="data")
+
+    def share_of(self, num_images: int) -> float:
+        """The share of classes to hold out of a dataset with so many labelled images."""
+        return min(self.held_out_share, (self.held_out_images or num_images) / num_images)
 
 
 class _Labelled:
@@ -147,7 +156,8 @@ class TrainingData:
         every = self._train.index.class_index
         if unseen is None:
             names = self._train.index.class_names
-            held = validation.classes_to_hold_out(every, names, share=data.held_out_share, seed=seed)
+            share = data.share_of(len(every.ids))
+            held = validation.classes_to_hold_out(every, names, share=share, seed=seed)
             examined = validation.only(every, held)
         else:
             held, examined = np.empty(0, np.int64), self._unseen.index.class_index

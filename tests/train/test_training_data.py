@@ -1,6 +1,7 @@
 """What is trained on and examined on: held-out classes, validation datasets, and what the seed decides."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def test_held_out_classes_are_never_trained_on_and_all_examined(make: Make) -> N
     built = model.build(config.model, seed=0)
     labels = [y for _, y in data.batches(built, first_step=0, num_steps=6, augment=None)]
     assert set(torch.cat(labels).tolist()) == set(range(6))
+
+
+def test_no_more_classes_are_held_out_than_have_so_many_images(make: Make) -> None:
+    config = make()
+    for most, num_held_out in ((None, 3), (1000, 3), (10, 2), (1, 2)):  # of 8 classes of 5 images
+        few = replace(config, data=replace(config.data, held_out_share=0.4, held_out_images=most))
+        data = data_of(few)
+        assert (data.num_classes, len(data.unseen_ids)) == (8 - num_held_out, 5 * num_held_out)
+        assert len(data.searched_ids) == min(15 * num_held_out, 40)
 
 
 def test_a_validation_dataset_leaves_all_classes_to_training(make: Make, tmp_path: Path) -> None:
