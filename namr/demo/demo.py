@@ -47,6 +47,8 @@ from namr.train.run import FitResult, TrainJobConfig
 from namr.train.training_data import DataConfig
 
 _CORES = 2
+_HELD_OUT_IMAGES = 700
+"""at most, about; with a user's many images examinations would take longer than the steps"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,7 @@ def _fit(recipe: Recipe, folder: Path, tracking_uri: str, *, ranking_weight: flo
             data=DataConfig(
                 dataset_uri=str(folder / "train"),
                 validation_uri=str(folder / "gallery") if recipe.validates_on_gallery else None,
+                held_out_images=_HELD_OUT_IMAGES,
             ),
             batch=recipe.batch,
             model=recipe.model,

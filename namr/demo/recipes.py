@@ -15,6 +15,8 @@ from namr.model.model import ModelConfig
 from namr.release.build import BuildConfig
 from namr.train.recipe import TrainingConfig
 
+_SIZE_PX = 96
+"""Of anybody's images: what can be learnt in minutes on two cores."""
 _ENOUGH_CLASSES = 20
 """From here on some of the classes to learn from are held out to validate on; else the gallery serves."""
 
@@ -77,7 +79,7 @@ def recipe_of(
     weights: str = "timm",
     backbone: str = "tf_efficientnet_lite0",
 ) -> Recipe:
-    """The demo's photographs fine-tune, others train heads on a frozen backbone; "none" starts from scratch.
+    """As in jobs/configs/train.toml, in fewer steps of smaller pictures; "none" starts from scratch.
 
     num_classes, num_images: to learn from. An embedding has no more dimensions than half of the images that
     its start is whitened by.
@@ -86,24 +88,22 @@ def recipe_of(
     from_scratch = weights == "none"
     few = num_classes < _ENOUGH_CLASSES
     num_learnt = num_classes if few else num_classes * 4 // 5  # a fifth is held out
-    fine_tunes = own and not from_scratch  # as jobs/configs/train.toml, in fewer steps
-    rate = 1e-3 if from_scratch or fine_tunes else 3e-4
     return Recipe(
         model=ModelConfig(
             backbone=backbone,
             weights=weights,
             embedding_dim=_dim(num_images * num_learnt // max(1, num_classes)),
-            image_size_px=photographs.SIZE_PX if own else 128,
+            image_size_px=photographs.SIZE_PX if own else _SIZE_PX,
         ),
-        batch=PKConfig(classes_per_batch=max(2, min(num_learnt, 32)), samples_per_class=4),
+        batch=PKConfig(classes_per_batch=max(2, min(num_learnt, 32 if own else 24)), samples_per_class=4),
         training=TrainingConfig(
             num_steps=num_steps,
-            learning_rate=rate,
-            backbone_learning_rate=rate if from_scratch else 3e-4 if fine_tunes else 0.0,
-            warmup_steps=10 if fine_tunes else 0,
-            schedule="cosine" if fine_tunes else "constant",
+            learning_rate=1e-3,
+            backbone_learning_rate=1e-3 if from_scratch else 3e-4,
+            warmup_steps=0 if from_scratch else min(10, num_steps // 2),
+            schedule="constant" if from_scratch else "cosine",
             augment=from_scratch,
-            evaluation_interval=num_steps if fine_tunes else max(1, num_steps // 3),
+            evaluation_interval=max(1, num_steps // 3) if from_scratch else num_steps,
             checkpoint_interval=num_steps,
         ),
         augment=AugmentConfig(min_area=0.6),

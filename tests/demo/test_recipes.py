@@ -52,14 +52,17 @@ def test_a_folder_with_splits_gives_both_sides_and_one_without_is_halved(tmp_pat
     assert (halves.train.classes, halves.gallery.classes) == ("first_half", "second_half")
 
 
-def test_only_its_own_photographs_are_fine_tuned() -> None:
+def test_what_is_pre_trained_is_fine_tuned_in_however_few_steps() -> None:
     def rates(data: str, weights: str) -> tuple[float, float]:
         recipe = recipes.recipe_of(data, num_classes=40, num_images=600, num_steps=60, weights=weights)
         return recipe.training.learning_rate, recipe.training.backbone_learning_rate
 
     assert rates("photographs", "timm") == (1e-3, 3e-4)
-    assert rates("photos", "timm") == (3e-4, 0)
+    assert rates("photos", "timm") == (1e-3, 3e-4)
     assert rates("photographs", "none") == rates("photos", "none") == (1e-3, 1e-3)
+    for num_steps in (1, 2, 60):
+        recipe = recipes.recipe_of("photos", num_classes=40, num_images=600, num_steps=num_steps)
+        assert recipe.training.warmup_steps < num_steps == recipe.training.evaluation_interval
 
 
 def test_every_data_set_has_a_folder_of_its_own() -> None:
