@@ -50,7 +50,7 @@ def test_the_demo_runs_goes_on_serves_and_ends(tmp_path: Path) -> None:
     said = re.sub(r"\s+", " ", first.stdout)
     for wanted in (
         "230 classes to learn from, 207 never seen; 2622 images packed now",
-        "namr version 1 is the champion",
+        "and the champion",
         "1242 images in 4 merged parts of IVF16,Flat",
         "recall@10",
     ):
