@@ -94,11 +94,14 @@ def make_pretrained_job(folder: Path) -> TrainJobConfig:
     return replace(job, model=replace(job.model, weights=str(weights)))
 
 
-def data_of(config: TrainJobConfig, *, rank: int = 0, world_size: int = 1) -> TrainingData:
-    """The images of a job, as its worker reads them."""
-    dataset = datasets.open_version(config.data.dataset_uri)
+def data_of(
+    config: TrainJobConfig, *, unseen: str | None = None, rank: int = 0, world_size: int = 1
+) -> TrainingData:
+    """The images of a job, as its worker reads them; unseen: a dataset to validate on."""
     return TrainingData(
-        dataset, None, data=config.data, batch=config.batch, loader=config.loader, seed=config.seed,
+        datasets.open_version(config.data.dataset_uri),
+        datasets.open_version(unseen) if unseen else None,
+        data=config.data, batch=config.batch, loader=config.loader, seed=config.seed,
         rank=rank, world_size=world_size, writes_cache=rank == 0,
     )  # fmt: skip
 

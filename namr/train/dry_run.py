@@ -24,7 +24,7 @@ from namr.data.shards import shard_of
 from namr.model.model import NamrModel
 from namr.store import ranges
 from namr.store.storage import Range
-from namr.train import interpolation, loop
+from namr.train import interpolation, loop, recipe
 from namr.train import run as run_store
 from namr.train.run import TrainJobConfig
 from namr.train.step import Trainer
@@ -73,8 +73,8 @@ class DryRun:
     def num_evaluations(self) -> int:
         """The one before the first step included, and those on the way back after the last."""
         training = self.config.training
-        is_whitened = self.config.model.weights != "none" and training.whitening_power is not None
-        num_back = len(interpolation.SHARES) if is_whitened else 0
+        starts_at_random = recipe.whitening_power(training, self.config.model) is None
+        num_back = 0 if starts_at_random else len(interpolation.SHARES)
         return 1 + -(-training.num_steps // training.evaluation_interval) + num_back
 
     @property

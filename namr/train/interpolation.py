@@ -15,8 +15,7 @@ from functools import partial
 
 from torch import Tensor
 
-from namr.model import low_rank, model
-from namr.model.model import NamrModel
+from namr.model import model
 from namr.train import loop
 from namr.train.diary import Diary
 from namr.train.examination import Examination
@@ -33,7 +32,7 @@ def look(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpoin
 
     Collective. A run that was killed meanwhile does it again, and comes to the same.
     """
-    if trainer.start_heads is None or trainer.is_interpolated:
+    if trainer.start_heads is None or trainer.published is not None:
         return
     done, ends = trainer.next_step, ends_of(trainer)
     mixed = model.build(replace(trainer.model.config, weights="none"), seed=0).to(trainer.device)
@@ -53,8 +52,8 @@ def look(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpoin
         return
     if diary:
         diary.say(done, f"{100 * best.share:g} % of the way from its start: {loop.in_words(best)}")
-    published = between(*ends, best.share)
-    checkpoint(partial(loop.write_checkpoint, trainer, diary, published=published) if diary else None, best)
+    trainer.published = between(*ends, best.share)
+    checkpoint(partial(loop.write_checkpoint, trainer, diary) if diary else None, best)
 
 
 def ends_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -62,12 +61,7 @@ def ends_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     start = model.build(trainer.model.config, seed=trainer.seed)
     assert trainer.start_heads is not None
     start.heads.load_state_dict(trainer.start_heads)
-    return start.state_dict(), plain(trainer.examined)
-
-
-def plain(trained: NamrModel) -> dict[str, Tensor]:
-    """The weights of a model, as one that was never adapted loads them, on the CPU."""
-    return low_rank.plain_state(trained, {name: value.cpu() for name, value in trained.state_dict().items()})
+    return start.state_dict(), trainer.state()["model"]
 
 
 def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

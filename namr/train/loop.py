@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from namr import collectives
 from namr.data.images import AugmentConfig
@@ -24,6 +23,7 @@ from namr.model import model, whitening
 from namr.model.losses import JointLoss, LossConfig, search_metric_of
 from namr.model.model import ModelConfig, NamrModel
 from namr.model.whitening import Whitening
+from namr.train import recipe
 from namr.train.diary import Diary
 from namr.train.examination import Examination
 from namr.train.notice import Notice
@@ -150,18 +150,9 @@ def train(
     return Trained(speed.images_per_s, trainer.start, trainer.next_step)
 
 
-def write_checkpoint(
-    trainer: Trainer, diary: Diary, folder: Path, *, published: dict[str, Tensor] | None = None
-) -> None:
-    """Write all that a resumed run needs.
-
-    published: weights to publish in place of those that were trained (`interpolation`).
-    """
-    state = trainer.state()
-    if published is not None:
-        trained = {"trained": state["model"], "examined": state["model"]}
-        state = trained | state | {"model": published, "is_interpolated": True}
-    torch.save(state, folder / _STATE_FILE)
+def write_checkpoint(trainer: Trainer, diary: Diary, folder: Path) -> None:
+    """Write all that a resumed run needs."""
+    torch.save(trainer.state(), folder / _STATE_FILE)
     diary.write_unsent(folder)
 
 
@@ -211,9 +202,11 @@ def _begin(trainer: Trainer, data: TrainingData, *, diary: Diary | None, checkpo
 
 def _whiten(trainer: Trainer, data: TrainingData) -> str:
     """Where the sample head's weights come from, in words; whitened features' where there are any."""
-    model, power = trainer.model, trainer.config.whitening_power
-    if power is None or model.config.weights == "none":
-        return "random weights" if power is None else "random weights, since the backbone does too"
+    model, config = trainer.model, trainer.config
+    power = recipe.whitening_power(config, model.config)
+    if power is None:
+        is_asked = config.whitening_power is not None
+        return "random weights, since the backbone does too" if is_asked else "random weights"
     features = data.sample_features(model, num=_MOST_WHITENED)
     dim = model.config.embedding_dim
     if len(features) <= dim:

@@ -128,6 +128,11 @@ class TrainingConfig:
         return self.frozen_backbone and not self.augment
 
 
+def whitening_power(config: TrainingConfig, model: ModelConfig) -> float | None:
+    """What the start is whitened by if there are images enough; None where the heads start at random."""
+    return None if model.weights == "none" else config.whitening_power
+
+
 def batchnorm_policy(config: TrainingConfig, model: ModelConfig) -> BatchNormPolicy:
     """The backbone's policy with `auto` resolved; a frozen backbone's statistics are frozen too."""
     if config.frozen_backbone:

@@ -134,8 +134,8 @@ class Trainer:
         self.start: Start | None = None
         self.start_heads: dict[str, Tensor] | None = None
         """The heads' weights before the first step, if they came from whitened features."""
-        self.is_interpolated = False
-        """Whether all is done, and a model between the two was best (`interpolation`)."""
+        self.published: dict[str, Tensor] | None = None
+        """Weights to publish in place of those of `examined`, once all is done (`interpolation`)."""
         self.standing = Standing()
         self._policy = policy
         self._parallel: nn.Module | None = None  # made by the first step, and anew where the backbone thaws
@@ -215,11 +215,13 @@ class Trainer:
             "start": self.start and self.start._asdict(),
             "start_heads": self.start_heads,
             "standing": self.standing._asdict(),
-            "model": low_rank.plain_state(self.examined, examined),
+            "model": self.published or low_rank.plain_state(self.examined, examined),
+            "is_interpolated": self.published is not None,
             "loss": _on_cpu(self.whole.loss),
             "optimiser": optimiser.state_of(self.optimiser, self._named()),
         }
-        if state["model"].keys() != trained.keys() or examined is not trained:
+        is_another = self.published is not None or examined is not trained
+        if is_another or state["model"].keys() != trained.keys():
             state |= {"trained": trained, "examined": examined}  # stored once where they are the same tensors
         return state
 
@@ -231,7 +233,7 @@ class Trainer:
         self.next_step = int(state["step"])
         self.start = Start(**state["start"]) if state.get("start") else None
         self.start_heads = state.get("start_heads")
-        self.is_interpolated = state.get("is_interpolated", False)
+        self.published = state["model"] if state.get("is_interpolated") else None
         self.standing = Standing(**state.get("standing", {}))
         if self._average is not None:
             self._average.module.load_state_dict(state.get("examined", state["model"]))

@@ -57,7 +57,6 @@ class DataConfig:
     """Dataset of other classes for validation; none = hold out some of the training dataset's classes."""
     held_out_share: float = 0.2
     """The share of classes to hold out where there is no validation dataset; at least 2 are."""
-
     held_out_images: int | None = None
     """Hold out fewer classes than that share where they have more than about so many images: an examination
     embeds three times as many, and steps wait for it. 10,000 tell differences of a point. None: no limit."""

@@ -195,7 +195,7 @@ def best_between(
     end = {name: value.clone() for name, value in trained.state_dict().items()}
     ways = validation.ways(search_metric_of(loss.config))
     scores, told = {}, []
-    for share in (1.0, *interpolation.SHARES):
+    for share in (1.0, *interpolation.SHARES, 0.0):  # the start is a checkpoint as well
         trained.load_state_dict(interpolation.between(start, end, share))
         x, s = model.embed(trained, held_out.x, batch_size=64, device="cpu")
         results = validation.measure(x, s, held_out.y, ways=ways)

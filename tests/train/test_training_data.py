@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from namr.data import datasets
 from namr.data.images import AugmentConfig
 from namr.data.sampling import PKConfig
 from namr.errors import ConfigError
@@ -18,8 +17,7 @@ from namr.measure import validation
 from namr.model import model
 from namr.train import loop
 from namr.train.run import TrainJobConfig
-from namr.train.training_data import TrainingData
-from tests.small_training import make_dataset, make_job
+from tests.small_training import data_of, make_dataset, make_job
 
 Make = Callable[..., TrainJobConfig]
 
@@ -32,17 +30,6 @@ def data_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def make(data_uri: str, tmp_path: Path) -> Make:
     return partial(make_job, data_uri, tmp_path)
-
-
-def data_of(config: TrainJobConfig, *, unseen: str | None = None) -> TrainingData:
-    return TrainingData(
-        datasets.open_version(config.data.dataset_uri),
-        datasets.open_version(unseen) if unseen else None,
-        data=config.data,
-        batch=config.batch,
-        loader=config.loader,
-        seed=config.seed,
-    )
 
 
 def test_held_out_classes_are_never_trained_on_and_all_examined(make: Make) -> None:
